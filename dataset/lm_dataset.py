@@ -1,0 +1,283 @@
+"""jsonl rows → token sequences, one class per row format; tokenised once, memory-mapped ever after.
+
+The token file lies in `cache_dir`, in a folder named after the data's content, the tokenizer and the settings:
+`tokens.bin` (uint16), `mask.bin` (uint8, 1 where the assistant speaks), `ends.npy` and `meta.json`. It is made in one
+pass over the file, a few megabytes at a time, on all cores, and can be carried to another machine.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.packing import Rows, collate, cut_at_answers, pack, split_long
+from model.chat import BOS, EOS, ChatTokenizer, Piece, render
+from model.errors import UserError
+
+CACHE_DIR = Path(__file__).resolve().parent / "cache"
+CHUNK_BYTES = 4 << 20  # of text tokenised at a time
+VERSION = 1  # of the token file: raise it when the same row becomes other tokens
+
+SYSTEM_PROMPTS = {
+    "zh": ("你是一个乐于助人的小语言模型。", "你是 MiniMind，请用简洁的话回答问题。", "请尽力回答用户的问题，不知道就说不知道。",
+           "你是一位耐心的助手，说话清楚、准确。", "你是一个会中文和英文的聊天助手。"),
+    "en": ("You are a small and helpful language model.", "You are MiniMind. Answer in a few clear words.",
+           "Answer the user as well as you can, and say so when you do not know.",
+           "You are a patient assistant who is clear and exact.", "You are an assistant who chats in Chinese and English."),
+}
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, line) of a jsonl or jsonl.gz file. Raises UserError when it cannot be read."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"--data_path {path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"--data_path {path}: cannot be read: {error}") from None
+
+
+def parse_row(line: str) -> dict:
+    """One line → the row. Raises ValueError saying what is wrong."""
+    if not line.strip():
+        raise ValueError("empty line")
+    try:
+        row = json.loads(line)
+        if "\\ud" in line.lower():  # half a surrogate pair is legal JSON but no text
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair (\\ud800 to \\udfff) is not text") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is a JSON object, not {type(row).__name__}")
+    return row
+
+
+def content_hash(path: Path, cache_dir: Path) -> str:
+    """Hash of a file's content; remembered by path, size and time of change, so that it is read once."""
+    stat = path.stat()
+    known_at = cache_dir / "files" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.json"
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    try:
+        known = json.loads(known_at.read_text())
+        if known["stamp"] == stamp:
+            return known["hash"]
+    except (OSError, ValueError, KeyError):
+        pass
+    digest = hashlib.blake2b(digest_size=12)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    known_at.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(known_at, json.dumps({"stamp": stamp, "hash": digest.hexdigest()}).encode())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Whole or not at all: to a temporary file beside it, synced, renamed."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class TokenDataset:
+    """Packed rows of one data file. A subclass says how a row reads (`pieces`) and how a document is cut (`cut`).
+
+    len(dataset) rows; `batch(indices)` → the tensors of these rows; `supervised[r]`, `real[r]`: tokens with a
+    label, and tokens, in row r; `report`: what was skipped or cut, as sentences for the user.
+    """
+
+    masked = False  # whether some tokens of a document are not to be learned
+
+    def __init__(self, data_path: str | Path, tokenizer: ChatTokenizer, max_seq_len: int, packing: bool = True,
+                 skip_bad_rows: bool = False, cache_dir: str | Path = CACHE_DIR, **settings):
+        self.path, self.tokenizer, self.max_seq_len = Path(data_path), tokenizer, max_seq_len
+        self.settings, self.skip_bad_rows = settings, skip_bad_rows
+        if not self.path.is_file():
+            raise UserError(f"--data_path {data_path}: no such file")
+        cache_dir = Path(cache_dir)
+        identity = [VERSION, type(self).__name__, content_hash(self.path, cache_dir), tokenizer.hash, settings]
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+        self.folder = cache_dir / key
+        if not (self.folder / "meta.json").exists():
+            self._tokenise(self.folder)
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        if self.meta["bad"] and not skip_bad_rows:
+            raise UserError(self.meta["first_bad"][0] + " (--skip_bad_rows 1 leaves such rows out)")
+        self.tokens = np.memmap(self.folder / "tokens.bin", np.uint16, "r")
+        self.mask = np.memmap(self.folder / "mask.bin", np.uint8, "r") if self.masked else None
+        self._load_plan(self.folder / f"rows_{max_seq_len}_{'packed' if packing else 'padded'}.npz", packing)
+
+    def pieces(self, line: str) -> list[Piece]:
+        """One line of the file → what to tokenise. Raises ValueError saying what is wrong with it."""
+        raise NotImplementedError
+
+    def cut(self, start: np.ndarray, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Documents → pieces of at most max_seq_len questions: starts, lengths, and sentences on what was lost."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, wanted: np.ndarray) -> dict[str, torch.Tensor]:
+        """Rows → tensors, see `packing.collate`."""
+        return collate(self.rows, wanted, self.tokens, self.mask, self.max_seq_len, self.max_pieces)
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' positions that hold a token."""
+        return float(self.real.sum() / (len(self) * self.max_seq_len))
+
+    def _tokenise(self, folder: Path) -> None:
+        """Write the token file, whole or not at all."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        ends, bad, total = [], [], 0
+        try:
+            with open(work / "tokens.bin", "wb") as tokens, open(work / "mask.bin", "wb") as masks:
+                for conversations, errors in self._chunks():
+                    bad += errors
+                    if bad and not self.skip_bad_rows:
+                        raise UserError(f"{bad[0]} (--skip_bad_rows 1 leaves such rows out)")
+                    for ids, mask in self.tokenizer.encode_pieces(conversations):
+                        tokens.write(np.array(ids, np.uint16).tobytes())
+                        if self.masked:
+                            masks.write(np.array(mask, np.uint8).tobytes())
+                        total += len(ids)
+                        ends.append(total)
+                for file in (tokens, masks):
+                    file.flush()
+                    os.fsync(file.fileno())
+            if not ends:
+                raise UserError(f"{self.path}: no usable row in it")
+            np.save(work / "ends.npy", np.array(ends, np.int64))
+            meta = {"source": str(self.path), "documents": len(ends), "tokens": total, "bad": len(bad),
+                    "first_bad": bad[:5], "settings": self.settings}
+            write_atomically(work / "meta.json", json.dumps(meta, ensure_ascii=False).encode())
+            os.rename(work, folder)
+        except OSError:
+            if not (folder / "meta.json").exists():  # else another process was faster, with the same result
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _chunks(self) -> Iterator[tuple[list[list[Piece]], list[str]]]:
+        """The file's rows as pieces, a few megabytes at a time, and the complaints about bad ones."""
+        conversations, errors, size = [], [], 0
+        for number, line in read_rows(self.path):
+            try:
+                conversations.append(self.pieces(line))
+            except ValueError as error:
+                errors.append(f"{self.path}:{number}: {error}")
+            size += len(line)
+            if size > CHUNK_BYTES:
+                yield conversations, errors
+                conversations, errors, size = [], [], 0
+        yield conversations, errors
+
+    def _load_plan(self, path: Path, packing: bool) -> None:
+        """Which pieces make up which row: from the cache, or made and put there."""
+        if not path.exists():
+            ends = np.load(self.folder / "ends.npy")
+            start = np.concatenate(([0], ends[:-1]))
+            start, length, lost = self.cut(start, ends - start - 1)
+            rows = pack(start, length, self.max_seq_len, packing)
+            row_of_piece = np.repeat(np.arange(len(rows)), np.diff(rows.first))
+            real = np.bincount(row_of_piece, rows.length, len(rows)).astype(np.int64)
+            if self.masked:
+                said = np.concatenate(([0], np.cumsum(self.mask, dtype=np.int64)))
+                labels = said[rows.start + rows.length + 1] - said[rows.start + 1]
+                supervised = np.bincount(row_of_piece, labels, len(rows)).astype(np.int64)
+            else:
+                supervised = real
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                np.savez(file, start=rows.start, length=rows.length, first=rows.first, real=real, supervised=supervised,
+                         lost=np.array(json.dumps(lost)))
+                file.seek(0)
+                write_atomically(path, file.read())
+        with np.load(path) as plan:
+            self.rows = Rows(plan["start"], plan["length"], plan["first"])
+            self.real, self.supervised = plan["real"], plan["supervised"]
+            self.report = json.loads(str(plan["lost"]))
+        self.max_pieces = int(np.diff(self.rows.first).max())
+        if self.meta["bad"]:
+            self.report.insert(0, f"skipped {self.meta['bad']} bad rows, the first: " + "; ".join(self.meta["first_bad"]))
+
+
+class PretrainDataset(TokenDataset):
+    """{"text": …}: `<|im_start|>` text `<|im_end|>`, every token learned; a long text continues in further pieces."""
+
+    def pieces(self, line: str) -> list[Piece]:
+        text = parse_row(line).get("text")
+        if not isinstance(text, str):
+            raise ValueError('a pretraining row is {"text": …}' + ("" if text is None else ", text"))
+        if not text.strip():
+            raise ValueError("the text is empty")
+        return [(BOS, True), (text, True), (EOS, True)]
+
+    def cut(self, start, questions):
+        return *split_long(start, questions, self.max_seq_len), []
+
+
+class SFTDataset(TokenDataset):
+    """{"conversations": [messages]}: only what the assistant says is learned.
+
+    `system_prompt_ratio` of the conversations that have none get a system prompt; of those without reasoning,
+    `empty_think_ratio` keep their empty think blocks. Which ones: decided by the seed and the row itself.
+    """
+
+    masked = True
+
+    def __init__(self, data_path, tokenizer, max_seq_len, packing=True, skip_bad_rows=False, cache_dir=CACHE_DIR, *,
+                 seed: int = 42, system_prompt_ratio: float = 0.2, empty_think_ratio: float = 0.2):
+        super().__init__(data_path, tokenizer, max_seq_len, packing, skip_bad_rows, cache_dir, seed=seed,
+                         system_prompt_ratio=system_prompt_ratio, empty_think_ratio=empty_think_ratio)
+
+    def pieces(self, line: str) -> list[Piece]:
+        messages = conversation_of(parse_row(line))
+        if not any(message.get("role") == "assistant" for message in messages if isinstance(message, dict)):
+            raise ValueError("no message of the assistant's, so nothing to learn")
+        chance = random.Random(f"{self.settings['seed']} {line.strip()}")
+        add_system, keep_think = (chance.random() < self.settings[ratio]
+                                  for ratio in ("system_prompt_ratio", "empty_think_ratio"))
+        if add_system and messages[0].get("role") != "system":
+            language = "zh" if any("一" <= character <= "鿿" for character in line) else "en"
+            messages = [{"role": "system", "content": chance.choice(SYSTEM_PROMPTS[language])}, *messages]
+        return render(messages, empty_think=keep_think)
+
+    def cut(self, start, questions):
+        kept, answers_cut = cut_at_answers(start, questions, self.mask, self.max_seq_len)
+        shortened, lost = int((kept < questions).sum()), float((questions - kept).sum() / questions.sum())
+        report = [f"{shortened:,} of {len(start):,} conversations exceed {self.max_seq_len} tokens and end at the last "
+                  f"answer that fits ({lost:.1%} of all tokens left out); {answers_cut:,} first answers are cut"]
+        return start, kept, report if shortened else []
+
+
+def conversation_of(row: dict) -> list[dict]:
+    """The messages of a row. Raises ValueError when there are none."""
+    messages = row.get("conversations")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('a row is {"conversations": [messages]}' + ("" if messages is None else ", one or more"))
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError("a message is an object with role and content")
+    return messages

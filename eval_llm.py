@@ -1,0 +1,124 @@
+"""Talk to a model in the terminal: interactively, with one --prompt, or with the built-in --questions."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from model.chat import BOS, AnswerParser, ChatTokenizer
+from model.engine import Sampling, stream
+from model.errors import UserError, run_main
+from model.weights import OUT_DIR, load_for_inference
+from trainer.arguments import Parser, amount, model_flags, natural, positive, share
+from trainer.distributed import choose_device
+
+QUESTIONS = ("你好，你是谁？", "你有什么特长？", "为什么天空是蓝色的？", "请介绍一下北京。", "推荐一些中国的美食。",
+             "Who are you?", "What is machine learning?", "Why does it rain?", "Give me three tips for learning English.")
+TEXTS = ("很久以前，", "机器学习是", "Once upon a time, ", "The capital of France")
+HELP = "/clear forgets the conversation, /exit leaves, Ctrl-C stops an answer"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--load_from", default="model", help="'model': a weight of --save_dir; else a transformers folder")
+    parser.add_argument("--weight", default="full_sft", help="name of the weight; 'pretrain…' continues text, others chat")
+    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
+    model_flags(parser)
+    parser.add_argument("--prompt", help="answer this and exit")
+    parser.add_argument("--questions", action="store_true", help="answer the built-in questions and exit")
+    parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think before it answers")
+    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than were trained on")
+    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="longest answer, in tokens")
+    parser.add_argument("--temperature", type=amount, default=0.85, help="0 takes the likeliest token")
+    parser.add_argument("--top_p", type=share, default=0.95, help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--seed", type=natural, help="of sampling (another one each time by default)")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+    return parser.parse_args()
+
+
+class Chat:
+    """A conversation with a model, or, with a pretrained weight, texts it continues one by one."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse.Namespace):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.continues_text = args.load_from == "model" and args.weight.startswith("pretrain")
+        self.messages: list[dict] = []
+
+    def answer(self, text: str) -> None:
+        """Print the answer to `text` as it is written, and remember both. Ctrl-C ends it early."""
+        args, thinks = self.args, bool(self.args.open_thinking) and not self.continues_text
+        if self.continues_text:
+            prompt = [BOS, *self.tokenizer.encode_text(text)]
+        else:
+            self.messages.append({"role": "user", "content": text})
+            prompt = self.tokenizer.prompt(self.messages, open_thinking=thinks)
+        seed = args.seed if args.seed is not None else time.time_ns() % 2**31
+        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, seed)
+        parser, count, began = AnswerParser(self.tokenizer, thinks), 0, time.perf_counter()
+        try:
+            for token, in stream(self.model, [prompt], sampling):
+                count += 1
+                for event in parser.feed([token]):
+                    show(*event)
+        except KeyboardInterrupt:
+            print(" …", end="")
+        for event in parser.finish():
+            show(*event)
+        speed = count / (time.perf_counter() - began)
+        print(f"\n[{count} tokens, {speed:.1f} tokens/s]" if sys.stdout.isatty() else "")
+        if not self.continues_text:
+            self.messages.append(parser.answer.message())
+
+
+def show(kind: str, value: str | dict) -> None:
+    """Print one event of an answer: thinking dimmed, calls on a line of their own."""
+    if kind == "reasoning" and sys.stdout.isatty():
+        value = f"\033[2m{value}\033[0m"
+    if kind in ("tool_call", "malformed"):
+        value = f"\n[{kind}] {value}"
+    print(value, end="", flush=True)
+
+
+def interact(chat: Chat) -> None:
+    print(HELP)
+    while True:
+        try:
+            text = input("\n> ").strip()
+        except KeyboardInterrupt:
+            print(f"\n({HELP})", end="")
+            continue
+        except EOFError:
+            return
+        if text == "/exit":
+            return
+        if text == "/clear":
+            chat.messages.clear()
+        elif text:
+            chat.answer(text)
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = choose_device(args.device)
+    use_moe = None if args.use_moe is None else bool(args.use_moe)
+    model, tokenizer = load_for_inference(args.load_from, args.weight, args.save_dir, args.tokenizer, device,
+                                          args.hidden_size, use_moe, args.inference_rope_scaling)
+    chat = Chat(model, tokenizer, args)
+    if args.prompt is not None:
+        if not args.prompt.strip():
+            raise UserError("--prompt is empty")
+        chat.answer(args.prompt)
+    elif args.questions:
+        for question in TEXTS if chat.continues_text else QUESTIONS:
+            print(f"\n> {question}")
+            chat.messages.clear()
+            chat.answer(question)
+    else:
+        interact(chat)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,317 @@
+"""THE chat format: messages to tokens with a loss mask, and tokens back to content, reasoning and tool calls.
+
+A turn is `<|im_start|>role\n…<|im_end|>\n`. What an assistant says starts with its thinking between `<think>\n` and
+`\n</think>\n\n` and may end in `<tool_call>\n{"name": …, "arguments": {…}}\n</tool_call>`; a tool's result is a user turn
+holding `<tool_response>\n…\n</tool_response>`. Rendering n + 1 messages begins with the rendering of n.
+
+Text and markers never meet in one string: the renderer yields them apart, text is tokenised by an encoder that knows
+no markers, and so no text, whatever it contains, becomes a special token. `chat_template.jinja` says the same to other programs.
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from model.errors import UserError
+
+TOKENIZER_DIR = Path(__file__).resolve().parent
+PAD, BOS, EOS = 0, 1, 2  # <|endoftext|> <|im_start|> <|im_end|>
+MARKERS = {"<tool_call>": 21, "</tool_call>": 22, "<tool_response>": 23, "</tool_response>": 24,
+           "<think>": 25, "</think>": 26}
+CALL, END_CALL, RESPONSE, END_RESPONSE, THINK, END_THINK = MARKERS.values()
+ROLES = ("system", "user", "assistant", "tool")
+
+Piece = tuple[str | int, bool]  # text or marker id, and whether the assistant said it
+
+
+def byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one printable character (Radford et al. 2019); this undoes it."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+@dataclass
+class Answer:
+    """What an assistant said, taken apart. `malformed` holds the text of tool calls that could not be read."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: list[dict] = field(default_factory=list)  # [{"name": str, "arguments": dict}]
+    malformed: list[str] = field(default_factory=list)
+
+    def message(self) -> dict:
+        """As a message of the chat format, to append to the conversation."""
+        message = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        return message
+
+
+class ChatTokenizer:
+    """The tokenizer of `folder` (tokenizer.json) and the chat format on top of it."""
+
+    def __init__(self, folder: str | Path = TOKENIZER_DIR):
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{path}: no tokenizer there; --tokenizer names a folder that holds tokenizer.json")
+        text = path.read_text("utf-8")
+        self.folder = Path(folder)
+        self.hash = hashlib.sha256(text.encode()).hexdigest()[:16]
+        layout = json.loads(text)
+        added = {token["content"]: token["id"] for token in layout["added_tokens"]}
+        for token, expected in {"<|endoftext|>": PAD, "<|im_start|>": BOS, "<|im_end|>": EOS, **MARKERS}.items():
+            if added.get(token) != expected:
+                raise UserError(f"{path}: token {token} must have id {expected}, found {added.get(token)}")
+        self._plain = Tokenizer.from_str(json.dumps(layout | {"added_tokens": []}))
+        self.vocab_size = self._plain.get_vocab_size()
+        names = {number: token for token, number in self._plain.get_vocab().items()} | {i: t for t, i in added.items()}
+        alphabet = byte_of_character()
+        #: the bytes each token stands for, by id: what it adds to a UTF-8 text
+        self.token_bytes = [names[i].encode() if names[i] in added else bytes(alphabet[c] for c in names[i])
+                            for i in range(self.vocab_size)]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text. Markers in it stay text."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        """The same for many texts at once, on all cores."""
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], keep_markers: bool = False) -> str:
+        """Text of the ids; special tokens (below 36) are left out unless `keep_markers`."""
+        kept = (self.token_bytes[i] for i in ids if keep_markers or i > 35)
+        return b"".join(kept).decode("utf-8", errors="replace")
+
+    def encode_pieces(self, conversations: list[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
+        """Ids and loss mask of rendered conversations, tokenised in one batch."""
+        texts = [piece for pieces in conversations for piece, _ in pieces if isinstance(piece, str)]
+        encoded = iter(self.encode_texts(texts))
+        rows = []
+        for pieces in conversations:
+            ids, mask = [], []
+            for piece, said in pieces:
+                tokens = next(encoded) if isinstance(piece, str) else [piece]
+                ids += tokens
+                mask += [said] * len(tokens)
+            rows.append((ids, mask))
+        return rows
+
+    def encode(self, messages: list[dict], tools: list | str | None = None,
+               empty_think: bool = True) -> tuple[list[int], list[bool]]:
+        """Messages → ids and loss mask: True on what an assistant said and on its `<|im_end|>`, nowhere else."""
+        return self.encode_pieces([render(messages, tools, empty_think)])[0]
+
+    def prompt(self, messages: list[dict], tools: list | str | None = None, open_thinking: bool = False) -> list[int]:
+        """Messages → ids that an assistant's answer follows: inside `<think>\n`, or after an empty think block."""
+        pieces = [*render(messages, tools), *answer_start(open_thinking)]
+        return self.encode_pieces([pieces])[0][0]
+
+
+def answer_start(open_thinking: bool) -> list[Piece]:
+    """The pieces that stand between a conversation and the assistant's next words."""
+    thinking = [(THINK, False), ("\n", False)] if open_thinking else empty_think_block()
+    return [(BOS, False), ("assistant\n", False), *thinking]
+
+
+def empty_think_block() -> list[Piece]:
+    return [(THINK, False), ("\n\n", False), (END_THINK, False), ("\n\n", False)]
+
+
+def render(messages: list[dict], tools: list | str | None = None, empty_think: bool = True) -> list[Piece]:
+    """Messages → pieces. Without `empty_think`, an assistant turn without reasoning has no think block at all.
+
+    `tools` may also sit on the first message, when that is the system's. Raises ValueError saying what is wrong.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("a conversation is a non-empty list of messages")
+    pieces: list[Piece] = []
+    for number, message in enumerate(messages, 1):
+        try:
+            if number == 1:
+                tools = parse_json(tools or (isinstance(message, dict) and message.get("tools")) or [], "tools", list)
+                if tools and message.get("role") != "system":
+                    pieces += turn("system", system_pieces("", tools))
+            pieces += turn(*message_pieces(message, tools if number == 1 else [], empty_think))
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+    return pieces
+
+
+def turn(role: str, pieces: list[Piece]) -> list[Piece]:
+    said = role == "assistant"
+    return [(BOS, False), *pieces, (EOS, said), ("\n", False)]
+
+
+def message_pieces(message: dict, tools: list, empty_think: bool) -> tuple[str, list[Piece]]:
+    """One message → its role and what stands between `<|im_start|>` and `<|im_end|>`."""
+    if not isinstance(message, dict):
+        raise ValueError(f"a message is an object, not {type(message).__name__}")
+    role, content = message.get("role"), text_of(message.get("content"))
+    if role == "system":
+        return role, system_pieces(content, tools)
+    if role == "user":
+        return role, [(f"user\n{content}", False)]
+    if role == "tool":
+        return role, [("user\n", False), (RESPONSE, False), (f"\n{content}\n", False), (END_RESPONSE, False)]
+    if role == "assistant":
+        return role, [("assistant\n", False), *assistant_pieces(message, content, empty_think)]
+    raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
+
+
+def system_pieces(content: str, tools: list) -> list[Piece]:
+    if not tools:
+        return [(f"system\n{content}", False)]
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    start = f"system\n{content}\n\n# Tools\n" if content else "system\n# Tools\n"
+    return [(f"{start}{listed}\nTo call a tool, write ", False), (CALL, False),
+            ('\n{"name": its name, "arguments": {its arguments}}\n', False), (END_CALL, False)]
+
+
+def assistant_pieces(message: dict, content: str, empty_think: bool) -> list[Piece]:
+    reasoning = message.get("reasoning_content")
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise ValueError(f"reasoning_content is text, not {type(reasoning).__name__}")
+    if reasoning is None and "</think>" in content:  # older files keep the thinking inside the content
+        before, content = content.split("</think>", 1)
+        reasoning = before.split("<think>", 1)[-1]
+    reasoning, content = (reasoning or "").strip("\n"), content.lstrip("\n")
+    pieces: list[Piece] = []
+    if reasoning:
+        pieces = [(THINK, True), ("\n", True), (f"{reasoning}\n", True), (END_THINK, True), ("\n\n", True)]
+    elif empty_think:
+        pieces = empty_think_block()
+    if content:
+        pieces.append((content, True))
+    for number, call in enumerate(tool_calls_of(message)):
+        if content or number:
+            pieces.append(("\n", True))
+        pieces += [(CALL, True), (f"\n{json.dumps(call, ensure_ascii=False)}\n", True), (END_CALL, True)]
+    return pieces
+
+
+def text_of(content: str | list | None) -> str:
+    """The content of a message: text, OpenAI's text parts, or nothing."""
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"content is text, not {type(content).__name__}")
+    return content
+
+
+def tool_calls_of(message: dict) -> list[dict]:
+    """The tool calls of a message as [{"name", "arguments": dict}], from a list or JSON text, flat or as OpenAI nests them."""
+    calls = []
+    for call in parse_json(message.get("tool_calls") or [], "tool_calls", list):
+        call = call.get("function", call) if isinstance(call, dict) else {}
+        if not isinstance(call.get("name"), str):
+            raise ValueError('a tool call is {"name": text, "arguments": object}')
+        calls.append({"name": call["name"], "arguments": parse_json(call.get("arguments") or {}, "arguments", dict)})
+    return calls
+
+
+def parse_json(value: object, name: str, kind: type) -> list | dict:
+    """`value` itself, or parsed when it is JSON text. Raises ValueError when it is not of `kind`."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is a {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+class AnswerParser:
+    """Takes an answer apart while it is written: feed ids or text, get events, read `answer` at any time.
+
+    An event is ("content" | "reasoning", text), ("tool_call", {"name", "arguments"}) or ("malformed", text).
+    Half a character and half a marker are held back until they are whole. Newlines around the thinking, the
+    content and the calls belong to the format and are left out.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, open_thinking: bool = False):
+        self.tokenizer = tokenizer
+        self.answer = Answer()
+        self._section = "reasoning" if open_thinking else "content"
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._text = ""  # fed as text, may end in half a marker
+        self._newlines = ""  # may be the format's or the text's: known when something follows
+        self._call = ""
+
+    def feed(self, ids: Iterable[int]) -> Iterator[tuple[str, str | dict]]:
+        """Events of the next token ids. The end token and other special tokens say nothing."""
+        for i in ids:
+            if i > 35:
+                yield from self._say(self._utf8.decode(self.tokenizer.token_bytes[i]))
+            elif i in (THINK, END_THINK, CALL, END_CALL):
+                yield from self._say(self._utf8.decode(b"", final=True))
+                yield from self._switch(i)
+
+    def feed_text(self, text: str) -> Iterator[tuple[str, str | dict]]:
+        """Events of the next piece of text, for answers that come from elsewhere as text."""
+        self._text += text
+        while found := min(((self._text.find(m), m) for m in MARKERS if m in self._text), default=None):
+            start, marker = found
+            before, self._text = self._text[:start], self._text[start + len(marker):]
+            yield from self._say(before)
+            yield from self._switch(MARKERS[marker])
+        held = max((n for m in MARKERS for n in range(1, len(m)) if self._text.endswith(m[:n])), default=0)
+        ready, self._text = self._text[:len(self._text) - held], self._text[len(self._text) - held:]
+        yield from self._say(ready)
+
+    def finish(self) -> Iterator[tuple[str, str | dict]]:
+        """Events of what was held back. A call that was never closed is malformed."""
+        yield from self._say(self._utf8.decode(b"", final=True) + self._text)
+        self._text = ""
+        if self._section == "tool_call":
+            yield from self._malformed()
+
+    def _say(self, text: str) -> Iterator[tuple[str, str]]:
+        if self._section == "tool_call":
+            self._call += text
+            return
+        name = self._section
+        so_far = getattr(self.answer, name)
+        text = self._newlines + text
+        text = text if so_far else text.lstrip("\n")
+        said = text.rstrip("\n")
+        self._newlines = text[len(said):]
+        if said:
+            setattr(self.answer, name, so_far + said)
+            yield name, said
+
+    def _switch(self, marker: int) -> Iterator[tuple[str, str | dict]]:
+        if self._section == "tool_call":
+            if marker != END_CALL:
+                yield from self._malformed()
+            else:
+                try:
+                    call, = tool_calls_of({"tool_calls": [parse_json(self._call, "tool call", dict)]})
+                    self.answer.tool_calls.append(call)
+                    yield "tool_call", call
+                except ValueError:
+                    yield from self._malformed()
+        self._newlines, self._call = "", ""
+        self._section = {THINK: "reasoning", CALL: "tool_call"}.get(marker, "content")
+
+    def _malformed(self) -> Iterator[tuple[str, str]]:
+        self.answer.malformed.append(self._call.strip("\n"))
+        yield "malformed", self._call.strip("\n")
+
+
+def parse_answer(tokenizer: ChatTokenizer, answer: Iterable[int] | str, open_thinking: bool = False) -> Answer:
+    """A whole answer, as ids or text, taken apart."""
+    parser = AnswerParser(tokenizer, open_thinking)
+    list(parser.feed_text(answer) if isinstance(answer, str) else parser.feed(answer))
+    list(parser.finish())
+    return parser.answer

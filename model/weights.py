@@ -1,0 +1,152 @@
+"""Find, load and save weights: the only place that knows `out/`.
+
+A weight is `{name}_{hidden_size}[_moe].pth`, a plain half-precision state dict, and a `.json` beside it with the model's
+configuration, its tokenizer's hash, its parent and what it cost. Folders in transformers' format are read too.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.chat import TOKENIZER_DIR, ChatTokenizer
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, register
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT_DIR, CHECKPOINT_DIR = ROOT / "out", ROOT / "checkpoints"
+CONFIG_KEYS = ("hidden_size", "num_hidden_layers", "use_moe", "vocab_size", "num_attention_heads", "num_key_value_heads",
+               "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "num_experts",
+               "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
+
+
+def file_stem(name: str, config: MiniMindConfig) -> str:
+    """`{name}_{hidden_size}[_moe]`, the name that weights, resume states and logs share."""
+    return f"{name}_{config.hidden_size}{'_moe' if config.use_moe else ''}"
+
+
+def save_atomically(value: object, path: Path) -> None:
+    """torch.save to a temporary file beside `path`, sync, rename: a reader sees the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        raise OSError(None, f"{path}: not saved: {reason}; what was saved before is intact") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weight(model: MiniMindForCausalLM, name: str, save_dir: Path, tokenizer: ChatTokenizer, **facts) -> Path:
+    """Write `model` as half precision with its .json (config, tokenizer, `facts`). → the path of the .pth."""
+    path = Path(save_dir) / f"{file_stem(name, model.config)}.pth"
+    save_atomically({key: value.detach().half().cpu() for key, value in model.state_dict().items()}, path)
+    card = {"config": {key: getattr(model.config, key) for key in CONFIG_KEYS}, "tokenizer": tokenizer.hash, **facts}
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(card, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(temporary, path.with_suffix(".json"))
+    return path
+
+
+def find_weight(name: str, save_dir: Path, hidden_size: int | None = None, use_moe: bool | None = None) -> Path:
+    """The .pth of weight `name`. Raises UserError when there is none, or several and nothing says which."""
+    found = [path for path in sorted(Path(save_dir).glob(f"{name}_*.pth"))
+             if (end := path.stem[len(name) + 1:].removesuffix("_moe")).isdigit()
+             and hidden_size in (None, int(end)) and use_moe in (None, path.stem.endswith("_moe"))]
+    if not found:
+        wanted = f"{name}_{hidden_size or '*'}{'_moe' if use_moe else ''}.pth"
+        there = ", ".join(path.stem for path in sorted(Path(save_dir).glob("*.pth"))) or "nothing"
+        raise UserError(f"no weight {wanted} in {save_dir} (there: {there}); train it first or name another")
+    if len(found) > 1:
+        stems = ", ".join(path.stem for path in found)
+        raise UserError(f"several weights fit {name!r} in {save_dir}: {stems}; choose with --hidden_size and --use_moe")
+    return found[0]
+
+
+def load_weight(name: str, save_dir: Path = OUT_DIR, hidden_size: int | None = None, use_moe: bool | None = None,
+                tokenizer: ChatTokenizer | None = None, inference_rope_scaling: bool = False,
+                **overrides) -> tuple[MiniMindForCausalLM, dict]:
+    """Weight `name` as an fp32 model on the CPU, and its card ({} where no .json lies beside it).
+
+    Sizes come from the card; without one from the tensors' shapes and the published constants.
+    Raises UserError when the file is absent, unreadable, of another shape or for another tokenizer.
+    """
+    path = find_weight(name, save_dir, hidden_size, use_moe)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        card_path = path.with_suffix(".json")
+        card = json.loads(card_path.read_text("utf-8")) if card_path.exists() else {}
+    except Exception as error:
+        raise UserError(f"{path}: not a weight file: {str(error).splitlines()[0]}") from None
+    if tokenizer and card.get("tokenizer", tokenizer.hash) != tokenizer.hash:
+        raise UserError(f"{path} was trained with another tokenizer ({card['tokenizer']}, not {tokenizer.hash} of "
+                        f"{tokenizer.folder}); name its folder with --tokenizer")
+    sizes = (card.get("config") or published_sizes(state, path)) | overrides
+    model = MiniMindForCausalLM(MiniMindConfig(**sizes, inference_rope_scaling=inference_rope_scaling))
+    load_state(model, state, path)
+    return model, card
+
+
+def load_state(model: nn.Module, state: dict, path: Path) -> None:
+    """load_state_dict, with a mismatch told in one line."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        details = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise UserError(f"{path} does not fit the model: {details}") from None
+
+
+def published_sizes(state: dict, path: Path) -> dict:
+    """The configuration of a state dict without a card: sizes from its shapes, the rest as published."""
+    try:
+        first = "model.layers.0."
+        vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+        head_dim, = state[f"{first}self_attn.q_norm.weight"].shape
+        use_moe = f"{first}mlp.gate.weight" in state
+        stacked, single = f"{first}mlp.experts.down_proj", f"{first}mlp.experts.0.down_proj.weight"
+        down = state[stacked if stacked in state else single if use_moe else f"{first}mlp.down_proj.weight"]
+        return {
+            "vocab_size": vocab_size, "hidden_size": hidden_size, "head_dim": head_dim, "use_moe": use_moe,
+            "num_hidden_layers": sum(key.endswith("self_attn.q_norm.weight") for key in state),
+            "num_attention_heads": state[f"{first}self_attn.q_proj.weight"].shape[0] // head_dim,
+            "num_key_value_heads": state[f"{first}self_attn.k_proj.weight"].shape[0] // head_dim,
+            "intermediate_size": down.shape[-1], "norm_topk_prob": True,
+            "num_experts": len(state[f"{first}mlp.gate.weight"]) if use_moe else 4,
+        }
+    except (KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a MiniMind state dict, it lacks {error}") from None
+
+
+def load_folder(folder: str | Path, **overrides) -> tuple[nn.Module, ChatTokenizer]:
+    """A model and its tokenizer from a folder in transformers' format (Qwen3, or MiniMind's own class); no remote code."""
+    from transformers import AutoModelForCausalLM
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"--load_from {folder}: not a transformers folder (no config.json), nor the word 'model'")
+    register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **overrides)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--load_from {folder}: {str(error).splitlines()[0]}") from None
+    return model, ChatTokenizer(folder)
+
+
+def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_dir: str | Path | None, device: str,
+                       hidden_size: int | None = None, use_moe: bool | None = None,
+                       inference_rope_scaling: bool = False) -> tuple[nn.Module, ChatTokenizer]:
+    """What chat, server and evaluation start from: `load_from` 'model' is a weight of ours, anything else a folder."""
+    if load_from != "model":
+        model, tokenizer = load_folder(load_from, **({"inference_rope_scaling": True} if inference_rope_scaling else {}))
+    else:
+        tokenizer = ChatTokenizer(tokenizer_dir or TOKENIZER_DIR)
+        model, _ = load_weight(weight, save_dir, hidden_size, use_moe, tokenizer, inference_rope_scaling)
+    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    return model.to(device, dtype).eval().requires_grad_(False), tokenizer

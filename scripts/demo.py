@@ -1,0 +1,111 @@
+"""From random weights to a model that chats and calls tools, on two CPU cores, in minutes.
+
+Writes the synthetic sample world, trains a small model on it stage by stage with the very scripts of `trainer/`, prints
+what each stage gained on held-out cases, draws the loss curves and shows a short chat.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from model.errors import UserError, run_main
+from model.weights import OUT_DIR, ROOT
+from trainer.arguments import Parser
+
+SAMPLE = ROOT / "dataset/sample"
+SIZE = ("--hidden_size", "256")
+COMMON = (*SIZE, "--max_seq_len", "512", "--log_interval", "20", "--save_interval", "500", "--warmup_ratio", "0.05",
+          "--use_compile", "1", "--batch_size", "8")
+
+
+@dataclass
+class Stage:
+    """One training script with the flags that suit the sample world."""
+
+    name: str  # of the weight it writes
+    script: str
+    flags: tuple[str, ...]
+    main_path: bool = True  # else only part of `make demo-all`
+
+
+STAGES = (
+    Stage("pretrain", "trainer/train_pretrain.py", (
+        "--data_path", SAMPLE / "pretrain.jsonl", "--val_data_path", SAMPLE / "pretrain_val.jsonl",
+        "--num_hidden_layers", "4", "--epochs", "1", "--accumulation_steps", "1", "--learning_rate", "2e-3")),
+    Stage("full_sft", "trainer/train_full_sft.py", (
+        "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl", "--epochs", "1",
+        "--learning_rate", "2e-3", "--empty_think_ratio", "1", "--system_prompt_ratio", "0")),
+)
+CHAT = ("你好！", "Who are you?", "9 + 5等于几？", "What is the colour of the ink cat?")
+
+
+def run(*command: object) -> None:
+    """Run a script of the repository, as a user would; stop the demo if it fails."""
+    print(f"\n$ python {' '.join(str(part).replace(f'{ROOT}/', '') for part in command)}", flush=True)
+    status = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
+    if status:
+        raise UserError(f"{command[0]} ended with status {status}")
+
+
+def score(weight: str) -> dict[str, float]:
+    """Share of the held-out cases that `weight` answers exactly, a skill and in all."""
+    target = OUT_DIR / "logs" / f"{weight}_scores.json"
+    run("scripts/score_sample.py", "--weight", weight, *SIZE, "--json", target)
+    return json.loads(target.read_text("utf-8"))
+
+
+def draw_curves(stages: list[Stage], target: Path) -> None:
+    """The loss of each stage over its steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False)
+    for axis, stage in zip(axes[0], stages, strict=True):
+        log = OUT_DIR / "logs" / f"{stage.name}_256.jsonl"
+        rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+        for key, style in (("loss", "-"), ("val_loss", "o")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points, strict=True), style, label=key)
+        axis.set(title=stage.name, xlabel="step", ylabel="nats a token")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every stage, not only the way to a chatting model")
+    args = parser.parse_args()
+    stages = [stage for stage in STAGES if args.all or stage.main_path]
+    began = time.perf_counter()
+    run("dataset/sample_world.py", "--out", SAMPLE)
+    scores, minutes = {}, {}
+    for stage in stages:
+        start = time.perf_counter()
+        run(stage.script, *COMMON, *stage.flags)
+        minutes[stage.name] = (time.perf_counter() - start) / 60
+        scores[stage.name] = score(stage.name)
+    for question in CHAT:
+        run("eval_llm.py", *SIZE, "--temperature", 0, "--prompt", question)
+
+    curves = OUT_DIR / "demo.png"
+    draw_curves(stages, curves)
+    skills = list(scores[stages[0].name])
+    print("\nheld-out cases answered exactly, after each stage (the sample world is synthetic):")
+    print(f"{'':12}{'minutes':>9}" + "".join(f"{skill:>12}" for skill in skills))
+    for name, of_stage in scores.items():
+        print(f"{name:12}{minutes[name]:9.1f}" + "".join(f"{of_stage[skill]:12.0%}" for skill in skills))
+    print(f"\nloss curves: {curves.relative_to(ROOT)}   talk to it: .venv/bin/python eval_llm.py"
+          f"   ({(time.perf_counter() - began) / 60:.1f} minutes in all)")
+
+
+if __name__ == "__main__":
+    run_main(main)

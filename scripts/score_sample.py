@@ -1,0 +1,66 @@
+"""Score weights on the sample world's held-out cases: greedy answers, checked exactly."""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from dataset.lm_dataset import parse_row, read_rows
+from dataset.sample_world import is_correct
+from model.chat import parse_answer
+from model.engine import Sampling, generate
+from model.errors import run_main
+from model.weights import OUT_DIR, ROOT, load_for_inference
+from trainer.arguments import Parser, model_flags, positive
+from trainer.distributed import choose_device
+
+
+def score(model, tokenizer, cases: list[dict], max_new_tokens: int = 128) -> list[dict]:
+    """Answer each case (a conversation whose last message is the expected one); → the cases with answer and verdict."""
+    prompts, thinking = [], []
+    for case in cases:
+        *context, expected = case["conversations"]
+        thinking.append(bool(expected.get("reasoning_content")))
+        prompts.append(tokenizer.prompt(context, open_thinking=thinking[-1]))
+    answers = generate(model, prompts, Sampling(max_new_tokens, temperature=0))
+    parsed = [parse_answer(tokenizer, ids, thinks).message() for ids, thinks in zip(answers, thinking, strict=True)]
+    return [case | {"answer": answer, "correct": is_correct(case["conversations"][-1], answer)}
+            for case, answer in zip(cases, parsed, strict=True)]
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data_path", type=Path, default=ROOT / "dataset/sample/heldout.jsonl", help="held-out cases")
+    parser.add_argument("--weight", default="full_sft", help="name of the weight")
+    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
+    model_flags(parser)
+    parser.add_argument("--max_new_tokens", type=positive, default=128, help="longest answer, in tokens")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto: the best there is")
+    parser.add_argument("--json", type=Path, help="write the scores there")
+    parser.add_argument("--show_wrong", type=int, default=0, help="print so many wrong answers a skill")
+    args = parser.parse_args()
+    use_moe = None if args.use_moe is None else bool(args.use_moe)
+    model, tokenizer = load_for_inference("model", args.weight, args.save_dir, None, choose_device(args.device),
+                                          args.hidden_size, use_moe)
+    results = score(model, tokenizer, [parse_row(line) for _, line in read_rows(args.data_path)], args.max_new_tokens)
+
+    verdicts = defaultdict(list)
+    for result in results:
+        verdicts[result["skill"]].append(result["correct"])
+    scores = {skill: sum(of_skill) / len(of_skill) for skill, of_skill in verdicts.items()}
+    scores["all"] = sum(result["correct"] for result in results) / len(results)
+    print(f"held-out answers of {args.weight}, exact: " + ", ".join(f"{skill} {value:.0%}" for skill, value in scores.items()))
+    for skill in verdicts:
+        wrong = [result for result in results if result["skill"] == skill and not result["correct"]]
+        for result in wrong[:args.show_wrong]:
+            *context, expected = result["conversations"]
+            print(f"  {skill}: {context[-1]['content']!r}\n    expected {expected}\n    answered {result['answer']}")
+    if args.json:
+        args.json.write_text(json.dumps(scores, indent=1), "utf-8")
+
+
+if __name__ == "__main__":
+    run_main(main)

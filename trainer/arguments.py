@@ -1,0 +1,114 @@
+"""The flags that every stage shares, under the names their users know."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dataset.lm_dataset import CACHE_DIR
+from model.chat import TOKENIZER_DIR
+from model.weights import CHECKPOINT_DIR, OUT_DIR
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a mistake told in one line."""
+
+    def error(self, message: str) -> None:
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    return float(text)
+
+
+def share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """Sizes: needed to create a model, or to choose between weights of one name."""
+    group = parser.add_argument_group("model (needed only to create one, or to choose between weights of one name)")
+    group.add_argument("--hidden_size", type=positive, help="width (768 for a new model)")
+    group.add_argument("--num_hidden_layers", type=positive, help="blocks (8 for a new model)")
+    group.add_argument("--num_attention_heads", type=positive, help="query heads (8 for a new model)")
+    group.add_argument("--num_key_value_heads", type=positive, help="key-value heads (4 for a new model)")
+    group.add_argument("--use_moe", type=int, choices=(0, 1), help="mixture of 4 experts instead of dense")
+
+
+def stage_parser(description: str, **defaults) -> Parser:
+    """The flags of a training stage; `defaults` are the stage's own values for them."""
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", help="training rows, .jsonl or .jsonl.gz")
+    data.add_argument("--val_data_path", help="rows to validate on; the best weights are kept as {save_weight}_best")
+    data.add_argument("--max_seq_len", type=positive, help="tokens in a row")
+    data.add_argument("--packing", type=int, choices=(0, 1), default=1, help="fill rows with several documents (else pad)")
+    data.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0, help="leave bad rows out instead of stopping")
+    data.add_argument("--num_workers", type=natural, default=0, help="threads that tokenise (0: one a core)")
+    data.add_argument("--cache_dir", default=str(CACHE_DIR), help="folder of tokenised data")
+    data.add_argument("--tokenizer", default=str(TOKENIZER_DIR), help="folder of the tokenizer")
+
+    model_flags(parser)
+    group = parser.add_argument_group("weights")
+    group.add_argument("--from_weight", help="weight to start from; 'none' starts at random")
+    group.add_argument("--save_weight", help="name of the weight to write")
+    group.add_argument("--save_dir", default=str(OUT_DIR), help="folder of weights and logs")
+    group.add_argument("--checkpoint_dir", default=str(CHECKPOINT_DIR), help="folder of resume states")
+    group.add_argument("--from_resume", type=int, choices=(0, 1), default=0, help="go on from the resume state, if any")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=positive, default=2, help="passes over the data")
+    group.add_argument("--max_steps", type=natural, default=0,
+                       help="stop after so many steps (0: never); the schedule still spans all epochs")
+    group.add_argument("--batch_size", type=positive, help="rows a device takes at a time")
+    group.add_argument("--accumulation_steps", type=positive, default=1,
+                       help="batches in a step; a step takes batch_size x accumulation_steps rows on any number of devices")
+    group.add_argument("--learning_rate", type=amount, help="peak; linear warm-up, then a cosine to a tenth")
+    group.add_argument("--warmup_ratio", type=share, default=0.02, help="share of the steps that warm up")
+    group.add_argument("--weight_decay", type=amount, default=0.1, help="decoupled, on matrices only")
+    group.add_argument("--grad_clip", type=amount, default=1.0, help="largest gradient norm (0: no limit)")
+    group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
+                       help="muon: for the hidden matrices, AdamW for the rest")
+    group.add_argument("--seed", type=natural, default=42, help="of weights, data order and sampling")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+    group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
+                       help="of the matrix products; float32 where a CPU has no bfloat16 units")
+    group.add_argument("--use_compile", type=int, choices=(0, 1), default=0, help="torch.compile the blocks")
+
+    group = parser.add_argument_group("progress")
+    group.add_argument("--log_interval", type=positive, default=100, help="steps between log lines")
+    group.add_argument("--save_interval", type=positive, default=1000, help="steps between saves")
+    group.add_argument("--eval_interval", type=natural, default=0, help="steps between validations (0: at the end)")
+    group.add_argument("--use_wandb", action="store_true", help="track with SwanLab (offline when it has no network)")
+    group.add_argument("--wandb_project", help="project of the tracker")
+    parser.set_defaults(**{"data_path": None, **defaults})
+    return parser
+
+
+def read(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse, and make the paths absolute, so that nothing depends on the current directory later."""
+    args = parser.parse_args(argv)
+    for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir"):
+        value = getattr(args, name, None)
+        setattr(args, name, Path(value).expanduser().absolute() if value else None)
+    if args.use_moe is not None:
+        args.use_moe = bool(args.use_moe)
+    return args

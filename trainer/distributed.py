@@ -1,0 +1,109 @@
+"""Processes that train together: who am I, and what do we agree on."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. A single process is a world of one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of `value` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes; every rank gets the same answer at the same time."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, group=control_group())
+        return bool(votes)
+
+    def gather(self, value: object) -> list:
+        """Every rank's `value`, on every rank."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value, group=control_group())
+        return values
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the first rank of each machine do a thing (fill a cache, say) before the others."""
+        if self.size > 1 and self.local_rank > 0:
+            dist.barrier(control_group())
+        yield
+        if self.size > 1 and self.local_rank == 0:
+            dist.barrier(control_group())
+
+
+_control = None  # a gloo group beside nccl: agreeing on a flag must not wait for the GPU
+
+
+def control_group() -> dist.ProcessGroup:
+    return _control or dist.group.WORLD
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto`: CUDA, else MPS, else CPU. Raises UserError for a device that is not there."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index if device.index is not None else local_rank)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+@contextmanager
+def joined(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
+    """Join the processes that torchrun or deepspeed started, or be alone. → this process's place and its device."""
+    global _control
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield World(), choose_device(wanted_device)
+        return
+    rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = choose_device(wanted_device, local_rank)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # The first rank tokenises while the others wait: longer than the usual ten minutes when the file is large.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+    _control = dist.new_group(backend="gloo", timeout=timedelta(hours=4)) if device.type == "cuda" else None
+    try:
+        yield World(rank, size, local_rank), device
+    finally:
+        _control = None
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """The model to call in a training step: gradients are averaged over the ranks in its backward pass."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)

@@ -1,0 +1,380 @@
+"""THE training loop: accumulate → clip → step → log → validate → save → stop. Every stage is its data and its loss.
+
+A step takes batch_size × accumulation_steps rows, the same rows in the same order on any number of ranks, and its loss
+is divided by the supervised tokens of all of them. Nothing in a step waits for the device.
+"""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dataset.lm_dataset import TokenDataset
+from model.chat import ChatTokenizer
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import file_stem, load_state, load_weight, save_weight
+from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
+from trainer.distributed import World, joined, wrap
+from trainer.losses import Loss
+from trainer.metrics import MetricsLog, Tracker, duration, flops_per_token, peak_flops, peak_memory
+from trainer.optimizer import learning_rate, make_optimizers
+
+LossFunction = Callable[[nn.Module, dict[str, torch.Tensor]], Loss]
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe")
+
+
+class Diverged(Exception):
+    """The loss or a gradient is not a number any more."""
+
+
+class RowStream:
+    """The order of a data set's rows: one random permutation an epoch after the other, cut into steps.
+
+    Step s takes rows [s·G, (s+1)·G) of that stream, whatever the number of ranks, and every step is whole.
+    """
+
+    def __init__(self, dataset: TokenDataset, args, world: World):
+        self.dataset, self.seed, self.world = dataset, args.seed, world
+        self.rows_per_step = args.batch_size * args.accumulation_steps
+        if self.rows_per_step % world.size:
+            raise UserError(f"a step of {self.rows_per_step} rows (--batch_size x --accumulation_steps) cannot be shared "
+                            f"evenly by {world.size} ranks")
+        rows = self.rows_per_step // world.size
+        self.micro_steps = next(n for n in range(-(-rows // args.batch_size), rows + 1) if rows % n == 0)
+        self.steps = math.ceil(args.epochs * len(dataset) / self.rows_per_step)
+        self._epoch, self._order = -1, None
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of step `step`, of all ranks."""
+        stream = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
+        epochs, places = np.divmod(stream, len(self.dataset))
+        return np.concatenate([self._permutation(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's micro-batches of step `step`."""
+        for rows in self.rows(step).reshape(self.micro_steps, self.world.size, -1)[:, self.world.rank]:
+            yield self.dataset.batch(rows)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+        return self._order
+
+
+class Run:
+    """One training run: device, ranks, precision, seed, logging, graceful stop. Used as a context."""
+
+    def __init__(self, args):
+        self.args = args
+        self.stop_signal: int | None = None
+
+    def __enter__(self) -> "Run":
+        with ExitStack() as stack:
+            self.world, self.device = stack.enter_context(joined(self.args.device))
+            stack.enter_context(self._signals())
+            self._exit = stack.pop_all()
+        self.dtype = self._precision()
+        torch.manual_seed(self.args.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 where there is one
+        self.tokenizer = ChatTokenizer(self.args.tokenizer)
+        if self.args.num_workers:
+            os.environ["RAYON_NUM_THREADS"] = str(self.args.num_workers)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._exit.__exit__(*error)
+
+    def say(self, text: str) -> None:
+        if self.world.main:
+            print(text, flush=True)
+
+    # -- what a stage asks for -----------------------------------------------------------------------------------------
+
+    def load_model(self) -> MiniMindForCausalLM:
+        """The model of `--from_weight`, or a new one of the sizes asked for, the same on every rank."""
+        args = self.args
+        if args.from_weight == "none":
+            sizes = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
+            try:
+                return MiniMindForCausalLM(MiniMindConfig(vocab_size=self.tokenizer.vocab_size, **sizes))
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        model, _ = load_weight(args.from_weight, args.save_dir, args.hidden_size, args.use_moe, self.tokenizer)
+        for name in SIZES:
+            if (wanted := getattr(args, name)) not in (None, getattr(model.config, name)):
+                raise UserError(f"--{name} {wanted}, but weight {args.from_weight} has {getattr(model.config, name)}")
+        return model
+
+    def dataset(self, kind: type[TokenDataset], path: Path | None, **settings) -> TokenDataset | None:
+        """The rows of `path`, tokenised once for all ranks of a machine; None without a path."""
+        if path is None:
+            return None
+        args = self.args
+        with self.world.main_first():
+            began = time.perf_counter()
+            data = kind(path, self.tokenizer, args.max_seq_len, bool(args.packing), bool(args.skip_bad_rows),
+                        args.cache_dir, **settings)
+        self.say(f"data: {path.name}: {data.meta['documents']:,} documents, {data.meta['tokens']:,} tokens in {len(data):,} "
+                 f"rows of {args.max_seq_len}, {data.fill:.1%} full ({time.perf_counter() - began:.1f} s)")
+        for sentence in data.report:
+            self.say(f"data: {sentence}")
+        return data
+
+    def autocast(self):
+        """The context of a forward pass: half precision where the machine has units for it."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def fit(self, model: MiniMindForCausalLM, data: TokenDataset, loss_function: LossFunction,
+            val_data: TokenDataset | None = None) -> None:
+        """Train `model` on `data` as the flags say, save it, and stop early and clean when asked to."""
+        Training(self, model, data, loss_function, val_data).run()
+
+    # -- how it is done --------------------------------------------------------------------------------------------------
+
+    def _precision(self) -> torch.dtype:
+        wanted = getattr(torch, self.args.dtype)
+        if self.device.type == "cpu" and wanted == torch.float16:
+            raise UserError("--dtype float16 needs a GPU; use bfloat16 or float32 on a CPU")
+        if self.device.type == "cpu" and wanted == torch.bfloat16 and not cpu_has_bfloat16():
+            return torch.float32
+        return wanted
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop after the step at hand; a second SIGINT stops at once."""
+        def ask(number, _frame):
+            if self.stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Training:
+    """The state of one `fit`: models, optimizers, place in the data, and what was counted since the last log line."""
+
+    def __init__(self, run: Run, model: MiniMindForCausalLM, data: TokenDataset, loss_function: LossFunction,
+                 val_data: TokenDataset | None):
+        self.run_, self.args, self.world, self.device = run, run.args, run.world, run.device
+        self.data, self.val_data, self.loss_function = data, val_data, loss_function
+        self.model = model.to(run.device)
+        self.stream = RowStream(data, run.args, run.world)
+        self.optimizers = make_optimizers(model, run.args.optimizer, run.args.learning_rate, run.args.weight_decay)
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+        self.stem = file_stem(run.args.save_weight, model.config)
+        self.resume_path = run.args.checkpoint_dir / f"{self.stem}_resume.pth"
+        self.step, self.tokens, self.best, tracker_id = 0, 0, math.inf, None
+        self.settings = {"rows_per_step": self.stream.rows_per_step, "data": data.folder.name, "epochs": run.args.epochs,
+                         "max_seq_len": run.args.max_seq_len, "packing": run.args.packing, "seed": run.args.seed,
+                         "optimizer": run.args.optimizer, "learning_rate": run.args.learning_rate}
+        if run.args.from_resume:
+            tracker_id = self._resume()
+        if run.args.use_compile:
+            compile_blocks(model, run.device, run.say)
+        self.wrapped = wrap(model, run.world, run.device)
+        self.log = MetricsLog(run.args.save_dir / "logs" / f"{self.stem}.jsonl", self.step) if run.world.main else None
+        flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(run.args).items()}
+        self.facts = {"parent": run.args.from_weight, "flags": flags}
+        self.tracker = Tracker(run.args.use_wandb and run.world.main, run.args.wandb_project, self.stem, flags,
+                               run.args.save_dir / "logs", tracker_id)
+
+    def run(self) -> None:
+        args, say = self.args, self.run_.say
+        last = self.stream.steps if not args.max_steps else min(self.stream.steps, args.max_steps)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        say(f"train: {self.stem}, {parameters / 1e6:.2f} M parameters, steps {self.step:,} to {last:,} of {self.stream.steps:,}, "
+            f"{self.stream.rows_per_step} rows a step on {self.world.size} x {self.device}, {str(self.run_.dtype)[6:]}")
+        if self.step >= last:
+            say("train: nothing left to do")
+            return
+        self.peak = peak_flops(self.device, self.run_.dtype) * self.world.size
+        self.flops = flops_per_token(self.model, args.max_seq_len / 2)
+        self._start_interval()
+        while self.step < last:
+            self._take_step()
+            stopping = self.world.any(self.run_.stop_signal is not None)
+            ending = stopping or self.step == last
+            row = self._measure() if ending or self.step % args.log_interval == 0 else {}
+            if self.val_data is not None and (ending or (args.eval_interval and self.step % args.eval_interval == 0)):
+                row |= self._validate()
+            if row:
+                self._report(row, last)
+            if ending or self.step % args.save_interval == 0:
+                self._save(row)
+            if row:
+                self._start_interval()
+            if stopping:
+                say(f"train: stopped by signal {self.run_.stop_signal or ''} after step {self.step:,}; --from_resume 1 goes on")
+                break
+        self.tracker.close()
+
+    def _take_step(self) -> None:
+        """One optimizer step over this rank's share of the global batch."""
+        units = int(self.data.supervised[self.stream.rows(self.step)].sum())
+        warmup = math.ceil(self.args.warmup_ratio * self.stream.steps)
+        self.lr = learning_rate(self.step, self.stream.steps, self.args.learning_rate, warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+        micro_steps = self.stream.micro_steps
+        for number, batch in enumerate(self.stream.batches(self.step), 1):
+            batch = to_device(batch, self.device)
+            silent = nullcontext() if number == micro_steps or self.world.size == 1 else self.wrapped.no_sync()
+            with silent:
+                with self.run_.autocast():
+                    loss = self.loss_function(self.wrapped, batch)
+                # the wrapper averages over ranks, so a sum over all of them is multiplied by their number
+                value = loss.total * (self.world.size / max(units, 1))
+                if loss.mean is not None:
+                    value = value + loss.mean / micro_steps
+                self.scaler.scale(value).backward()
+            self.loss_sum += loss.total.detach()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        limit = self.args.grad_clip or math.inf
+        self.grad_norm = nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), limit)
+        self.healthy &= torch.isfinite(loss.total.detach())  # on the device: read when something is logged or saved
+        if not self.scaler.is_enabled():
+            self.healthy &= torch.isfinite(self.grad_norm)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        self.step += 1
+        self.units += units
+        tokens = int(self.data.real[self.stream.rows(self.step - 1)].sum())
+        self.tokens += tokens
+        self.interval_tokens += tokens
+
+    def _start_interval(self) -> None:
+        self.began, self.began_step, self.interval_tokens, self.units = time.perf_counter(), self.step, 0, 0
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.healthy = torch.ones((), dtype=torch.bool, device=self.device)
+
+    def _check(self) -> None:
+        """Raise Diverged if a loss or gradient of this interval was not finite. Waits for the device."""
+        if self.world.any(not bool(self.healthy)):
+            raise Diverged(f"the loss or its gradient is not finite at or before step {self.step}; nothing was saved since "
+                           f"({self.resume_path.name} is intact). Lower --learning_rate, or look at the data")
+
+    def _measure(self) -> dict:
+        """The numbers of the steps since the last log line."""
+        self._check()
+        loss = float(self.world.sum(self.loss_sum)) / max(self.units, 1)
+        seconds = time.perf_counter() - self.began
+        speed = self.interval_tokens / seconds
+        self.seconds_per_step = seconds / max(self.step - self.began_step, 1)
+        epoch = self.step * self.stream.rows_per_step / len(self.data)
+        return {"step": self.step, "epoch": epoch, "tokens": self.tokens, "loss": loss, "lr": self.lr,
+                "grad_norm": float(self.grad_norm), "tokens_per_s": speed, "mfu": speed * self.flops / self.peak,
+                "memory_gb": peak_memory(self.device)}
+
+    @torch.no_grad()
+    def _validate(self) -> dict:
+        """Mean loss a supervised token and bits a byte of text over the validation rows; keeps the best weights."""
+        data, B = self.val_data, self.args.batch_size
+        lengths = torch.tensor([0 if i < 36 else len(b) for i, b in enumerate(self.run_.tokenizer.token_bytes)])
+        sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens, nats of text tokens, their bytes
+        for begin in range(self.world.rank * B, len(data), self.world.size * B):
+            rows = np.arange(begin, min(begin + B, len(data)))
+            batch = data.batch(np.concatenate((rows, np.zeros(B - len(rows), int))))  # whole, so shapes stay the same
+            inside = batch["logits_at"] < len(rows) * self.args.max_seq_len
+            batch["logits_at"], targets = batch["logits_at"][inside], batch["targets"][inside]
+            moved = to_device({key: value for key, value in batch.items() if key != "targets"}, self.device)
+            with self.run_.autocast():
+                logits = self.model(**moved).logits
+            nats = nn.functional.cross_entropy(logits.float(), targets.to(self.device), reduction="none").double().cpu()
+            size = lengths[targets]
+            sums += torch.stack((nats.sum(), torch.tensor(len(nats)), nats[size > 0].sum(), size.sum()))
+        if self.world.size > 1:
+            sums = torch.stack(self.world.gather(sums)).sum(0)
+        nats, count, text_nats, size = sums.tolist()
+        return {"step": self.step, "val_loss": nats / max(count, 1), "val_bpb": text_nats / max(size, 1) / math.log(2)}
+
+    def _report(self, row: dict, last: int) -> None:
+        if not self.world.main:
+            return
+        parts = [f"{self.args.save_weight} {row.get('epoch', 0):.2f}/{self.args.epochs} step {self.step:,}/{last:,}"]
+        if "loss" in row:
+            parts.append(f"loss {row['loss']:.4f} lr {row['lr']:.2e} norm {row['grad_norm']:.2f} "
+                         f"{row['tokens_per_s']:,.0f} tok/s mfu {row['mfu']:.0%} {row['memory_gb']:.1f} GB "
+                         f"eta {duration((last - self.step) * self.seconds_per_step)}")
+        if "val_loss" in row:
+            parts.append(f"val_loss {row['val_loss']:.4f} val_bpb {row['val_bpb']:.4f}")
+        print(" · ".join(parts), flush=True)
+        self.log.write(row)
+        self.tracker.log(row)
+
+    def _save(self, row: dict) -> None:
+        """Weights for use, and the state to resume from; the best weights too when validation says so."""
+        self._check()
+        randomness = self.world.gather(random_state())
+        better = row.get("val_loss", math.inf) < self.best
+        self.best = min(self.best, row.get("val_loss", math.inf))
+        if not self.world.main:
+            return
+        facts = self.facts | {"tokens_seen": self.tokens, "step": self.step, "metrics": row}
+        save_weight(self.model, self.args.save_weight, self.args.save_dir, self.run_.tokenizer, **facts)
+        if better:
+            save_weight(self.model, f"{self.args.save_weight}_best", self.args.save_dir, self.run_.tokenizer, **facts)
+        save_resume(self.resume_path, {
+            "settings": self.settings, "step": self.step, "tokens": self.tokens, "best": self.best,
+            "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(), "random": randomness, "tracker": self.tracker.run_id,
+        })
+
+    def _resume(self) -> str | None:
+        """Take up the saved state; → the tracker's run id."""
+        state = load_resume(self.resume_path, self.settings)
+        if state is None:
+            self.run_.say(f"resume: no {self.resume_path.name} yet, starting from the beginning")
+            return None
+        load_state(self.model, state["model"], self.resume_path)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.tokens, self.best = state["step"], state["tokens"], state["best"]
+        if len(state["random"]) == self.world.size:
+            restore_random_state(state["random"][self.world.rank])
+        self.run_.say(f"resume: going on after step {self.step:,}")
+        return state["tracker"]
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copy without waiting: from pinned memory on CUDA."""
+    if device.type == "cuda":
+        return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware; without, bf16 is emulated and several times slower than fp32."""
+    checks = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks)
+
+
+def compile_blocks(model: MiniMindForCausalLM, device: torch.device, say: Callable[[str], None]) -> None:
+    """torch.compile each block in place (one compilation serves all); stay eager where no compiler works."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        say(f"compile: not possible here, going on without ({type(error).__name__}: is a C++ compiler installed?)")
+        return
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)

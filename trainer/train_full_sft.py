@@ -1,0 +1,34 @@
+"""Full supervised fine-tuning: learn to answer, from conversations; only what the assistant says is learned."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from dataset.lm_dataset import SFTDataset
+from model.errors import run_main
+from model.weights import ROOT
+from trainer.arguments import read, share, stage_parser
+from trainer.loop import Run
+from trainer.losses import next_token_loss
+
+
+def main() -> None:
+    parser = stage_parser(
+        __doc__, data_path=str(ROOT / "dataset/sft_t2t_mini.jsonl"), from_weight="pretrain", save_weight="full_sft",
+        max_seq_len=768, batch_size=16, accumulation_steps=1, learning_rate=1e-5, wandb_project="MiniMind-Full-SFT")
+    parser.add_argument("--system_prompt_ratio", type=share, default=0.2,
+                        help="share of the conversations without a system prompt that get one")
+    parser.add_argument("--empty_think_ratio", type=share, default=0.2,
+                        help="share of the conversations that keep their empty think blocks")
+    args = read(parser)
+    extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
+    with Run(args) as run:
+        model = run.load_model()
+        data = run.dataset(SFTDataset, args.data_path, **extras)
+        val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
+        run.fit(model, data, next_token_loss, val_data)
+
+
+if __name__ == "__main__":
+    run_main(main)

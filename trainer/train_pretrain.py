@@ -1,0 +1,28 @@
+"""Pretraining: predict the next token of plain text, from random weights."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from dataset.lm_dataset import PretrainDataset
+from model.errors import run_main
+from model.weights import ROOT
+from trainer.arguments import read, stage_parser
+from trainer.loop import Run
+from trainer.losses import next_token_loss
+
+
+def main() -> None:
+    args = read(stage_parser(
+        __doc__, data_path=str(ROOT / "dataset/pretrain_t2t_mini.jsonl"), from_weight="none", save_weight="pretrain",
+        max_seq_len=340, batch_size=32, accumulation_steps=8, learning_rate=5e-4, wandb_project="MiniMind-Pretrain"))
+    with Run(args) as run:
+        model = run.load_model()
+        data = run.dataset(PretrainDataset, args.data_path)
+        val_data = run.dataset(PretrainDataset, args.val_data_path)
+        run.fit(model, data, next_token_loss, val_data)
+
+
+if __name__ == "__main__":
+    run_main(main)
