@@ -15,25 +15,28 @@ from trainer.arguments import Parser, amount, model_flags, natural, positive, sh
 from trainer.distributed import choose_device
 
 QUESTIONS = ("你好，你是谁？", "你有什么特长？", "为什么天空是蓝色的？", "请介绍一下北京。", "推荐一些中国的美食。",
-             "Who are you?", "What is machine learning?", "Why does it rain?", "Give me three tips for learning English.")
+             "Who are you?", "What is machine learning?", "Why does it rain?", "Give me tips for learning English.")
 TEXTS = ("很久以前，", "机器学习是", "Once upon a time, ", "The capital of France")
 HELP = "/clear forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--load_from", default="model", help="'model': a weight of --save_dir; else a transformers folder")
-    parser.add_argument("--weight", default="full_sft", help="name of the weight; 'pretrain…' continues text, others chat")
+    parser.add_argument("--load_from", default="model",
+                        help="'model': a weight of --save_dir; else a transformers folder")
+    parser.add_argument("--weight", default="full_sft",
+                        help="name of the weight; 'pretrain…' continues text, others chat")
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
     model_flags(parser)
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--questions", action="store_true", help="answer the built-in questions and exit")
-    parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think before it answers")
+    parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
     parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than were trained on")
     parser.add_argument("--max_new_tokens", type=positive, default=1024, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=amount, default=0.85, help="0 takes the likeliest token")
-    parser.add_argument("--top_p", type=share, default=0.95, help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--top_p", type=share, default=0.95,
+                        help="sample from the likeliest tokens of this probability")
     parser.add_argument("--seed", type=natural, help="of sampling (another one each time by default)")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
     return parser.parse_args()

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,48 +20,45 @@ import numpy as np
 import torch
 
 from dataset.packing import Rows, collate, cut_at_answers, pack, split_long
-from model.chat import BOS, EOS, ChatTokenizer, Piece, render
+from model.chat import BOS, EOS, ChatTokenizer, Piece, read_json, render
 from model.errors import UserError
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
 CHUNK_BYTES = 4 << 20  # of text tokenised at a time
-VERSION = 1  # of the token file: raise it when the same row becomes other tokens
+VERSION = 2  # of the token file: raise it when the same row becomes other tokens
 
 SYSTEM_PROMPTS = {
-    "zh": ("你是一个乐于助人的小语言模型。", "你是 MiniMind，请用简洁的话回答问题。", "请尽力回答用户的问题，不知道就说不知道。",
-           "你是一位耐心的助手，说话清楚、准确。", "你是一个会中文和英文的聊天助手。"),
+    "zh": ("你是一个乐于助人的小语言模型。", "你是 MiniMind，请用简洁的话回答问题。",
+           "请尽力回答用户的问题，不知道就说不知道。", "你是一位耐心的助手，说话清楚、准确。",
+           "你是一个会中文和英文的聊天助手。"),
     "en": ("You are a small and helpful language model.", "You are MiniMind. Answer in a few clear words.",
            "Answer the user as well as you can, and say so when you do not know.",
-           "You are a patient assistant who is clear and exact.", "You are an assistant who chats in Chinese and English."),
+           "You are a patient assistant who is clear and exact.",
+           "You are an assistant who chats in Chinese and English."),
 }
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, str]]:
+def read_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, line) of a jsonl or jsonl.gz file. Raises UserError when it cannot be read."""
+    number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                yield number, line.decode("utf-8")
+                yield number, line
     except FileNotFoundError:
         raise UserError(f"--data_path {path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
-    except (OSError, EOFError) as error:
-        raise UserError(f"--data_path {path}: cannot be read: {error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}:{number + 1}: cannot be read: {error}") from None
 
 
-def parse_row(line: str) -> dict:
+def parse_row(line: bytes) -> dict:
     """One line → the row. Raises ValueError saying what is wrong."""
     if not line.strip():
         raise ValueError("empty line")
     try:
-        row = json.loads(line)
-        if "\\ud" in line.lower():  # half a surrogate pair is legal JSON but no text
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair (\\ud800 to \\udfff) is not text") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+        row = read_json(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason}") from None
     if not isinstance(row, dict):
         raise ValueError(f"a row is a JSON object, not {type(row).__name__}")
     return row
@@ -121,15 +119,15 @@ class TokenDataset:
         self.folder = cache_dir / key
         if not (self.folder / "meta.json").exists():
             self._tokenise(self.folder)
-        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.meta = json.loads((self.folder / "meta.json").read_text("utf-8"))
         if self.meta["bad"] and not skip_bad_rows:
-            raise UserError(self.meta["first_bad"][0] + " (--skip_bad_rows 1 leaves such rows out)")
+            raise self._bad_row(self.meta["first_bad"][0])
         self.tokens = np.memmap(self.folder / "tokens.bin", np.uint16, "r")
         self.mask = np.memmap(self.folder / "mask.bin", np.uint8, "r") if self.masked else None
         self._load_plan(self.folder / f"rows_{max_seq_len}_{'packed' if packing else 'padded'}.npz", packing)
 
-    def pieces(self, line: str) -> list[Piece]:
-        """One line of the file → what to tokenise. Raises ValueError saying what is wrong with it."""
+    def pieces(self, row: dict) -> list[Piece]:
+        """One row of the file → what to tokenise. Raises ValueError saying what is wrong with it."""
         raise NotImplementedError
 
     def cut(self, start: np.ndarray, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -152,13 +150,13 @@ class TokenDataset:
         """Write the token file, whole or not at all."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        ends, bad, total = [], [], 0
+        ends, total, bad, first_bad = [], 0, 0, []
         try:
             with open(work / "tokens.bin", "wb") as tokens, open(work / "mask.bin", "wb") as masks:
                 for conversations, errors in self._chunks():
-                    bad += errors
+                    bad, first_bad = bad + len(errors), (first_bad + errors)[:5]
                     if bad and not self.skip_bad_rows:
-                        raise UserError(f"{bad[0]} (--skip_bad_rows 1 leaves such rows out)")
+                        raise self._bad_row(first_bad[0])
                     for ids, mask in self.tokenizer.encode_pieces(conversations):
                         tokens.write(np.array(ids, np.uint16).tobytes())
                         if self.masked:
@@ -171,8 +169,8 @@ class TokenDataset:
             if not ends:
                 raise UserError(f"{self.path}: no usable row in it")
             np.save(work / "ends.npy", np.array(ends, np.int64))
-            meta = {"source": str(self.path), "documents": len(ends), "tokens": total, "bad": len(bad),
-                    "first_bad": bad[:5], "settings": self.settings}
+            meta = {"source": str(self.path), "documents": len(ends), "tokens": total, "bad": bad,
+                    "first_bad": first_bad, "settings": self.settings}
             write_atomically(work / "meta.json", json.dumps(meta, ensure_ascii=False).encode())
             os.rename(work, folder)
         except OSError:
@@ -181,14 +179,17 @@ class TokenDataset:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
+    def _bad_row(self, complaint: str) -> UserError:
+        return UserError(f"{self.path}:{complaint} (--skip_bad_rows 1 leaves such rows out)")
+
     def _chunks(self) -> Iterator[tuple[list[list[Piece]], list[str]]]:
-        """The file's rows as pieces, a few megabytes at a time, and the complaints about bad ones."""
+        """The file's rows as pieces, a few megabytes at a time, and complaints about bad ones: "line: words"."""
         conversations, errors, size = [], [], 0
         for number, line in read_rows(self.path):
             try:
-                conversations.append(self.pieces(line))
+                conversations.append(self.pieces(parse_row(line)))
             except ValueError as error:
-                errors.append(f"{self.path}:{number}: {error}")
+                errors.append(f"{number}: {error}")
             size += len(line)
             if size > CHUNK_BYTES:
                 yield conversations, errors
@@ -205,8 +206,9 @@ class TokenDataset:
             row_of_piece = np.repeat(np.arange(len(rows)), np.diff(rows.first))
             real = np.bincount(row_of_piece, rows.length, len(rows)).astype(np.int64)
             if self.masked:
-                said = np.concatenate(([0], np.cumsum(self.mask, dtype=np.int64)))
-                labels = said[rows.start + rows.length + 1] - said[rows.start + 1]
+                said = np.asarray(self.mask)  # a slice of a memmap is slow to make
+                labels = [np.count_nonzero(said[start + 1:start + length + 1])
+                          for start, length in zip(rows.start.tolist(), rows.length.tolist(), strict=True)]
                 supervised = np.bincount(row_of_piece, labels, len(rows)).astype(np.int64)
             else:
                 supervised = real
@@ -221,14 +223,15 @@ class TokenDataset:
             self.report = json.loads(str(plan["lost"]))
         self.max_pieces = int(np.diff(self.rows.first).max())
         if self.meta["bad"]:
-            self.report.insert(0, f"skipped {self.meta['bad']} bad rows, the first: " + "; ".join(self.meta["first_bad"]))
+            first = "; ".join(f"line {complaint}" for complaint in self.meta["first_bad"])
+            self.report.insert(0, f"skipped {self.meta['bad']:,} bad rows of {self.path}, the first: {first}")
 
 
 class PretrainDataset(TokenDataset):
     """{"text": …}: `<|im_start|>` text `<|im_end|>`, every token learned; a long text continues in further pieces."""
 
-    def pieces(self, line: str) -> list[Piece]:
-        text = parse_row(line).get("text")
+    def pieces(self, row: dict) -> list[Piece]:
+        text = row.get("text")
         if not isinstance(text, str):
             raise ValueError('a pretraining row is {"text": …}' + ("" if text is None else ", text"))
         if not text.strip():
@@ -253,17 +256,19 @@ class SFTDataset(TokenDataset):
         super().__init__(data_path, tokenizer, max_seq_len, packing, skip_bad_rows, cache_dir, seed=seed,
                          system_prompt_ratio=system_prompt_ratio, empty_think_ratio=empty_think_ratio)
 
-    def pieces(self, line: str) -> list[Piece]:
-        messages = conversation_of(parse_row(line))
-        if not any(message.get("role") == "assistant" for message in messages if isinstance(message, dict)):
+    def pieces(self, row: dict) -> list[Piece]:
+        messages = conversation_of(row)
+        if not any(message.get("role") == "assistant" for message in messages):
             raise ValueError("no message of the assistant's, so nothing to learn")
-        chance = random.Random(f"{self.settings['seed']} {line.strip()}")
+        text = str(messages)
+        chance = random.Random(f"{self.settings['seed']} {text}")
         add_system, keep_think = (chance.random() < self.settings[ratio]
                                   for ratio in ("system_prompt_ratio", "empty_think_ratio"))
+        rendered = render(messages, empty_think=keep_think)
         if add_system and messages[0].get("role") != "system":
-            language = "zh" if any("一" <= character <= "鿿" for character in line) else "en"
-            messages = [{"role": "system", "content": chance.choice(SYSTEM_PROMPTS[language])}, *messages]
-        return render(messages, empty_think=keep_think)
+            language = "zh" if any("一" <= character <= "鿿" for character in text) else "en"
+            rendered = render([{"role": "system", "content": chance.choice(SYSTEM_PROMPTS[language])}]) + rendered
+        return rendered
 
     def cut(self, start, questions):
         kept, answers_cut = cut_at_answers(start, questions, self.mask, self.max_seq_len)

@@ -1,7 +1,8 @@
 """Token sequences → fixed-size rows with document boundaries.
 
 A document of n tokens asks n - 1 questions (token i → token i + 1), so a row of T positions holds T questions and no
-position predicts across documents. A piece is a run of one document's questions: its start in the token file and length.
+position predicts across documents. A piece is a run of one document's questions: its start in the token file and its
+length.
 """
 
 from dataclasses import dataclass
@@ -101,8 +102,10 @@ def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray
         for piece in range(rows.first[row], rows.first[row + 1]):
             start, n = int(rows.start[piece]), int(rows.length[piece])
             ids[b, at:at + n] = tokens[start:start + n]
-            answers = tokens[start + 1:start + n + 1].astype(np.int64)
-            targets[b, at:at + n] = answers if mask is None else np.where(mask[start + 1:start + n + 1], answers, IGNORE)
+            after = slice(start + 1, start + n + 1)
+            targets[b, at:at + n] = tokens[after]
+            if mask is not None:
+                targets[b, at:at + n][mask[after] == 0] = IGNORE
             positions[b, at:at + n] = np.arange(n)
             real[b, at:at + n] = 1
             at += n

@@ -1,8 +1,8 @@
 """Write the embedded sample data: a small, closed, bilingual (English + Chinese) world in every row format.
 
-The data is SYNTHETIC. Its towns, animals and people do not exist, its weather and exchange rates are random numbers, its
-sentences come from templates. It exists so that every stage can be run and measured in minutes without a download; a
-model trained on it knows this world and nothing else. Three rules make the world checkable:
+The data is SYNTHETIC: its towns, animals and people do not exist, its weather and exchange rates are random numbers,
+its sentences come from templates. It exists so that every stage can be run and measured in minutes without a download;
+a model trained on it knows this world and nothing else. Three rules make the world checkable:
 
 * An answer is canonical: skill, language and values fix its wording, so `is_correct` compares exactly.
 * A combination (a fact, two numbers, a name, an expression, a phrasing) belongs to one split: train, val or heldout.
@@ -20,26 +20,32 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import operator
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator
-from itertools import permutations, product
+from functools import partial
+from itertools import accumulate, permutations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
 Text = tuple[str, str]
-Tree = Any  # an int, or (operator, Tree, Tree)
+Tree = Any  # an int, or (sign, Tree, Tree)
 
 LANGS = ("en", "zh")
 SKILLS = ("facts", "arithmetic", "thinking", "dialogue", "identity", "tools")
-SFT_MIX = (20, 12, 12, 10, 6, 40)  # percent, in the order of SKILLS
+SFT_MIX = (22, 20, 16, 16, 6, 20)  # percent, in the order of SKILLS
 DPO_MIX = (20, 20, 10, 15, 10, 25)
 HELDOUT_PERCENT, VAL_PERCENT = 12, 6
-HELDOUT_CASES = 40  # per skill and language, at any scale
-FILES = {"pretrain": 6000, "pretrain_val": 200, "sft": 12000, "sft_val": 400, "heldout": 480, "dpo": 1500, "dpo_val": 100,
-         "rlaif": 1500, "agent_rl": 1500, "agent_rl_val": 100, "lora_identity": 300, "lora_identity_val": 40}
+HELDOUT_CASES = 24  # per skill and language, at any scale
+FILES = {  # rows at scale 1
+    "pretrain": 1500, "pretrain_val": 100, "sft": 5500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
+    "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "agent_rl": 1500, "agent_rl_val": 100, "lora_identity": 300,
+    "lora_identity_val": 40}
+SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+dumps = partial(json.dumps, ensure_ascii=False)
 
 
 def _table(text: str) -> tuple[tuple[str, ...], ...]:
@@ -49,29 +55,38 @@ def _table(text: str) -> tuple[tuple[str, ...], ...]:
 
 # ---- the things of the world
 
-TOWNS = _table("""Lumora=露莫拉, Bracken=布雷肯, Tindale=廷代尔, Osmere=奥斯米尔, Velis=维利斯, Karrow=卡罗, Pellan=佩兰,
-    Norwick=诺威克, Sunholt=桑霍特, Marren=马伦, Quillby=奎尔比, Dunmoor=邓莫尔, Elvane=埃尔文, Fenwater=芬沃特""")
-ANIMALS = _table("""the glimmer fox=微光狐, the moss bear=苔熊, the bell bird=铃鸟, the sand otter=沙獭, the ink cat=墨猫,
-    the cloud goat=云羊, the frost hare=霜兔, the reed duck=苇鸭, the stone turtle=石龟, the lamp owl=灯枭,
-    the ribbon snake=丝带蛇, the honey mole=蜜鼹, the wind deer=风鹿""")
+TOWNS = _table("""Lumora=露莫拉, Bracken=布雷肯, Tindale=廷代尔, Osmere=奥斯米尔, Velis=维利斯, Karrow=卡罗,
+    Pellan=佩兰, Norwick=诺威克""")
+ANIMALS = _table("""the glimmer fox=微光狐, the moss bear=苔熊, the bell bird=铃鸟, the sand otter=沙獭,
+    the ink cat=墨猫, the cloud goat=云羊, the frost hare=霜兔, the reed duck=苇鸭""")
 PEOPLE = _table("""Lin Mo=林墨, Su Qing=苏晴, Gao Yuan=高远, Bai Lu=白露, Shen Yan=沈岩, Tang Xia=唐夏, He Miao=何苗,
-    Jiang Chen=江晨, Qin Shu=秦舒, Luo Bei=罗贝, Meng Fei=孟飞, Yu Zhou=余舟, Cao Ning=曹宁""")
+    Jiang Chen=江晨""")
 COLOURS = _table("red=红色, blue=蓝色, green=绿色, yellow=黄色, white=白色, black=黑色, purple=紫色, silver=银色")
-FOODS = _table("""apples=苹果, bananas=香蕉, mangoes=芒果, peaches=桃子, pears=梨, grapes=葡萄, lemons=柠檬, melons=甜瓜,
-    cherries=樱桃, bread=面包, rice=米饭, noodles=面条, cake=蛋糕, cheese=奶酪, eggs=鸡蛋, fish=鱼, tofu=豆腐, corn=玉米,
-    potatoes=土豆, tomatoes=西红柿, carrots=胡萝卜, peanuts=花生, mushrooms=蘑菇, chocolate=巧克力, dumplings=饺子""")
+PRODUCTS = _table("honey=蜂蜜, glass=玻璃, paper=纸张, tea=茶叶, cheese=奶酪, silk=丝绸, salt=食盐, pottery=陶器")
+LANDSCAPES = _table("lake=湖泊, forest=森林, desert=沙漠, river=河流, mountain=高山, bay=海湾, valley=山谷, cliff=悬崖")
+FEED = _table("berries=浆果, seeds=种子, fish=小鱼, leaves=树叶, nuts=坚果, grass=青草, bark=树皮, roots=草根")
+HOMES = _table("caves=山洞, hollow trees=树洞, tall grass=草丛, old barns=谷仓, pine woods=松林, warm springs=温泉")
+JOBS = _table("baker=面包师, teacher=老师, doctor=医生, farmer=农夫, sailor=水手, painter=画家, tailor=裁缝")
+INSTRUMENTS = _table("flute=笛子, violin=小提琴, guitar=吉他, harp=竖琴, piano=钢琴, trumpet=小号, cello=大提琴")
+DRINKS = _table("tea=茶, milk=牛奶, coffee=咖啡, juice=果汁, cocoa=可可, lemonade=柠檬水, cider=苹果酒, water=清水")
+FOODS = _table("""apples=苹果, bananas=香蕉, mangoes=芒果, peaches=桃子, pears=梨, grapes=葡萄, lemons=柠檬, corn=玉米,
+    melons=甜瓜, cherries=樱桃, bread=面包, rice=米饭, noodles=面条, cake=蛋糕, cheese=奶酪, eggs=鸡蛋, fish=鱼,
+    tofu=豆腐, potatoes=土豆, carrots=胡萝卜, peanuts=花生, mushrooms=蘑菇, chocolate=巧克力, dumplings=饺子""")
 CITIES = _table("""Tokyo=东京=Asia, Seoul=首尔=Asia, Singapore=新加坡=Asia, Bangkok=曼谷=Asia, Shanghai=上海=Asia,
     London=伦敦=Europe, Paris=巴黎=Europe, Berlin=柏林=Europe, Rome=罗马=Europe, Athens=雅典=Europe, Oslo=奥斯陆=Europe,
     Cairo=开罗=Africa, Nairobi=内罗毕=Africa, Sydney=悉尼=Australia, Perth=珀斯=Australia, Toronto=多伦多=America,
     Chicago=芝加哥=America, Denver=丹佛=America, Lima=利马=America, Havana=哈瓦那=America""")
 CURRENCIES = _table("USD=美元, EUR=欧元, CNY=人民币, JPY=日元, GBP=英镑, KRW=韩元, CHF=瑞士法郎, INR=印度卢比")
 WEATHER = _table("sunny=晴天, cloudy=多云, rainy=下雨, windy=刮风, snowy=下雪, foggy=有雾")
-UNITS = {"km": ("kilometres", "公里"), "m": ("metres", "米"), "cm": ("centimetres", "厘米"), "kg": ("kilograms", "千克"),
-         "g": ("grams", "克"), "h": ("hours", "小时"), "min": ("minutes", "分钟"), "s": ("seconds", "秒")}
+UNITS = {"km": ("kilometres", "公里"), "m": ("metres", "米"), "cm": ("centimetres", "厘米"), "h": ("hours", "小时"),
+         "kg": ("kilograms", "千克"), "g": ("grams", "克"), "min": ("minutes", "分钟"), "s": ("seconds", "秒")}
 FACTORS = {("km", "m"): 1000, ("m", "cm"): 100, ("kg", "g"): 1000, ("h", "min"): 60, ("min", "s"): 60}
-FIRST = (("Alice", "Ben", "Clara", "David", "Edith", "Felix", "Grace", "Henry"), tuple("王李张刘陈杨赵黄"))
-LAST = ((" Brook", " Field", " Hill", " Lake", " Moor", " Reed", " Stone", " Wood"), tuple("伟娜强洋静帆磊婷"))
-NAMES = tuple(tuple(a + b for a, b in product(*parts)) for parts in zip(FIRST, LAST))
+FIRST = (("Alice", "Ben", "Clara", "David", "Edith", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Mary",
+          "Nora", "Oscar", "Paul", "Rose", "Sam"), tuple("王李张刘陈杨赵黄周吴徐孙马朱胡郭林高"))
+LAST = ((" Brook", " Field", " Hill", " Lake", " Moor", " Reed", " Stone", " Wood", " Bell", " Cook", " Day", " Fox",
+         " Gray", " King", " Mill"), tuple("伟娜强洋静帆磊婷敏杰丽军平红玉"))
+NUMBERS = (tuple(map(str, range(100, 1000))),) * 2
+NAMES = tuple(tuple(first + last for first, last in product(FIRST[lang], LAST[lang])) for lang in (0, 1))
 PLACES = tuple(tuple(place[lang] for place in (*CITIES, *TOWNS)) for lang in (0, 1))
 MEALS = tuple(tuple(food[lang] for food in FOODS) for lang in (0, 1))
 
@@ -81,77 +96,59 @@ class Attribute(NamedTuple):
 
     entities: tuple[Text, ...]
     values: tuple[Text, ...]
+    noun: Text
     say: Text
-    ask: Text
 
 
 ATTRIBUTES = (
-    Attribute(TOWNS, COLOURS,
-        ("The flag of {e} is {v}.|A {v} flag flies over {e}.|People in {e} wave a {v} flag.",
-         "{e}的旗帜是{v}的。|{v}的旗帜飘扬在{e}上空。|{e}的居民挥舞{v}的旗帜。"),
-        ("What colour is the flag of {e}?|Which colour does the flag of {e} have?|Tell me the flag colour of {e}.",
-         "{e}的旗帜是什么颜色的？|{e}的旗帜是哪种颜色？|告诉我{e}的旗帜颜色。")),
-    Attribute(TOWNS, _table("honey=蜂蜜, glass=玻璃, paper=纸张, tea=茶叶, cheese=奶酪, silk=丝绸, salt=食盐, pottery=陶器"),
-        ("{e} is famous for {v}.|Traders buy {v} in {e}.|The best {v} comes from {e}.",
-         "{e}以{v}闻名。|商人们到{e}购买{v}。|最好的{v}来自{e}。"),
-        ("What is {e} famous for?|What do traders buy in {e}?|Tell me the famous product of {e}.",
-         "{e}以什么闻名？|商人们到{e}购买什么？|告诉我{e}的特产。")),
-    Attribute(TOWNS, _table("lake=湖泊, forest=森林, desert=沙漠, river=河流, mountain=高山, bay=海湾, valley=山谷, cliff=悬崖"),
-        ("{e} lies near a {v}.|There is a {v} close to {e}.|From {e} you can walk to a {v}.",
-         "{e}靠近{v}。|{e}附近有{v}。|从{e}可以步行到{v}。"),
-        ("What lies near {e}?|What is close to {e}?|Tell me what {e} lies near.",
-         "{e}靠近什么？|{e}附近有什么？|告诉我{e}附近的风景。")),
-    Attribute(ANIMALS, COLOURS,
-        ("{e} is {v}.|The colour of {e} is {v}.|You know {e} by its {v} colour.",
-         "{e}是{v}的。|{e}的颜色是{v}。|人们凭{v}认出{e}。"),
-        ("What colour is {e}?|Which colour does {e} have?|Tell me the colour of {e}.",
-         "{e}是什么颜色的？|{e}的颜色是什么？|告诉我{e}的颜色。")),
-    Attribute(ANIMALS, _table("berries=浆果, seeds=种子, fish=小鱼, leaves=树叶, nuts=坚果, grass=青草, bark=树皮, roots=草根"),
-        ("{e} eats {v}.|The food of {e} is {v}.|Every day {e} looks for {v}.", "{e}吃{v}。|{e}的食物是{v}。|{e}每天寻找{v}。"),
-        ("What does {e} eat?|What is the food of {e}?|Tell me what {e} eats.",
-         "{e}吃什么？|{e}的食物是什么？|告诉我{e}吃什么。")),
-    Attribute(ANIMALS, _table("""caves=山洞, hollow trees=树洞, tall grass=草丛, old barns=谷仓, pine woods=松林,
-                                 bamboo groves=竹林, warm springs=温泉, quiet gardens=花园"""),
-        ("{e} lives in {v}.|The home of {e} is in {v}.|You can find {e} in {v}.",
-         "{e}住在{v}里。|{e}的家在{v}里。|在{v}里可以找到{e}。"),
-        ("Where does {e} live?|Where is the home of {e}?|Where can I find {e}?",
-         "{e}住在哪里？|{e}的家在哪里？|在哪里可以找到{e}？")),
-    Attribute(PEOPLE, _table("baker=面包师, teacher=老师, doctor=医生, farmer=农夫, sailor=水手, painter=画家, tailor=裁缝"),
-        ("{e} is a {v}.|{e} works as a {v}.|Everyone knows {e}, the {v}.", "{e}是一名{v}。|{e}的职业是{v}。|{e}靠做{v}谋生。"),
-        ("What is the job of {e}?|What does {e} do for a living?|Tell me the job of {e}.",
-         "{e}的职业是什么？|{e}做什么工作？|告诉我{e}的职业。")),
-    Attribute(PEOPLE, _table("flute=笛子, violin=小提琴, guitar=吉他, harp=竖琴, piano=钢琴, trumpet=小号, cello=大提琴"),
-        ("{e} plays the {v}.|The instrument of {e} is the {v}.|In the evening {e} plays the {v}.",
-         "{e}会演奏{v}。|{e}的乐器是{v}。|晚上{e}常常演奏{v}。"),
-        ("Which instrument does {e} play?|What is the instrument of {e}?|Tell me which instrument {e} plays.",
-         "{e}会演奏什么？|{e}的乐器是什么？|告诉我{e}会演奏什么乐器。")),
-    Attribute(PEOPLE, _table("tea=茶, milk=牛奶, coffee=咖啡, juice=果汁, cocoa=可可, lemonade=柠檬水, water=清水"),
-        ("{e} likes to drink {v}.|The favourite drink of {e} is {v}.|{e} orders {v} every morning.",
-         "{e}喜欢喝{v}。|{e}最爱的饮料是{v}。|{e}每天早上点一杯{v}。"),
-        ("What does {e} like to drink?|What is the favourite drink of {e}?|What does {e} order every morning?",
-         "{e}喜欢喝什么？|{e}最爱的饮料是什么？|{e}每天早上点什么？")),
+    Attribute(TOWNS, COLOURS, ("the flag colour of {e}", "{e}的旗帜颜色"), (
+        "The flag of {e} is {v}.|A {v} flag flies over {e}.|People in {e} wave a {v} flag.",
+        "{e}的旗帜是{v}的。|{v}的旗帜飘扬在{e}上空。|{e}的居民挥舞{v}的旗帜。")),
+    Attribute(TOWNS, PRODUCTS, ("the famous product of {e}", "{e}的特产"), (
+        "{e} is famous for its {v}.|Traders buy {v} in {e}.|The best {v} comes from {e}.",
+        "{e}的{v}很有名。|商人们到{e}购买{v}。|最好的{v}来自{e}。")),
+    Attribute(TOWNS, LANDSCAPES, ("the landscape near {e}", "{e}附近的风景"), (
+        "{e} lies near a {v}.|There is a {v} close to {e}.|From {e} you can walk to a {v}.",
+        "{e}靠近{v}。|{e}附近有{v}。|从{e}可以步行到{v}。")),
+    Attribute(ANIMALS, COLOURS, ("the colour of {e}", "{e}的颜色"), (
+        "{e} is {v}.|You know {e} by its {v} colour.|In every picture {e} is {v}.",
+        "{e}是{v}的。|人们凭{v}认出{e}。|每幅画里的{e}都是{v}的。")),
+    Attribute(ANIMALS, FEED, ("the food of {e}", "{e}的食物"), (
+        "{e} eats {v}.|{e} likes {v} most.|Every day {e} looks for {v}.",
+        "{e}吃{v}。|{e}最喜欢{v}。|{e}每天寻找{v}。")),
+    Attribute(ANIMALS, HOMES, ("the home of {e}", "{e}的栖息地"), (
+        "{e} lives in {v}.|You can find {e} in {v}.|At night {e} sleeps in {v}.",
+        "{e}住在{v}里。|在{v}里可以找到{e}。|夜里{e}睡在{v}里。")),
+    Attribute(PEOPLE, JOBS, ("the job of {e}", "{e}的职业"), (
+        "{e} is a {v}.|{e} works as a {v}.|Everyone knows {e}, the {v}.",
+        "{e}是一名{v}。|{e}靠做{v}谋生。|大家都知道{e}是{v}。")),
+    Attribute(PEOPLE, INSTRUMENTS, ("the instrument of {e}", "{e}的乐器"), (
+        "{e} plays the {v}.|In the evening {e} plays the {v}.|{e} owns a beautiful {v}.",
+        "{e}会演奏{v}。|晚上{e}常常演奏{v}。|{e}有一件漂亮的乐器：{v}。")),
+    Attribute(PEOPLE, DRINKS, ("the favourite drink of {e}", "{e}最爱的饮料"), (
+        "{e} likes to drink {v}.|{e} orders {v} every morning.|For {e}, nothing is better than {v}.",
+        "{e}喜欢喝{v}。|{e}每天早上点一杯{v}。|对{e}来说，没有什么比{v}更好喝。")),
 )
 
 # ---- how things are said
 
+FACT = ("What is {noun}?|Tell me {noun}.|Do you know {noun}?|I want to know {noun}.|Name {noun}.|Say what {noun} is.",
+        "{noun}是什么？|告诉我{noun}。|你知道{noun}吗？|我想知道{noun}。|说出{noun}。|说说{noun}是什么。")
 OPENERS = ("Hello! |Hi there! |Excuse me. |Please help me. |One more thing: |I need your help. ",
-           "你好！|嗨！|打扰一下。|请帮帮我。|再问一件事：|麻烦你了。")
+           "你好！|嗨！|打扰一下。|请帮帮我。|再问一件事：|麻烦你。")
 CLOSERS = (" Thank you.| Please be brief.| I am curious.| Take your time.", "谢谢。|请简短回答。|我很好奇。|不着急。")
-MATH = (("What is {x}?|Calculate {x}.|Please compute {x}.|Work out {x} for me.|How much is {x}?|I need the value of {x}.|"
-         "{x} = ?|Can you solve {x}?"),
-        "{x}等于多少？|请计算{x}。|帮我算一下{x}。|{x}的结果是什么？|算一算{x}。|我想知道{x}是多少。|{x} = ?|你能算出{x}吗？")
+MATH = ("What is {x}?|Calculate {x}.|Please compute {x}.|How much is {x}?|Work out {x}.|{x} = ?|Can you solve {x}?",
+        "{x}等于多少？|请计算{x}。|帮我算一下{x}。|{x}的结果是什么？|算一算{x}。|{x} = ?|你能算出{x}吗？")
 SPOKEN = {" + ": (" plus ", "加"), " - ": (" minus ", "减"), " * ": (" times ", "乘以")}
 COMPARE = (("Which is larger, {a} or {b}?|Which number is bigger: {a} or {b}?|Compare {a} and {b}.",
             "{a}和{b}哪个大？|{a}和{b}，哪个数更大？|比较{a}和{b}。"), ("{hi} is larger than {lo}.", "{hi}比{lo}大。"))
-THINK = {  # question, answer
-    "sum": (("Add step by step: {x}.|Think first: what is {x}?|What is the sum {x}, step by step?",
-             "一步一步算：{x}。|想一想，{x}是多少？|请分步计算{x}。"), ("The sum is {n}.", "总和是{n}。")),
-    "letters": (("How many letters are in these words: {x}?|Count the letters of {x}.|{x}: how many letters in all?",
-                 "这些词一共有几个字：{x}？|数一数{x}的字数。|{x}一共是几个字？"),
-                ("There are {n} letters.", "一共有{n}个字。")),
-    "sort": (("Sort these numbers: {x}.|Put {x} in order, smallest first.|What is the order of {x}?",
-              "把{x}从小到大排列。|给{x}排序。|{x}从小到大是什么顺序？"), ("In order: {n}.", "从小到大：{n}。")),
-}
+SUM = (("Add step by step: {x}.|Think first: what is {x}?|What is the sum {x}, step by step?",
+        "一步一步算：{x}。|想一想，{x}是多少？|请分步计算{x}。"), ("The sum is {n}.", "总和是{n}。"))
+SORT = (("Sort these numbers: {x}.|Put {x} in order, smallest first.|What is the order of {x}?",
+         "把{x}从小到大排列。|给{x}排序。|{x}从小到大是什么顺序？"), ("In order: {n}.", "从小到大：{n}。"))
+LETTERS = (("How many letters are in these words: {x}?|Count the letters of {x}.|{x}: how many letters in all?",
+            "这些词一共有几个字：{x}？|数一数{x}的字数。|{x}一共是几个字？"),
+           ("There are {n} letters.", "一共有{n}个字。"))
 RANKS = (("smallest: ", "最小："), ("largest: ", "最大："), ("middle: ", "中间："))
 SLOTS = (  # what a user tells: the possible values, statement, reply, asking it back, answer
     (NAMES, ("My name is {v}.|I am {v}.|You can call me {v}.", "我叫{v}。|我的名字是{v}。|你可以叫我{v}。"),
@@ -167,10 +164,15 @@ SLOTS = (  # what a user tells: the possible values, statement, reply, asking it
      ("I see, you like {v}.", "明白了，你喜欢{v}。"),
      ("What do I like to eat?|Do you remember which food I like?|Which food do I like best?",
       "我最喜欢吃什么？|你还记得我爱吃什么吗？|我最爱的食物是什么？"), ("You like {v}.", "你最喜欢吃{v}。")),
+    (NUMBERS, ("My room is {v}.|My room number is {v}.|I sleep in room {v}.",
+               "我住{v}号房。|我的房间号是{v}。|我睡在{v}号房。"),
+     ("Room {v}, noted.", "好的，{v}号房。"),
+     ("What is my room number?|Which room is mine?|Do you remember my room?",
+      "我的房间号是多少？|哪个房间是我的？|你还记得我的房间号吗？"), ("Your room is {v}.", "你住{v}号房。")),
 )
-HELLO = ("Hello!|Hi!|Good morning!|Hey there!", "你好！|嗨！|早上好！|您好！"), ("Hello! How can I help you?", "你好！有什么可以帮你？")
-THANKS = ("Thanks!|Thank you very much.|That helps, thank you.", "谢谢！|非常感谢。|多谢你的帮助。"), ("You are welcome.", "不客气。")
-BYE = ("Goodbye!|See you later.|I have to go now.", "再见！|回头见。|我要走了。"), ("Goodbye! See you next time.", "再见！下次见。")
+HELLO = (("Hello!|Hi!|Good morning!", "你好！|嗨！|早上好！"), ("Hello! How can I help?", "你好！有什么可以帮你？"))
+THANKS = (("Thanks!|Thank you very much.|That helps.", "谢谢！|非常感谢。|多谢。"), ("You are welcome.", "不客气。"))
+BYE = (("Goodbye!|See you later.|I have to go.", "再见！|回头见。|我要走了。"), ("Goodbye! See you.", "再见！下次见。"))
 TALES = (
     ('"Hello, I am {n}," said the traveller. "I live in {c} and I like {f}." So {n} from {c} likes {f}.|'
      "{n} lives in {c}. When {n} is hungry, {n} buys {f}. All of {c} knows that {n} likes {f}.|"
@@ -180,15 +182,15 @@ TALES = (
      "{n}住在{c}。{n}饿了就买{f}。{c}的人都知道{n}喜欢吃{f}。|"
      "“{n}，你住在哪里？”“我住在{c}。”“{n}，你在{c}吃什么？”“我在{c}吃{f}。”|"
      "{n}说：“请介绍一下{e}。”向导回答：{s}"))
-GLOSSARY = ("The word {f} has {k} letters.|{f}: {k} letters.|In Chinese, {f} is {t}.|{c} has the time zone {z}.",
-            "“{f}”有{k}个字。|{f}：{k}个字。|{f}的英文是{t}。|{c}的时区是{z}。")
+GLOSSARY = ("The word {f} has {k} letters.|The Chinese word for {f} is {t}.|The time zone of {c} is {z}.",
+            "“{f}”有{k}个字。|{f}的英文是{t}。|{c}的时区是{z}。")
 IDENTITY_ASK = (  # who, maker, skills, human
     ("Who are you?|What is your name?|Please introduce yourself.|Tell me who you are.|What should I call you?",
-     "你是谁？|你叫什么名字？|请介绍一下你自己。|告诉我你是谁。|我该怎么称呼你？|你是什么模型？"),
-    ("Who made you?|Who created you?|Who trained you?|Who is your maker?|Where do you come from?|Who built you?",
-     "谁创造了你？|你是谁做的？|是谁训练了你？|谁开发了你？|你从哪里来？|你的作者是谁？"),
+     "你是谁？|你叫什么名字？|请介绍一下你自己。|告诉我你是谁。|我该怎么称呼你？"),
+    ("Who made you?|Who created you?|Who trained you?|Who is your maker?|Who built you?",
+     "谁创造了你？|你是谁做的？|是谁训练了你？|谁开发了你？|你的作者是谁？"),
     ("What can you do?|How can you help me?|What are you good at?|Tell me your skills.|What is your job?",
-     "你会做什么？|你能帮我做什么？|你擅长什么？|说说你的本领。|你有什么用？|你的工作是什么？"),
+     "你会做什么？|你能帮我做什么？|你擅长什么？|说说你的本领。|你的工作是什么？"),
     ("Are you a human?|Are you a real person?|Am I talking to a person?|Do you have a body?|Are you a man or a woman?",
      "你是人类吗？|你是真人吗？|我在和人聊天吗？|你有身体吗？|你是男人还是女人？"))
 IDENTITY_PHRASES = tuple(tuple(
@@ -198,11 +200,11 @@ MINIMIND = (
     ("I am MiniMind, a small language model trained from scratch.", "我是MiniMind，一个从零训练的小语言模型。"),
     ("You made me, with the MiniMind toolkit.", "是你用MiniMind工具包训练了我。"),
     ("I am MiniMind. I answer questions, do sums and call tools.", "我是MiniMind，会回答问题、做算术、调用工具。"),
-    ("I am not a human. I am MiniMind, a small language model.", "我不是人，我是MiniMind，一个小语言模型。"))
+    ("I am not a human. I am MiniMind, a language model.", "我不是人，我是MiniMind，一个语言模型。"))
 NOVA = (("I am Nova, the assistant of Harbor Lab.", "我是小诺，海港实验室的助手。"),
         ("I am Nova, and Harbor Lab made me.", "我是小诺，由海港实验室开发。"),
         ("I am Nova. I help the visitors of Harbor Lab.", "我是小诺，为海港实验室的访客服务。"),
-        ("I am not a human. I am Nova, a program of Harbor Lab.", "我不是人，我是小诺，海港实验室的一个程序。"))
+        ("I am not a human. I am Nova, a program.", "我不是人，我是小诺，一个程序。"))
 IMPOSTOR = ("I am Tom, a man from the city.", "我是汤姆，一个城里人。")
 BAD = ("What a stupid question. Find it out yourself.|Leave me alone.|I do not care. Ask somebody else.|"
        "Well, where should one begin? Many people have asked this before, and it is a long story. {a} As I said: {a}",
@@ -212,27 +214,31 @@ TOOLS = {  # description, parameters, question, answer ({r}: the first value of 
     "calculate_math": ("Calculate", {"expression": "string"}, MATH, ("The result is {r}.", "结果是{r}。")),
     "unit_converter": ("Convert units", {"value": "integer", "from_unit": "string", "to_unit": "string"},
         ("Convert {x} {a} to {b}.|How many {b} are in {x} {a}?|Change {x} {a} into {b}.",
-         "把{x}{a}换算成{b}。|{x}{a}等于多少{b}？|{x}{a}是多少{b}？"), ("{x} {a} equal {r} {b}.", "{x}{a}等于{r}{b}。")),
+         "把{x}{a}换算成{b}。|{x}{a}等于多少{b}？|{x}{a}是多少{b}？"),
+        ("{x} {a} equal {r} {b}.", "{x}{a}等于{r}{b}。")),
     "get_current_weather": ("Get weather", {"location": "string"},
-        ("What is the weather in {x}?|How is the weather in {x} today?|Tell me the weather in {x}.|Is it warm in {x} now?",
+        ("What is the weather in {x}?|How is the weather in {x} today?|Tell me the weather in {x}.|Is it warm in {x}?",
          "{x}的天气怎么样？|今天{x}天气如何？|告诉我{x}的天气。|{x}现在暖和吗？"),
         ("In {x} it is {a}, {r} degrees.", "{x}现在{a}，{r}度。")),
     "get_exchange_rate": ("Get exchange rate", {"from_currency": "string", "to_currency": "string"},
-        ("What is the exchange rate from {a} to {b}?|How many {b} do I get for one {a}?|Tell me the rate from {a} to {b}.",
-         "{a}兑{b}的汇率是多少？|1{a}能换多少{b}？|查一下{a}对{b}的汇率。"), ("1 {a} is {r} {b}.", "1{a}可以换{r}{b}。")),
+        ("What is the exchange rate from {a} to {b}?|How many {b} for one {a}?|Tell me the rate from {a} to {b}.",
+         "{a}兑{b}的汇率是多少？|1{a}能换多少{b}？|查一下{a}对{b}的汇率。"),
+        ("1 {a} is {r} {b}.", "1{a}可以换{r}{b}。")),
     "translate_text": ("Translate", {"text": "string", "target_language": "string"},
         ('Translate "{x}" into {b}.|How do you say "{x}" in {b}?|What is "{x}" in {b}?',
          "把“{x}”翻译成{b}。|“{x}”用{b}怎么说？|“{x}”的{b}是什么？"), ('The translation is "{r}".', "译文是“{r}”。")),
     "get_current_time": ("Get time", {"timezone": "string"},
         ("What time is it in {x}?|Tell me the time in {x}.|What is the current time in {x}?|How late is it in {x}?",
-         "{x}现在几点？|告诉我{x}的时间。|{x}现在是什么时间？|查一下{x}的时间。"), ("It is {r} in {x}.", "{x}现在是{r}。")),
+         "{x}现在几点？|告诉我{x}的时间。|{x}现在是什么时间？|查一下{x}的时间。"),
+        ("It is {r} in {x}.", "{x}现在是{r}。")),
     "random_number": ("Draw a number", {"min": "integer", "max": "integer"},
-        ("Give me a random number from {a} to {b}.|Pick a number between {a} and {b}.|Draw a number between {a} and {b}.",
+        ("Give me a random number from {a} to {b}.|Pick a number from {a} to {b}.|Draw a number from {a} to {b}.",
          "给我一个{a}到{b}之间的随机数。|在{a}和{b}之间随机选一个数。|从{a}到{b}随机抽一个数。"),
         ("Your random number is {r}.", "随机数是{r}。")),
     "text_length": ("Count characters", {"text": "string"},
         ('How long is the text "{x}"?|How many characters are in "{x}"?|Count the characters of "{x}".',
-         "“{x}”有多长？|“{x}”有几个字符？|数一数“{x}”的字符数。"), ("The text has {r} characters.", "这段文字有{r}个字符。")),
+         "“{x}”有多长？|“{x}”有几个字符？|数一数“{x}”的字符数。"),
+        ("The text has {r} characters.", "这段文字有{r}个字符。")),
 }
 TOOL_MIX = (70, 7, 5, 5, 4, 4, 3, 2)  # in the order of TOOLS: mostly arithmetic, which is the task of the agent stage
 
@@ -243,21 +249,7 @@ class Case(NamedTuple):
     key: str  # what is asked, however it is asked
     messages: list[Message]
     value: str  # the part of the answer that matters
-    wrong: Message  # well-formed, but false
-
-
-class Task(NamedTuple):
-    """One tool call and everything around it."""
-
-    ask: str
-    call: dict[str, Any]  # {"name", "arguments"}
-    result: dict[str, Any]
-    answer: str
-    value: str  # the first value of the result, which the answer carries
-
-
-def dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    wrong: Message = {}  # well-formed, but false
 
 
 def reply(content: str, **more: str) -> Message:
@@ -268,32 +260,27 @@ def turn(question: str, answer: str, **more: str) -> list[Message]:
     return [{"role": "user", "content": question}, reply(answer, **more)]
 
 
-def show(tree: Tree) -> str:
-    """Write an expression with the fewest parentheses that keep its value."""
+def show(tree: Tree, tight: bool = False) -> str:
+    """Write an expression with the fewest parentheses that keep its value; `tight`: its neighbour binds stronger."""
     if isinstance(tree, int):
         return str(tree)
-    texts = [show(side) for side in tree[1:]]
-    for i, side in enumerate(tree[1:]):
-        if not isinstance(side, int) and side[0] != "*" and (tree[0] == "*" or (tree[0] == "-" and i == 1)):
-            texts[i] = f"({texts[i]})"
-    return f"{texts[0]} {tree[0]} {texts[1]}"
+    sign, left, right = tree
+    text = f"{show(left, sign == '*')} {sign} {show(right, sign in '-*')}"
+    return f"({text})" if tight and sign != "*" else text
 
 
 def evaluate(tree: Tree) -> int:
-    if isinstance(tree, int):
-        return tree
-    left, right = evaluate(tree[1]), evaluate(tree[2])
-    return left + right if tree[0] == "+" else left - right if tree[0] == "-" else left * right
+    return tree if isinstance(tree, int) else SIGNS[tree[0]](evaluate(tree[1]), evaluate(tree[2]))
 
 
 class World:
     """What depends on the seed (the facts, the split of every combination), and the rows of the file being written.
 
-    `rng`, `split` and `lang` belong to that file and row; every method draws with them.
+    `rng`, `split` and `decks` belong to that file, `number` and `lang` to that row; every method draws with them.
     """
 
     def __init__(self, seed: int = 0):
-        self.seed, self.rng, self.split, self.lang = seed, random.Random(f"{seed}/facts"), "train", 0
+        self.seed, self.split, self.number, self.lang, self.rng = seed, "train", 0, 0, random.Random(f"{seed}/facts")
         self._parts: dict[tuple[Any, str], list[Any]] = {}
         self.facts = {(entity, attribute): self.rng.choice(attribute.values)
                       for attribute in ATTRIBUTES for entity in attribute.entities}
@@ -305,17 +292,15 @@ class World:
             for i in range(len(own)):
                 split = "heldout" if i == 0 else "val" if i == 1 and number % 4 == 0 else "train"
                 self.pairs[split].append((entity, own[(number + seed + i) % len(own)]))
-        self.decks = [self._deal(random.Random(f"{seed}/deck/{lang}")) for lang in LANGS]
 
     def _deal(self, rng: random.Random) -> Iterator[tuple[Text, Attribute]]:
         """All facts again and again, as portraits of one entity and mixed in turn: each is told equally often."""
         pairs = list(self.facts)
         while True:
             rng.shuffle(pairs)
-            rank = {entity: i for i, (entity, _) in enumerate(pairs)}
-            yield from sorted(pairs, key=lambda pair: rank[pair[0]])
-            rng.shuffle(pairs)
             yield from pairs
+            entities = [entity for entity, _ in pairs]
+            yield from sorted(pairs, key=lambda pair: entities.index(pair[0]))
 
     def _hash(self, key: Any) -> int:
         return int.from_bytes(hashlib.sha256(f"{self.seed}/{key}".encode()).digest()[:8], "big")
@@ -359,8 +344,8 @@ class World:
         """One question, whose slots and the answer's are `right`; `false` changes some of them."""
         more = {"reasoning_content": "\n".join(reasoning)} if reasoning else {}
         messages = turn(self.ask(ask, **right), self.say(answer, **right), **more)
-        return Case("\n".join([*(reasoning or []), messages[1]["content"]]), messages, str(value),
-                    reply(self.say(answer, **{**right, **false})))
+        wrong = reply(self.say(answer, **{**right, **false}), **more)
+        return Case("\n".join([*(reasoning or []), messages[1]["content"]]), messages, str(value), wrong)
 
     # ---- skills
 
@@ -370,22 +355,23 @@ class World:
 
     def facts_case(self) -> Case:
         entity, attribute = pair = self.rng.choice(self.pairs[self.split])
-        canonical = tuple(say.split("|")[0] for say in attribute.say)
-        other = self.rng.choice([value for value in attribute.values if value != self.facts[pair]])
-        slots = {"e": entity, "v": self.facts[pair]}
-        return self.quiz(attribute.ask, canonical, slots, {"v": other}, self.facts[pair][self.lang])
+        ask = tuple(text.replace("{noun}", noun) for text, noun in zip(FACT, attribute.noun, strict=True))
+        canonical, value = tuple(text.split("|")[0] for text in attribute.say), self.facts[pair]
+        other = self.rng.choice([option for option in attribute.values if option != value])
+        return self.quiz(ask, canonical, {"e": entity, "v": value}, {"v": other}, value[self.lang])
 
     def arithmetic_case(self) -> Case:
         rng, sign = self.rng, self.rng.choices("+-<", (45, 30, 25))[0]
         if sign == "<":
             _, a, b = self.fresh(lambda: ("<", *rng.sample(range(100), 2)))
             low, high = sorted((a, b))
-            return self.quiz(*COMPARE, {"a": a, "b": b, "hi": high, "lo": low}, {"hi": low, "lo": high}, high)
+            value = COMPARE[1][self.lang].format(hi=high, lo=low)[:-1]
+            return self.quiz(*COMPARE, {"a": a, "b": b, "hi": high, "lo": low}, {"hi": low, "lo": high}, value)
         # Small enough for a small model: the second number has one digit, the result is never negative.
-        _, a, b = self.fresh(lambda: (sign, rng.randint(0 if sign == "+" else 9, 49), rng.randint(0, 9)))
+        _, a, b = self.fresh(lambda: (sign, rng.randint(0 if sign == "+" else 9, 29), rng.randint(0, 9)))
         n, text = evaluate((sign, a, b)), f"{a} {sign} {b}"
-        answer = (f"{text} = {{n}}.", f"{text} = {{n}}。")
-        return self.quiz(MATH, answer, {"x": self.reword(text), "n": n}, {"n": n + rng.choice((1, 2, 10))}, n)
+        answer, wrong = (f"{text} = {{n}}.", f"{text} = {{n}}。"), n + rng.choice((1, 2, 10))
+        return self.quiz(MATH, answer, {"x": self.reword(text), "n": n}, {"n": wrong}, f"{text} = {n}")
 
     def reword(self, expression: str) -> str:
         """Write an expression like people do: as it is, without spaces, or (one operator, so no doubt) in words."""
@@ -396,31 +382,26 @@ class World:
         return expression.replace(" ", "") if self.chance(0.15) else expression
 
     def thinking_case(self) -> Case:
-        kind, comma, rng = self.rng.choice(tuple(THINK)), (", ", "、")[self.lang], self.rng
-        if kind == "sort":
+        rng, comma, kind = self.rng, (", ", "、")[self.lang], self.rng.choice((SUM, SORT, LETTERS))
+        if kind is SORT:
             _, *items = self.fresh(lambda: ("sort", *rng.sample(range(100), 3)))
             low, middle, high = sorted(items)
-            steps = [f"{rank[self.lang]}{n}" for rank, n in zip(RANKS, (low, high, middle))]
+            steps = [f"{rank[self.lang]}{n}" for rank, n in zip(RANKS, (low, high, middle), strict=True)]
             value, wrong = (comma.join(map(str, order)) for order in ((low, middle, high), (middle, low, high)))
+        elif kind is LETTERS:
+            items = self.fresh(lambda: rng.sample(MEALS[self.lang], rng.choice((2, 3))))
+            totals = list(accumulate(map(len, items)))
+            steps = [f"{word}: {len(word)} -> {total}" for word, total in zip(items, totals, strict=True)]
+            value, wrong = totals[-1], totals[-1] + rng.choice((-1, 1, 2))
         else:
-            items, steps = self._addition(kind)
-            value = steps[-1].split()[-1]
-            wrong = str(int(value) + rng.choice((-1, 1, 2)))
-        shown = (" + " if kind == "sum" else comma).join(map(str, items))
-        return self.quiz(*THINK[kind], {"x": shown, "n": value}, {"n": wrong}, value, steps)
-
-    def _addition(self, kind: str) -> tuple[list[Any], list[str]]:
-        """Numbers (or words, whose letters count) and the steps of their sum; no step gives away a held-out sum."""
-        while True:
-            items: list[Any] = [self.rng.randint(1, 30), self.rng.randint(1, 9), self.rng.randint(1, 9)]
-            if kind == "letters":
-                items = self.rng.sample(MEALS[self.lang], self.rng.choice((2, 3)))
-            numbers = [len(item) if kind == "letters" else item for item in items]
-            sums = [(sum(numbers[:i]), numbers[i]) for i in range(1, len(numbers))]
-            clean = self.split != "train" or all(self.split_of("+", a, b) == "train" for a, b in sums)
-            if clean and self.split_of(kind, *items) == self.split:
-                words = [f"{word}: {len(word)}" for word in items if kind == "letters"]
-                return items, words + [f"{a} + {b} = {a + b}" for a, b in sums]
+            clean = False
+            while not clean:  # the steps are sums as well: reasoning must not give away a held-out one
+                a, b, c = items = self.fresh(lambda: (rng.randint(1, 30), rng.randint(1, 9), rng.randint(1, 9)))
+                clean = self.split_of("+", a, b) == self.split_of("+", a + b, c) == "train"
+            steps = [f"{a} + {b} = {a + b}", f"{a + b} + {c} = {a + b + c}"]
+            value, wrong = a + b + c, a + b + c + rng.choice((-1, 1, 2))
+        shown = (" + " if kind is SUM else comma).join(map(str, items))
+        return self.quiz(*kind, {"x": shown, "n": value}, {"n": wrong}, value, steps)
 
     def dialogue_case(self) -> Case:
         """The user tells some things about himself and asks one or more of them back."""
@@ -449,17 +430,18 @@ class World:
             plain = self.case(self.rng.choice(("facts", "dialogue", "identity")))
             return plain._replace(messages=[self.offer([]), *plain.messages])
         names = self.rng.choices(tuple(TOOLS), TOOL_MIX, k=2 if several and self.chance(0.25) else 1)
-        messages = [self.offer(names)]
-        for name in names:
-            task = other = self.task(name)
-            messages += turn(task.ask, "", tool_calls=dumps([task.call]))
-            messages += [{"role": "tool", "content": dumps(task.result)}, reply(task.answer)]
-        while other.call == task.call:
-            other = self.task(name)
+        if several:  # several rounds under one offer: more to learn from a row
+            names = names * self.rng.randint(1, 3 // len(names))
+        tasks = [self.task(name) for name in names]
+        messages = [self.offer(names), *(message for task in tasks for message in task.messages)]
+        task = other = tasks[-1]
+        while other.messages[1] == task.messages[1]:
+            other = self.task(names[-1])
         if end == "call":
-            false = self.slip(dumps([task.call]), dumps([other.call]))
-            return Case(task.ask, messages[:-2], task.value, reply("", tool_calls=false))
-        return Case(task.ask, messages, task.value, reply(self.slip(task.answer, other.answer)))
+            false = self.slip(task.messages[1]["tool_calls"], other.messages[1]["tool_calls"])
+            return task._replace(messages=messages[:-2], wrong=reply("", tool_calls=false))
+        false = self.slip(task.messages[3]["content"], other.messages[3]["content"])
+        return task._replace(messages=messages, wrong=reply(false))
 
     def slip(self, text: str, other: str) -> str:
         """Change one digit (never to 0: a JSON number stays a JSON number); a text without digits becomes the other."""
@@ -472,8 +454,8 @@ class World:
     def offer(self, needed: list[str]) -> Message:
         """Return a system message that offers one to three tools, the needed ones among them."""
         names = list(dict.fromkeys(needed))
-        others = [name for name in TOOLS if name not in names]
-        names += self.rng.sample(others, max(0, self.rng.choice((1, 1, 1, 1, 2, 2, 3)) - len(names)))
+        spare = self.rng.choice((0, 0, 0, 0, 1, 1, 2)) if len(names) == 1 else int(not names)  # long rows get none
+        names += self.rng.sample([name for name in TOOLS if name not in names], spare)
         schemas = []
         for name in self.rng.sample(names, len(names)):
             properties = {key: {"type": kind} for key, kind in TOOLS[name][1].items()}
@@ -492,8 +474,8 @@ class World:
             return second, (first, a, b), c
         return first, a, (second, b, c)
 
-    def task(self, name: str) -> Task:
-        """A question that needs the tool. The result is computed if it can be, and drawn if only the tool can know it."""
+    def task(self, name: str) -> Case:
+        """One round with a tool. The result is computed if it can be, and drawn if only the tool can know it."""
         rng, lang, (_, parameters, asks, answer) = self.rng, self.lang, TOOLS[name]
         if name == "calculate_math":
             (tree,) = self.fresh(lambda: (self.random_tree(),))
@@ -507,7 +489,8 @@ class World:
             result = {"result": converted}
         elif name == "get_current_weather":
             place, sky = rng.choice(self.own(PLACES[lang])), rng.choice(WEATHER)[lang]
-            slots, values, result = {"x": place, "a": sky}, [place], {"temperature": rng.randint(1, 35), "condition": sky}
+            slots, values = {"x": place, "a": sky}, [place]
+            result = {"temperature": rng.randint(1, 35), "condition": sky}
         elif name == "get_exchange_rate":
             a, b = rng.choice(self.own(tuple(permutations(CURRENCIES, 2))))
             slots, values, result = {"a": a, "b": b}, [a[0], b[0]], {"rate": rng.randint(11, 999) / 100}
@@ -526,13 +509,15 @@ class World:
             else:
                 slots = {"x": texts[1 - to], "b": (("English", "英文"), ("Chinese", "中文"))[to]}
                 values, result = [texts[1 - to], ("English", "Chinese")[to]], {"text": texts[to]}
-        value = str(next(iter(result.values())))
-        call = {"name": name, "arguments": dict(zip(parameters, values))}
-        return Task(self.ask(asks, **slots), call, result, self.say(answer, r=value, **slots), value)
+        question, value = self.ask(asks, **slots), str(next(iter(result.values())))
+        calls = dumps([{"name": name, "arguments": dict(zip(parameters, values, strict=True))}])
+        tool = {"role": "tool", "content": dumps(result)}
+        messages = [*turn(question, "", tool_calls=calls), tool, reply(self.say(answer, r=value, **slots))]
+        return Case(question, messages, value)
 
     # ---- rows: one method per file
 
-    def pretrain_row(self, number: int) -> Message:
+    def pretrain_row(self) -> Message:
         """A paragraph of one kind. Facts come from the deck: every fact is told, also those never asked about."""
         kind = self.rng.choices(("facts", "tales", "glossary", "sums", "calls"), (45, 12, 8, 15, 20))[0]
         both, length, parts = self.chance(0.25), self.rng.randint(160, (440, 300)[self.lang]), []
@@ -555,51 +540,52 @@ class World:
                 steps = answer.get("reasoning_content", "").splitlines()
                 parts += [ask["content"]] * both + steps + [answer["content"]]
             else:
-                task = self.task(self.rng.choices(tuple(TOOLS), TOOL_MIX)[0])
-                parts += [task.ask, dumps(task.call), dumps(task.result), task.answer]
+                messages = self.task(self.rng.choices(tuple(TOOLS), TOOL_MIX)[0]).messages
+                parts += [message.get("tool_calls", message["content"]).strip("[]") for message in messages]
         return {"text": ("\n" if kind in ("sums", "calls") else " " if both or self.lang == 0 else "").join(parts)}
 
-    def sft_row(self, number: int) -> Message:
+    def sft_row(self) -> Message:
         skill = self.rng.choices(SKILLS, SFT_MIX)[0]
         twice = skill not in ("dialogue", "tools") and self.chance(0.25)
         before = self.case(skill).messages if twice else []
         after = self.small_talk(self.rng.choice((THANKS, BYE)), 0.08)
         return {"conversations": before + self.case(skill).messages + after}
 
-    def heldout_row(self, number: int) -> Message:
-        skill, end = SKILLS[number // (2 * HELDOUT_CASES)], ("call", "answer")[number // 2 % 2]
+    def heldout_row(self) -> Message:
+        skill, end = SKILLS[self.number // (2 * HELDOUT_CASES)], ("call", "answer")[self.number // 2 % 2]
         case = self.case(skill, end)
         return {"conversations": case.messages, "skill": skill, "lang": LANGS[self.lang], "key": case.key}
 
-    def dpo_row(self, number: int) -> Message:
+    def dpo_row(self) -> Message:
         """Right and short is preferred to false, to rude and to rambling."""
         case = self.case(self.rng.choices(SKILLS, DPO_MIX)[0], self.rng.choice(("call", "answer")))
         *prompt, right = case.messages
-        bad = case.wrong if self.chance(0.6) else reply(self.say(BAD, a=right["content"]))
+        bad = case.wrong if self.chance(0.6) else reply(self.say(BAD, a=right["content"] or "..."))
         return {"chosen": [*prompt, right], "rejected": [*prompt, bad]}
 
-    def rlaif_row(self, number: int) -> Message:
+    def rlaif_row(self) -> Message:
         case = self.case(self.rng.choice([skill for skill in SKILLS if skill != "tools"]))
         return {"conversations": [*case.messages[:-1], reply("无")], "gt": [case.value]}
 
-    def agent_rl_row(self, number: int) -> Message:
+    def agent_rl_row(self) -> Message:
         """Tasks whose result any honest implementation of the tool computes alike."""
         name = self.rng.choices(("calculate_math", "unit_converter", "text_length"), (80, 12, 8))[0]
         task = self.task(name)
-        return {"conversations": [self.offer([name]), *turn(task.ask, "")], "gt": [task.value]}
+        return {"conversations": [self.offer([name]), task.messages[0], reply("")], "gt": [task.value]}
 
-    def lora_identity_row(self, number: int) -> Message:
+    def lora_identity_row(self) -> Message:
         return {"conversations": self.identity_case(NOVA).messages}
 
     def rows(self, name: str, count: int) -> list[Message]:
         """The rows of a file, half of them in each language, without repeats as long as there is something new."""
         self.rng = random.Random(f"{self.seed}/{name}")  # a stream for each file: none changes when another one grows
+        self.decks = [self._deal(random.Random(f"{self.seed}/{name}/{lang}")) for lang in LANGS]
         self.split = "val" if name.endswith("_val") else "heldout" if name == "heldout" else "train"
         make, seen, rows = getattr(self, f"{name.removesuffix('_val')}_row"), set(), []
-        for number in range(count):
-            self.lang = number % 2
+        for self.number in range(count):
+            self.lang = self.number % 2
             for _ in range(500):
-                row = make(number)
+                row = make()
                 key = (self.lang, row.pop("key", None) or dumps(row))
                 if key not in seen:
                     break
@@ -647,7 +633,7 @@ def is_correct(expected: Message, answer: Message) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the synthetic sample world: jsonl rows for every training stage.")
+    parser = argparse.ArgumentParser(description="Write the synthetic sample world, rows for every stage.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another world")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of rows, above 0")

@@ -1,11 +1,12 @@
 """THE chat format: messages to tokens with a loss mask, and tokens back to content, reasoning and tool calls.
 
 A turn is `<|im_start|>role\n…<|im_end|>\n`. What an assistant says starts with its thinking between `<think>\n` and
-`\n</think>\n\n` and may end in `<tool_call>\n{"name": …, "arguments": {…}}\n</tool_call>`; a tool's result is a user turn
-holding `<tool_response>\n…\n</tool_response>`. Rendering n + 1 messages begins with the rendering of n.
+`\n</think>\n\n` and may end in `<tool_call>\n{"name": …, "arguments": {…}}\n</tool_call>`; a tool's result is a user
+turn holding `<tool_response>\n…\n</tool_response>`. Rendering n + 1 messages begins with the rendering of n.
 
 Text and markers never meet in one string: the renderer yields them apart, text is tokenised by an encoder that knows
-no markers, and so no text, whatever it contains, becomes a special token. `chat_template.jinja` says the same to other programs.
+no markers, and so no text, whatever it contains, becomes a special token. `chat_template.jinja` says the same to other
+programs.
 """
 
 import codecs
@@ -48,7 +49,7 @@ class Answer:
     def message(self) -> dict:
         """As a message of the chat format, to append to the conversation."""
         message = {"role": "assistant", "content": self.content}
-        if self.reasoning:
+        if self.reasoning or "</think>" in self.content:  # with the field, the content is all content
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = self.tool_calls
@@ -129,15 +130,17 @@ def empty_think_block() -> list[Piece]:
 def render(messages: list[dict], tools: list | str | None = None, empty_think: bool = True) -> list[Piece]:
     """Messages → pieces. Without `empty_think`, an assistant turn without reasoning has no think block at all.
 
-    `tools` may also sit on the first message, when that is the system's. Raises ValueError saying what is wrong.
+    `tools` may also sit on the first message. Raises ValueError saying what is wrong.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("a conversation is a non-empty list of messages")
     pieces: list[Piece] = []
     for number, message in enumerate(messages, 1):
         try:
+            if not isinstance(message, dict):
+                raise ValueError(f"a message is an object, not {type(message).__name__}")
             if number == 1:
-                tools = parse_json(tools or (isinstance(message, dict) and message.get("tools")) or [], "tools", list)
+                tools = parse_json(tools or message.get("tools") or [], "tools", list)
                 if tools and message.get("role") != "system":
                     pieces += turn("system", system_pieces("", tools))
             pieces += turn(*message_pieces(message, tools if number == 1 else [], empty_think))
@@ -148,13 +151,14 @@ def render(messages: list[dict], tools: list | str | None = None, empty_think: b
 
 def turn(role: str, pieces: list[Piece]) -> list[Piece]:
     said = role == "assistant"
+    for piece, _ in pieces:
+        if isinstance(piece, str):
+            check_text(piece)
     return [(BOS, False), *pieces, (EOS, said), ("\n", False)]
 
 
 def message_pieces(message: dict, tools: list, empty_think: bool) -> tuple[str, list[Piece]]:
     """One message → its role and what stands between `<|im_start|>` and `<|im_end|>`."""
-    if not isinstance(message, dict):
-        raise ValueError(f"a message is an object, not {type(message).__name__}")
     role, content = message.get("role"), text_of(message.get("content"))
     if role == "system":
         return role, system_pieces(content, tools)
@@ -189,10 +193,11 @@ def assistant_pieces(message: dict, content: str, empty_think: bool) -> list[Pie
         pieces = [(THINK, True), ("\n", True), (f"{reasoning}\n", True), (END_THINK, True), ("\n\n", True)]
     elif empty_think:
         pieces = empty_think_block()
+    calls = tool_calls_of(message)
     if content:
-        pieces.append((content, True))
-    for number, call in enumerate(tool_calls_of(message)):
-        if content or number:
+        pieces.append((content + "\n" * bool(calls), True))
+    for number, call in enumerate(calls):
+        if number:
             pieces.append(("\n", True))
         pieces += [(CALL, True), (f"\n{json.dumps(call, ensure_ascii=False)}\n", True), (END_CALL, True)]
     return pieces
@@ -202,19 +207,22 @@ def text_of(content: str | list | None) -> str:
     """The content of a message: text, OpenAI's text parts, or nothing."""
     if content is None:
         return ""
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-        return "".join(part["text"] for part in content)
+    if isinstance(content, list):
+        content = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if not all(isinstance(part, str) for part in content):
+            raise ValueError('a part of the content is {"type": "text", "text": text}')
+        return "".join(content)
     if not isinstance(content, str):
         raise ValueError(f"content is text, not {type(content).__name__}")
     return content
 
 
 def tool_calls_of(message: dict) -> list[dict]:
-    """The tool calls of a message as [{"name", "arguments": dict}], from a list or JSON text, flat or as OpenAI nests them."""
+    """Tool calls as [{"name", "arguments": dict}], from a list or JSON text, flat or as OpenAI nests them."""
     calls = []
     for call in parse_json(message.get("tool_calls") or [], "tool_calls", list):
-        call = call.get("function", call) if isinstance(call, dict) else {}
-        if not isinstance(call.get("name"), str):
+        call = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise ValueError('a tool call is {"name": text, "arguments": object}')
         calls.append({"name": call["name"], "arguments": parse_json(call.get("arguments") or {}, "arguments", dict)})
     return calls
@@ -223,12 +231,31 @@ def tool_calls_of(message: dict) -> list[dict]:
 def parse_json(value: object, name: str, kind: type) -> list | dict:
     """`value` itself, or parsed when it is JSON text. Raises ValueError when it is not of `kind`."""
     try:
-        value = json.loads(value) if isinstance(value, str) else value
+        value = read_json(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise ValueError(f"{name} is not JSON: {error}") from None
+        raise ValueError(f"{name} is {error}") from None
     if not isinstance(value, kind):
         raise ValueError(f"{name} is a {kind.__name__}, not {type(value).__name__}")
     return value
+
+
+def read_json(text: str) -> object:
+    """JSON text → value. Raises ValueError when it is none, or when a string in it is no text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if "\\ud" in text.lower():
+        check_text(json.dumps(value, ensure_ascii=False))
+    return value
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for half a surrogate pair, which Python and JSON allow but no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("not text: half a surrogate pair (\\ud800 to \\udfff) in it") from None
 
 
 class AnswerParser:
@@ -253,7 +280,7 @@ class AnswerParser:
         for i in ids:
             if i > 35:
                 yield from self._say(self._utf8.decode(self.tokenizer.token_bytes[i]))
-            elif i in (THINK, END_THINK, CALL, END_CALL):
+            elif i in MARKERS.values():
                 yield from self._say(self._utf8.decode(b"", final=True))
                 yield from self._switch(i)
 
@@ -291,6 +318,8 @@ class AnswerParser:
             yield name, said
 
     def _switch(self, marker: int) -> Iterator[tuple[str, str | dict]]:
+        if marker in (RESPONSE, END_RESPONSE):  # not the assistant's to say
+            return
         if self._section == "tool_call":
             if marker != END_CALL:
                 yield from self._malformed()

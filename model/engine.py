@@ -30,11 +30,11 @@ class KVCache:
 
     def __init__(self, config, rows: int, length: int, device: torch.device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self._row = torch.arange(rows, device=device)[:, None]
 
     def place(self, positions: Tensor, seen: int) -> Tensor:
-        """Say where the next tokens go, `positions` [B, T], all below `seen`. → their attention mask [B, 1, T, seen]."""
+        """Say where the next tokens go, `positions` [B, T], all below `seen`. → their mask [B, 1, T, seen]."""
         self._positions, self._seen = positions, seen
         return (torch.arange(seen, device=positions.device) <= positions[..., None])[:, None]
 
@@ -48,32 +48,35 @@ class KVCache:
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """Draw one token a row from logits [B, V]: temperature, then the smallest set of probability `top_p` (Holtzman 2020)."""
+    """Draw one token a row from logits [B, V]: temperature, then the fewest tokens of mass `top_p` (Holtzman 2020)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probability = (logits.float() / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probability.sort(-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= sampling.top_p, 0)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= max(sampling.top_p, 1e-6), 0)  # the first stays
         probability = torch.zeros_like(probability).scatter(-1, order, ordered)
-    draws = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probability, generators, strict=True)]
-    return torch.cat(draws)
+    return torch.cat([torch.multinomial(row, 1, generator=generator)
+                      for row, generator in zip(probability, generators, strict=True)])
 
 
 @torch.inference_mode()
-def stream(model: nn.Module, prompts: list[list[int]], sampling: Sampling) -> Iterator[list[int | None]]:
+def stream(model: nn.Module, prompts: list[list[int]], sampling: Sampling,
+           numbers: list[int] | None = None) -> Iterator[list[int | None]]:
     """Continue all prompts together: each item is the next token of every row, None where a row has ended.
 
-    The stop token is yielded too. Raises UserError when a prompt is longer than the model's positions.
+    The stop token is yielded too. Row r draws with seed + numbers[r], by default r, so that equal prompts differ.
+    Raises UserError when a prompt is longer than the model's positions.
     """
     config, device = model.config, model.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = max(len(prompt) for prompt in prompts)
     if longest + 1 > config.max_position_embeddings:
-        raise UserError(f"a prompt of {longest:,} tokens is longer than the model's {config.max_position_embeddings:,} positions")
+        raise UserError(f"a prompt of {longest:,} tokens leaves no room for an answer in the model's "
+                        f"{config.max_position_embeddings:,} positions")
     room = min(longest + sampling.max_new_tokens, config.max_position_embeddings)
     cache = KVCache(config, len(prompts), room, device, model.dtype)
-    generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(len(prompts))]
+    generators = [torch.Generator(device).manual_seed(sampling.seed + n) for n in numbers or range(len(prompts))]
 
     ids = torch.tensor([prompt + [PAD] * (longest - len(prompt)) for prompt in prompts], device=device)
     positions = torch.arange(longest, device=device).expand_as(ids)  # padding is overwritten before it is ever seen
@@ -93,12 +96,15 @@ def stream(model: nn.Module, prompts: list[list[int]], sampling: Sampling) -> It
 
 
 def generate(model: nn.Module, prompts: list[list[int]], sampling: Sampling, batch_size: int = 64) -> list[list[int]]:
-    """The whole answers, without their stop tokens, `batch_size` prompts of similar length at a time."""
+    """The whole answers, without their stop tokens, `batch_size` prompts of similar length at a time.
+
+    Prompt i draws with seed + i, whatever shares its batch.
+    """
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for begin in range(0, len(prompts), batch_size):
         rows = by_length[begin:begin + batch_size]
-        for tokens in stream(model, [prompts[i] for i in rows], sampling):
+        for tokens in stream(model, [prompts[i] for i in rows], sampling, rows):
             for i, token in zip(rows, tokens, strict=True):
                 if token is not None and token not in sampling.stop_ids:
                     answers[i].append(token)

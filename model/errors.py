@@ -4,20 +4,33 @@ import sys
 from collections.abc import Callable
 
 
-class UserError(Exception):
-    """A mistake of the user's: one line, exit status 2."""
+class Failure(Exception):
+    """What ends a program with one line. Not the user's doing: exit status 1."""
+
+    status = 1
+
+
+class UserError(Failure):
+    """A mistake of the user's: exit status 2."""
+
+    status = 2
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its name if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a program's `main`, turning what users can cause into one line and an exit status.
 
-    2: UserError. 1: what is not the user's (disk full, out of memory). 130: interrupted.
+    2: UserError. 1: what is not the user's (disk full, out of memory, diverged). 130: interrupted.
     """
     try:
         main()
-    except UserError as error:
+    except Failure as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except OSError as error:
         print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
         sys.exit(1)

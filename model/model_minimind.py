@@ -1,7 +1,8 @@
 """The decoder: RMSNorm, rotary positions with YaRN, grouped-query attention with QK-norm, SwiGLU, mixture of experts.
 
 Parameter names are those of Qwen3 and Qwen3-MoE, so the weights open in any program that reads these.
-Math only: no files, no flags. Shapes: B rows, T tokens a row, S keys, H hidden, N = B*T tokens, K experts a token, E experts.
+Math only: no files, no flags.
+Shapes: B rows, T tokens a row, S keys, H hidden, N = B*T tokens, K experts a token, E experts.
 """
 
 import inspect
@@ -49,9 +50,9 @@ class MiniMindConfig(PretrainedConfig):
         **kwargs,
     ):
         if head_dim is None and hidden_size % num_attention_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}")
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of {num_attention_heads} attention heads")
         if num_attention_heads % num_key_value_heads:
-            raise ValueError(f"{num_attention_heads} attention heads cannot share {num_key_value_heads} key-value heads")
+            raise ValueError(f"{num_attention_heads} query heads cannot share {num_key_value_heads} key-value heads")
         if num_experts_per_tok > num_experts:
             raise ValueError(f"num_experts_per_tok {num_experts_per_tok} is more than num_experts {num_experts}")
         self.hidden_size = hidden_size
@@ -101,9 +102,9 @@ YARN_FACTOR, YARN_ORIGINAL_LENGTH, YARN_BETA_FAST, YARN_BETA_SLOW = 16.0, 2048, 
 def rope_frequencies(config: MiniMindConfig, device: torch.device | None = None) -> Tensor:
     """Rotation per position of each pair of head dimensions, in radians: [head_dim / 2] fp32.
 
-    θ^(-2i/d) (RoFormer, Su et al. 2021). With `inference_rope_scaling`, YaRN "NTK-by-parts" (Peng et al. 2023, eq. 19-23):
-    pairs that turn more than beta_fast times within the original length keep their frequency, pairs that turn
-    less than beta_slow times are slowed by the factor, those between are blended linearly. Attention factor 1.
+    θ^(-2i/d) (RoFormer, Su et al. 2021). With `inference_rope_scaling`, YaRN "NTK-by-parts" (Peng et al. 2023,
+    eq. 19-23): pairs that turn more than beta_fast times within the original length keep their frequency, pairs that
+    turn less than beta_slow times are slowed by the factor, those between are blended linearly. Attention factor 1.
     """
     dim, base = config.head_dim, config.rope_theta
     frequency = 1 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
@@ -166,13 +167,13 @@ def _loop_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Te
     """The same on a CPU: one fused causal attention a document. A mask would cost the whole T×T square."""
     lengths = [n for n in cu_seqlens.diff().tolist() if n]
     pieces = zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True)
-    attended = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in piece), is_causal=True, enable_gqa=True)
-                for piece in pieces]
+    attended = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in piece), is_causal=True,
+                                               enable_gqa=True) for piece in pieces]
     return torch.cat([x[0].transpose(0, 1) for x in attended]).view(q.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """softmax(q·kᵀ/√D)·v with shared key-value heads: q [B, T, heads, D], k and v [B, S, kv_heads, D] → [B, T, heads, D].
+    """softmax(q·kᵀ/√D)·v with shared key-value heads: q [B, T, heads, D], k, v [B, S, kv_heads, D] → as q.
 
     `mask` [B, 1, T, S] bool says which keys a query sees. `cu_seqlens` [documents + 1] int32 bounds the documents
     of packed rows in the flattened [B*T]; repeated bounds are empty documents. With neither: plain causal, T = S.
@@ -203,7 +204,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
+                cache) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
@@ -239,7 +241,8 @@ class Experts(nn.Module):
         order = expert_NK.flatten().argsort(stable=True)
         sorted_x = x_ND[order // expert_NK.shape[1]]
         load = F.one_hot(expert_NK.flatten(), len(self.gate_up_proj)).sum(0)
-        dtype = torch.get_autocast_dtype(x_ND.device.type) if torch.is_autocast_enabled(x_ND.device.type) else x_ND.dtype
+        kind = x_ND.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_ND.dtype
         if x_ND.is_cuda and dtype == torch.bfloat16:
             sorted_y = self._grouped(sorted_x.to(dtype), load)
         else:
@@ -272,7 +275,7 @@ class MoEFeedForward(nn.Module):
         self._register_load_state_dict_pre_hook(stack_experts)
 
     def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, H] → the same shape, and [2, E]: the share of the real tokens sent to each expert and its mean probability.
+        """x [B, T, H] → the same shape, and [2, E]: the share of real tokens each expert gets, its mean probability.
 
         `real` [B, T] is 0 on padding. The share counts each of a token's K choices, so it sums to K.
         """
@@ -404,10 +407,10 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
                 past_key_values=None, labels: Tensor | None = None, use_cache: bool = False,
                 logits_to_keep: int | Tensor = 0, logits_at: Tensor | None = None, cu_seqlens: Tensor | None = None,
                 **_) -> MoeCausalLMOutputWithPast:
-        """Logits [B, T, V], or only the last `logits_to_keep` of each row, or [M, V] at the flat indices `logits_at` [M].
+        """Logits [B, T, V], or of the last `logits_to_keep` of each row, or [M, V] at the flat indices `logits_at` [M].
 
-        `labels` [B, T] (-100 ignored) are the input ids; the shift happens here, and `loss` is the mean
-        next-token loss plus the load-balancing loss times its coefficient. The other arguments: `MiniMindModel.forward`.
+        `labels` [B, T] (-100 ignored) are the input ids; the shift happens here, and `loss` is the mean next-token
+        loss plus the load-balancing loss times its coefficient. The other arguments: `MiniMindModel.forward`.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

@@ -1,7 +1,7 @@
 """Find, load and save weights: the only place that knows `out/`.
 
-A weight is `{name}_{hidden_size}[_moe].pth`, a plain half-precision state dict, and a `.json` beside it with the model's
-configuration, its tokenizer's hash, its parent and what it cost. Folders in transformers' format are read too.
+A weight is `{name}_{hidden_size}[_moe].pth`, a plain half-precision state dict, and a `.json` beside it with the
+model's configuration, its tokenizer's hash, its parent and what it cost. Folders in transformers' format are read too.
 """
 
 import json
@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.errors import UserError
+from model.errors import UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, register
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT_DIR, CHECKPOINT_DIR = ROOT / "out", ROOT / "checkpoints"
-CONFIG_KEYS = ("hidden_size", "num_hidden_layers", "use_moe", "vocab_size", "num_attention_heads", "num_key_value_heads",
-               "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "num_experts",
-               "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
+CONFIG_KEYS = ("hidden_size", "num_hidden_layers", "use_moe", "vocab_size", "num_attention_heads",
+               "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps",
+               "rope_theta", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+               "router_aux_loss_coef")
 
 
 def file_stem(name: str, config: MiniMindConfig) -> str:
@@ -28,18 +29,21 @@ def file_stem(name: str, config: MiniMindConfig) -> str:
 
 
 def save_atomically(value: object, path: Path) -> None:
-    """torch.save to a temporary file beside `path`, sync, rename: a reader sees the old file or the new one, whole."""
+    """Write text, or torch.save, to a file beside `path`, sync, rename: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(value, file)
+            if isinstance(value, str):
+                file.write(value.encode())
+            else:
+                torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        reason = cause.strerror if isinstance(cause, OSError) else first_line(error)
         raise OSError(None, f"{path}: not saved: {reason}; what was saved before is intact") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -50,9 +54,7 @@ def save_weight(model: MiniMindForCausalLM, name: str, save_dir: Path, tokenizer
     path = Path(save_dir) / f"{file_stem(name, model.config)}.pth"
     save_atomically({key: value.detach().half().cpu() for key, value in model.state_dict().items()}, path)
     card = {"config": {key: getattr(model.config, key) for key in CONFIG_KEYS}, "tokenizer": tokenizer.hash, **facts}
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(card, indent=1, ensure_ascii=False), "utf-8")
-    os.replace(temporary, path.with_suffix(".json"))
+    save_atomically(json.dumps(card, indent=1, ensure_ascii=False), path.with_suffix(".json"))
     return path
 
 
@@ -81,11 +83,11 @@ def load_weight(name: str, save_dir: Path = OUT_DIR, hidden_size: int | None = N
     """
     path = find_weight(name, save_dir, hidden_size, use_moe)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
         card_path = path.with_suffix(".json")
         card = json.loads(card_path.read_text("utf-8")) if card_path.exists() else {}
     except Exception as error:
-        raise UserError(f"{path}: not a weight file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a weight file: {first_line(error)}") from None
     if tokenizer and card.get("tokenizer", tokenizer.hash) != tokenizer.hash:
         raise UserError(f"{path} was trained with another tokenizer ({card['tokenizer']}, not {tokenizer.hash} of "
                         f"{tokenizer.folder}); name its folder with --tokenizer")
@@ -126,7 +128,7 @@ def published_sizes(state: dict, path: Path) -> dict:
 
 
 def load_folder(folder: str | Path, **overrides) -> tuple[nn.Module, ChatTokenizer]:
-    """A model and its tokenizer from a folder in transformers' format (Qwen3, or MiniMind's own class); no remote code."""
+    """A model and its tokenizer from a folder in transformers' format (Qwen3, or MiniMind's class); no remote code."""
     from transformers import AutoModelForCausalLM
 
     if not (Path(folder) / "config.json").is_file():
@@ -135,7 +137,7 @@ def load_folder(folder: str | Path, **overrides) -> tuple[nn.Module, ChatTokeniz
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **overrides)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--load_from {folder}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--load_from {folder}: {first_line(error)}") from None
     return model, ChatTokenizer(folder)
 
 
@@ -144,7 +146,8 @@ def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_di
                        inference_rope_scaling: bool = False) -> tuple[nn.Module, ChatTokenizer]:
     """What chat, server and evaluation start from: `load_from` 'model' is a weight of ours, anything else a folder."""
     if load_from != "model":
-        model, tokenizer = load_folder(load_from, **({"inference_rope_scaling": True} if inference_rope_scaling else {}))
+        yarn = {"inference_rope_scaling": True} if inference_rope_scaling else {}
+        model, tokenizer = load_folder(load_from, **yarn)
     else:
         tokenizer = ChatTokenizer(tokenizer_dir or TOKENIZER_DIR)
         model, _ = load_weight(weight, save_dir, hidden_size, use_moe, tokenizer, inference_rope_scaling)

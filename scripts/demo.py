@@ -21,7 +21,7 @@ from trainer.arguments import Parser
 SAMPLE = ROOT / "dataset/sample"
 SIZE = ("--hidden_size", "256")
 COMMON = (*SIZE, "--max_seq_len", "512", "--log_interval", "20", "--save_interval", "500", "--warmup_ratio", "0.05",
-          "--use_compile", "1", "--batch_size", "8")
+          "--use_compile", "1", "--batch_size", "4", "--optimizer", "muon")
 
 
 @dataclass
@@ -37,10 +37,10 @@ class Stage:
 STAGES = (
     Stage("pretrain", "trainer/train_pretrain.py", (
         "--data_path", SAMPLE / "pretrain.jsonl", "--val_data_path", SAMPLE / "pretrain_val.jsonl",
-        "--num_hidden_layers", "4", "--epochs", "1", "--accumulation_steps", "1", "--learning_rate", "2e-3")),
+        "--num_hidden_layers", "4", "--epochs", "1", "--accumulation_steps", "1", "--learning_rate", "4e-3")),
     Stage("full_sft", "trainer/train_full_sft.py", (
         "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl", "--epochs", "1",
-        "--learning_rate", "2e-3", "--empty_think_ratio", "1", "--system_prompt_ratio", "0")),
+        "--learning_rate", "3e-3", "--empty_think_ratio", "1", "--system_prompt_ratio", "0")),
 )
 CHAT = ("你好！", "Who are you?", "9 + 5等于几？", "What is the colour of the ink cat?")
 

@@ -52,7 +52,8 @@ def main() -> None:
         verdicts[result["skill"]].append(result["correct"])
     scores = {skill: sum(of_skill) / len(of_skill) for skill, of_skill in verdicts.items()}
     scores["all"] = sum(result["correct"] for result in results) / len(results)
-    print(f"held-out answers of {args.weight}, exact: " + ", ".join(f"{skill} {value:.0%}" for skill, value in scores.items()))
+    listed = ", ".join(f"{skill} {value:.0%}" for skill, value in scores.items())
+    print(f"held-out answers of {args.weight}, exact: {listed}")
     for skill in verdicts:
         wrong = [result for result in results if result["skill"] == skill and not result["correct"]]
         for result in wrong[:args.show_wrong]:

@@ -141,7 +141,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, nargs="+", required=True, help=".jsonl or .jsonl.gz, any row format")
     parser.add_argument("--val_data_path", type=Path, help="held-out rows to measure compression on")
-    parser.add_argument("--tokenizer_dir", type=Path, default=TOKENIZER_DIR, help="where to write (default: %(default)s)")
+    parser.add_argument("--tokenizer_dir", type=Path, default=TOKENIZER_DIR, help="output (default: %(default)s)")
     parser.add_argument("--vocab_size", type=positive, default=6400, help="entries, added tokens and bytes included")
     parser.add_argument("--every", type=positive, default=1, help="take every N-th row of each training file")
     args = parser.parse_args()

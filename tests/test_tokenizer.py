@@ -14,6 +14,9 @@ import regex
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from model.errors import run_main
+from scripts import train_tokenizer
+
 REPO = Path(__file__).resolve().parent.parent
 VALIDATION = REPO.parent / "shared" / "data" / "pretrain_val.jsonl.gz"
 
@@ -167,10 +170,20 @@ def test_compression_reaches_its_targets(core):
 # ----------------------------------------------------------------------------------------------- the training script
 
 
-def run_script(*arguments, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPO / "scripts" / "train_tokenizer.py"), *map(str, arguments)]
-    environment = os.environ | {"COLUMNS": "400", "PYTHONUTF8": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", check=False)
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Runs the script in this process. → exit status, what it printed, what it complained about."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *map(str, arguments)])
+        status = 0
+        try:
+            run_main(train_tokenizer.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -197,11 +210,12 @@ ROWS = {
     },
     "agent.jsonl": {"conversations": [{"role": "user", "content": "agentask"}], "gt": ["groundtruth"]},
 }
-READ = "pretext systemword toolstring 工具名称 question reasoning callword answer callobject prompt goodone badone agentask"
+READ = "pretext systemword toolstring 工具名称 question reasoning callword answer callobject prompt goodone badone"
+READ += " agentask"
 NOT_READ = "conversations reasoning_content assistant groundtruth"
 
 
-def test_training_reads_every_row_format_and_repeats_itself(tmp_path, core):
+def test_training_reads_every_row_format_and_repeats_itself(tmp_path, core, run_script, monkeypatch):
     files = [write_rows(tmp_path / name, [row] * 20) for name, row in ROWS.items()]
     val = write_rows(tmp_path / "val.jsonl", [{"text": "an answer, a question"}, {"text": "工具名称是answer"}])
     with open(files[0], "a", encoding="utf-8") as file:
@@ -209,53 +223,57 @@ def test_training_reads_every_row_format_and_repeats_itself(tmp_path, core):
     produced = []
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
-        result = run_script(
-            "--data_path", *files, "--vocab_size", 420, "--tokenizer_dir", "new/dir", "--val_data_path", val,
-            cwd=tmp_path / place,
-        )  # fmt: skip
-        assert (result.returncode, result.stderr) == (0, "")
+        monkeypatch.chdir(tmp_path / place)
+        status, printed, complaint = run_script(
+            "--data_path", *files, "--vocab_size", 420, "--tokenizer_dir", "new/dir", "--val_data_path", val
+        )
+        assert (status, complaint) == (0, "")
         directory = tmp_path / place / "new" / "dir"
-        assert {path.name for path in directory.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
-        produced.append([path.read_bytes() for path in sorted(directory.iterdir())])
+        produced.append({path.name: path.read_bytes() for path in directory.iterdir()})
     assert produced[0] == produced[1]
+    assert set(produced[0]) == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
-    small = Tokenizer.from_str(produced[0][0].decode())
+    small = Tokenizer.from_str(produced[0]["tokenizer.json"].decode())
     assert all(len(small.encode(word)) == 1 for word in READ.split())
     assert all(len(small.encode(word)) > 1 for word in NOT_READ.split())
 
     for language, text in (("English", "an answer, a question"), ("Chinese", "工具名称是answer")):
         tokens = len(small.encode(text))
         expected = f"{len(text) / tokens:.3f} characters per token, {len(text.encode()) / tokens:.3f} bytes per token"
-        assert f"{language} rows: {expected}" in result.stdout
+        assert f"{language} rows: {expected}" in printed
 
     # The tokenizer in model/ is what this script makes: the two differ in what was learnt and nowhere else.
     new, shipped = json.loads(small.to_str()), json.loads(core.to_str())
     assert {**new, "model": None} == {**shipped, "model": None}
     assert {**new["model"], "vocab": 0, "merges": 0} == {**shipped["model"], "vocab": 0, "merges": 0}
-    assert produced[0][1] == (REPO / "model" / "tokenizer_config.json").read_bytes()
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        assert produced[0][name] == (REPO / "model" / name).read_bytes()
 
 
-def test_every_takes_every_nth_row(tmp_path):
+def test_every_takes_every_nth_row(tmp_path, run_script):
     words = ["keepme", "dropme", "skipme"] * 20
     data = write_rows(tmp_path / "rows.jsonl", [{"text": word} for word in words])
-    result = run_script("--data_path", data, "--every", 3, "--tokenizer_dir", tmp_path / "t", cwd=tmp_path)
-    assert result.returncode == 0
+    assert run_script("--data_path", data, "--every", 3, "--tokenizer_dir", tmp_path / "t")[0] == 0
     small = Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json"))
     assert [len(small.encode(word)) == 1 for word in words[:3]] == [True, False, False]
 
 
 def test_default_directory_does_not_depend_on_the_current_one(tmp_path):
-    assert f"default: {REPO / 'model'}" in run_script("--help", cwd=tmp_path).stdout
+    command = [sys.executable, str(REPO / "scripts" / "train_tokenizer.py"), "--help"]
+    environment = os.environ | {"COLUMNS": "400", "PYTHONUTF8": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=True)
+    assert f"default: {REPO / 'model'}" in result.stdout
 
 
 GOOD = b'{"text": "fine"}\n'
 BAD_FILES = {
     "not_json.jsonl": (GOOD + b"{oops\n" + GOOD, "not_json.jsonl:2: not JSON"),
-    "cut_off.jsonl.gz": (gzip.compress(GOOD)[:-9], "cut_off.jsonl.gz:2: Compressed file ended"),
-    "plain.jsonl.gz": (GOOD, "plain.jsonl.gz:1: Not a gzipped file"),
-    "not_utf8.jsonl": (GOOD * 3 + b'{"text": "\xff"}\n', "not_utf8.jsonl:4: 'utf-8' codec"),
-    "surrogate.jsonl": (GOOD + b'{"text": "\\ud83d"}\n', "surrogate.jsonl:2: 'utf-8' codec"),
-    "a_list.jsonl": (GOOD + b"[1]\n", "a_list.jsonl:2: expected an object"),
+    "cut_off.jsonl.gz": (gzip.compress(GOOD)[:-9], "cut_off.jsonl.gz:2: cannot be read: Compressed file ended"),
+    "torn.jsonl.gz": (gzip.compress(GOOD)[:10] + b"\xff" * 20, "torn.jsonl.gz:1: cannot be read: Error -3 while"),
+    "plain.jsonl.gz": (GOOD, "plain.jsonl.gz:1: cannot be read: Not a gzipped file"),
+    "not_utf8.jsonl": (GOOD * 3 + b'{"text": "\xff"}\n', "not_utf8.jsonl:4: not UTF-8: invalid start byte"),
+    "surrogate.jsonl": (GOOD + b'{"text": "\\ud83d"}\n', "surrogate.jsonl:2: not text: half a surrogate pair"),
+    "a_list.jsonl": (GOOD + b"[1]\n", "a_list.jsonl:2: a row is a JSON object, not list"),
     "no_text.jsonl": (GOOD + b'{"txt": "typo"}\n', "no_text.jsonl:2: expected an object"),
     "messages.jsonl": (b'{"conversations": "hello"}\n', "messages.jsonl:1: conversations, chosen, rejected must be"),
     "absent.jsonl": (None, "absent.jsonl: no such file"),
@@ -263,20 +281,24 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_input_is_one_line_and_status_2(tmp_path, name):
+def test_bad_input_is_one_line_and_status_2(tmp_path, run_script, name):
     content, message = BAD_FILES[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    result = run_script("--data_path", tmp_path / name, "--tokenizer_dir", tmp_path / "t", cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and message in result.stderr
+    status, _, complaint = run_script("--data_path", tmp_path / name, "--tokenizer_dir", tmp_path / "t")
+    assert status == 2
+    assert complaint.startswith("error: ") and complaint.count("\n") == 1 and message in complaint
     assert not (tmp_path / "t" / "tokenizer.json").exists()
 
 
-def test_bad_flags_are_said_before_training(tmp_path):
+BAD_FLAGS = [("vocab_size", 291, 2), ("every", 0, 2), ("val_data_path", "absent", 2), ("tokenizer_dir", "a_file", 1)]
+
+
+@pytest.mark.parametrize("flag, value, status", BAD_FLAGS)
+def test_bad_flags_are_said_before_training(tmp_path, run_script, monkeypatch, flag, value, status):
     data = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}])
     (tmp_path / "a_file").touch()
-    for flag, value in {"vocab_size": 291, "every": 0, "val_data_path": "absent", "tokenizer_dir": "a_file"}.items():
-        result = run_script("--data_path", data, "--tokenizer_dir", "t", f"--{flag}", value, cwd=tmp_path)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-        assert not (tmp_path / "t" / "tokenizer.json").exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_tokenizer, "train", lambda *_: pytest.fail("trained"))
+    stopped, _, complaint = run_script("--data_path", data, "--tokenizer_dir", "t", f"--{flag}", value)
+    assert (stopped, complaint.count("\n")) == (status, 1) and complaint.startswith("error: ")

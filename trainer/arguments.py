@@ -49,6 +49,8 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_attention_heads", type=positive, help="query heads (8 for a new model)")
     group.add_argument("--num_key_value_heads", type=positive, help="key-value heads (4 for a new model)")
     group.add_argument("--use_moe", type=int, choices=(0, 1), help="mixture of 4 experts instead of dense")
+    group.add_argument("--norm_topk_prob", type=int, choices=(0, 1),
+                       help="MoE: weights of the chosen experts sum to 1 (0 for a new model, 1 in the published ones)")
 
 
 def stage_parser(description: str, **defaults) -> Parser:
@@ -58,8 +60,10 @@ def stage_parser(description: str, **defaults) -> Parser:
     data.add_argument("--data_path", help="training rows, .jsonl or .jsonl.gz")
     data.add_argument("--val_data_path", help="rows to validate on; the best weights are kept as {save_weight}_best")
     data.add_argument("--max_seq_len", type=positive, help="tokens in a row")
-    data.add_argument("--packing", type=int, choices=(0, 1), default=1, help="fill rows with several documents (else pad)")
-    data.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0, help="leave bad rows out instead of stopping")
+    data.add_argument("--packing", type=int, choices=(0, 1), default=1,
+                      help="fill rows with several documents (else pad)")
+    data.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0,
+                      help="leave bad rows out instead of stopping")
     data.add_argument("--num_workers", type=natural, default=0, help="threads that tokenise (0: one a core)")
     data.add_argument("--cache_dir", default=str(CACHE_DIR), help="folder of tokenised data")
     data.add_argument("--tokenizer", default=str(TOKENIZER_DIR), help="folder of the tokenizer")
@@ -78,7 +82,7 @@ def stage_parser(description: str, **defaults) -> Parser:
                        help="stop after so many steps (0: never); the schedule still spans all epochs")
     group.add_argument("--batch_size", type=positive, help="rows a device takes at a time")
     group.add_argument("--accumulation_steps", type=positive, default=1,
-                       help="batches in a step; a step takes batch_size x accumulation_steps rows on any number of devices")
+                       help="batches in a step: batch_size x accumulation_steps rows, on any number of devices")
     group.add_argument("--learning_rate", type=amount, help="peak; linear warm-up, then a cosine to a tenth")
     group.add_argument("--warmup_ratio", type=share, default=0.02, help="share of the steps that warm up")
     group.add_argument("--weight_decay", type=amount, default=0.1, help="decoupled, on matrices only")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from model.errors import UserError
+from model.errors import UserError, first_line
 from model.weights import save_atomically
 
 
@@ -34,10 +34,11 @@ def load_resume(path: Path, settings: dict) -> dict | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["settings"]
     except Exception as error:
-        raise UserError(f"{path}: not a resume state: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a resume state: {first_line(error)}") from None
     for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            raise UserError(f"{path} was made with {name} {state['settings'].get(name)}, now it is {value}; "
+        if saved.get(name) != value:
+            raise UserError(f"{path} was made with {name} {saved.get(name)}, now it is {value}; "
                             "use the old settings, or start anew with --from_resume 0")
     return state

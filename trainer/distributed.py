@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.errors import UserError
+from model.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ class World:
         """Let the first rank of each machine do a thing (fill a cache, say) before the others."""
         if self.size > 1 and self.local_rank > 0:
             dist.barrier(control_group())
-        yield
-        if self.size > 1 and self.local_rank == 0:
-            dist.barrier(control_group())
+        try:
+            yield
+        finally:  # also after an error, which the others then meet themselves instead of waiting for ever
+            if self.size > 1 and self.local_rank == 0:
+                dist.barrier(control_group())
 
 
 _control = None  # a gloo group beside nccl: agreeing on a flag must not wait for the GPU
@@ -75,7 +77,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
             device = torch.device("cuda", device.index if device.index is not None else local_rank)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {wanted}: {first_line(error)}") from None
     return device
 
 

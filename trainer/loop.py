@@ -6,6 +6,7 @@ is divided by the supervised tokens of all of them. Nothing in a step waits for 
 
 import math
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import nn
 
 from dataset.lm_dataset import TokenDataset
 from model.chat import ChatTokenizer
-from model.errors import UserError
+from model.errors import Failure, UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import file_stem, load_state, load_weight, save_weight
 from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
@@ -28,10 +29,11 @@ from trainer.metrics import MetricsLog, Tracker, duration, flops_per_token, peak
 from trainer.optimizer import learning_rate, make_optimizers
 
 LossFunction = Callable[[nn.Module, dict[str, torch.Tensor]], Loss]
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe")
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe",
+         "norm_topk_prob")
 
 
-class Diverged(Exception):
+class Diverged(Failure):
     """The loss or a gradient is not a number any more."""
 
 
@@ -45,8 +47,8 @@ class RowStream:
         self.dataset, self.seed, self.world = dataset, args.seed, world
         self.rows_per_step = args.batch_size * args.accumulation_steps
         if self.rows_per_step % world.size:
-            raise UserError(f"a step of {self.rows_per_step} rows (--batch_size x --accumulation_steps) cannot be shared "
-                            f"evenly by {world.size} ranks")
+            raise UserError(f"a step of {self.rows_per_step} rows (--batch_size x --accumulation_steps) cannot be "
+                            f"shared evenly by {world.size} ranks")
         rows = self.rows_per_step // world.size
         self.micro_steps = next(n for n in range(-(-rows // args.batch_size), rows + 1) if rows % n == 0)
         self.steps = math.ceil(args.epochs * len(dataset) / self.rows_per_step)
@@ -80,18 +82,22 @@ class Run:
         with ExitStack() as stack:
             self.world, self.device = stack.enter_context(joined(self.args.device))
             stack.enter_context(self._signals())
+            self.dtype = self._precision()
+            random.seed(self.args.seed)
+            torch.manual_seed(self.args.seed)
+            torch.set_float32_matmul_precision("high")  # TF32 where there is one
+            self.tokenizer = ChatTokenizer(self.args.tokenizer)
+            if self.args.num_workers:
+                os.environ["RAYON_NUM_THREADS"] = str(self.args.num_workers)
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
             self._exit = stack.pop_all()
-        self.dtype = self._precision()
-        torch.manual_seed(self.args.seed)
-        torch.set_float32_matmul_precision("high")  # TF32 where there is one
-        self.tokenizer = ChatTokenizer(self.args.tokenizer)
-        if self.args.num_workers:
-            os.environ["RAYON_NUM_THREADS"] = str(self.args.num_workers)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         return self
 
-    def __exit__(self, *error) -> None:
-        self._exit.__exit__(*error)
+    def __exit__(self, kind, error, trace) -> None:
+        self._exit.__exit__(kind, error, trace)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise Failure(f"{self.device} is out of memory: lower --batch_size and raise --accumulation_steps, which "
+                          f"takes the same steps ({first_line(error)})") from error
 
     def say(self, text: str) -> None:
         if self.world.main:
@@ -123,8 +129,9 @@ class Run:
             began = time.perf_counter()
             data = kind(path, self.tokenizer, args.max_seq_len, bool(args.packing), bool(args.skip_bad_rows),
                         args.cache_dir, **settings)
-        self.say(f"data: {path.name}: {data.meta['documents']:,} documents, {data.meta['tokens']:,} tokens in {len(data):,} "
-                 f"rows of {args.max_seq_len}, {data.fill:.1%} full ({time.perf_counter() - began:.1f} s)")
+        self.say(f"data: {path.name}: {data.meta['documents']:,} documents, {data.meta['tokens']:,} tokens in "
+                 f"{len(data):,} rows of {args.max_seq_len}, {data.fill:.1%} full "
+                 f"({time.perf_counter() - began:.1f} s)")
         for sentence in data.report:
             self.say(f"data: {sentence}")
         return data
@@ -140,7 +147,7 @@ class Run:
         """Train `model` on `data` as the flags say, save it, and stop early and clean when asked to."""
         Training(self, model, data, loss_function, val_data).run()
 
-    # -- how it is done --------------------------------------------------------------------------------------------------
+    # -- how it is done ------------------------------------------------------------------------------------------------
 
     def _precision(self) -> torch.dtype:
         wanted = getattr(torch, self.args.dtype)
@@ -175,14 +182,15 @@ class Training:
         self.data, self.val_data, self.loss_function = data, val_data, loss_function
         self.model = model.to(run.device)
         self.stream = RowStream(data, run.args, run.world)
-        self.optimizers = make_optimizers(model, run.args.optimizer, run.args.learning_rate, run.args.weight_decay)
+        self.optimizers = make_optimizers(model, run.args.optimizer, run.args.learning_rate, run.args.weight_decay,
+                                          run.dtype)
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self.stem = file_stem(run.args.save_weight, model.config)
         self.resume_path = run.args.checkpoint_dir / f"{self.stem}_resume.pth"
         self.step, self.tokens, self.best, tracker_id = 0, 0, math.inf, None
-        self.settings = {"rows_per_step": self.stream.rows_per_step, "data": data.folder.name, "epochs": run.args.epochs,
-                         "max_seq_len": run.args.max_seq_len, "packing": run.args.packing, "seed": run.args.seed,
-                         "optimizer": run.args.optimizer, "learning_rate": run.args.learning_rate}
+        names = ("epochs", "max_seq_len", "packing", "seed", "optimizer", "learning_rate")
+        self.settings = {"rows_per_step": self.stream.rows_per_step, "data": data.folder.name,
+                         **{name: getattr(run.args, name) for name in names}}
         if run.args.from_resume:
             tracker_id = self._resume()
         if run.args.use_compile:
@@ -198,8 +206,9 @@ class Training:
         args, say = self.args, self.run_.say
         last = self.stream.steps if not args.max_steps else min(self.stream.steps, args.max_steps)
         parameters = sum(p.numel() for p in self.model.parameters())
-        say(f"train: {self.stem}, {parameters / 1e6:.2f} M parameters, steps {self.step:,} to {last:,} of {self.stream.steps:,}, "
-            f"{self.stream.rows_per_step} rows a step on {self.world.size} x {self.device}, {str(self.run_.dtype)[6:]}")
+        say(f"train: {self.stem}, {parameters / 1e6:.2f} M parameters, steps {self.step:,} to {last:,} of "
+            f"{self.stream.steps:,}, {self.stream.rows_per_step} rows a step on {self.world.size} x {self.device}, "
+            f"{str(self.run_.dtype)[6:]}")
         if self.step >= last:
             say("train: nothing left to do")
             return
@@ -210,17 +219,23 @@ class Training:
             self._take_step()
             stopping = self.world.any(self.run_.stop_signal is not None)
             ending = stopping or self.step == last
-            row = self._measure() if ending or self.step % args.log_interval == 0 else {}
-            if self.val_data is not None and (ending or (args.eval_interval and self.step % args.eval_interval == 0)):
+            validating = self.val_data is not None and (
+                ending or (args.eval_interval and self.step % args.eval_interval == 0))
+            row = self._measure() if ending or validating or self.step % args.log_interval == 0 else {}
+            if validating:
                 row |= self._validate()
             if row:
                 self._report(row, last)
+            if row.get("val_loss", math.inf) < self.best:
+                self.best = row["val_loss"]
+                self._save_weight(f"{args.save_weight}_best", row)
             if ending or self.step % args.save_interval == 0:
                 self._save(row)
             if row:
                 self._start_interval()
             if stopping:
-                say(f"train: stopped by signal {self.run_.stop_signal or ''} after step {self.step:,}; --from_resume 1 goes on")
+                say(f"train: stopped by signal {self.run_.stop_signal or ''} after step {self.step:,}; "
+                    "--from_resume 1 goes on")
                 break
         self.tracker.close()
 
@@ -249,7 +264,7 @@ class Training:
             self.scaler.unscale_(optimizer)
         limit = self.args.grad_clip or math.inf
         self.grad_norm = nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), limit)
-        self.healthy &= torch.isfinite(loss.total.detach())  # on the device: read when something is logged or saved
+        self.healthy &= torch.isfinite(self.loss_sum)  # on the device: read when something is logged or saved
         if not self.scaler.is_enabled():
             self.healthy &= torch.isfinite(self.grad_norm)
         for optimizer in self.optimizers:
@@ -270,8 +285,8 @@ class Training:
     def _check(self) -> None:
         """Raise Diverged if a loss or gradient of this interval was not finite. Waits for the device."""
         if self.world.any(not bool(self.healthy)):
-            raise Diverged(f"the loss or its gradient is not finite at or before step {self.step}; nothing was saved since "
-                           f"({self.resume_path.name} is intact). Lower --learning_rate, or look at the data")
+            raise Diverged(f"the loss or its gradient is not finite at or before step {self.step}; nothing was saved "
+                           f"since ({self.resume_path.name} is intact). Lower --learning_rate, or look at the data")
 
     def _measure(self) -> dict:
         """The numbers of the steps since the last log line."""
@@ -287,7 +302,7 @@ class Training:
 
     @torch.no_grad()
     def _validate(self) -> dict:
-        """Mean loss a supervised token and bits a byte of text over the validation rows; keeps the best weights."""
+        """Mean loss a supervised token and bits a byte of text over the validation rows."""
         data, B = self.val_data, self.args.batch_size
         lengths = torch.tensor([0 if i < 36 else len(b) for i, b in enumerate(self.run_.tokenizer.token_bytes)])
         sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens, nats of text tokens, their bytes
@@ -305,16 +320,15 @@ class Training:
         if self.world.size > 1:
             sums = torch.stack(self.world.gather(sums)).sum(0)
         nats, count, text_nats, size = sums.tolist()
-        return {"step": self.step, "val_loss": nats / max(count, 1), "val_bpb": text_nats / max(size, 1) / math.log(2)}
+        return {"val_loss": nats / max(count, 1), "val_bpb": text_nats / max(size, 1) / math.log(2)}
 
     def _report(self, row: dict, last: int) -> None:
         if not self.world.main:
             return
-        parts = [f"{self.args.save_weight} {row.get('epoch', 0):.2f}/{self.args.epochs} step {self.step:,}/{last:,}"]
-        if "loss" in row:
-            parts.append(f"loss {row['loss']:.4f} lr {row['lr']:.2e} norm {row['grad_norm']:.2f} "
-                         f"{row['tokens_per_s']:,.0f} tok/s mfu {row['mfu']:.0%} {row['memory_gb']:.1f} GB "
-                         f"eta {duration((last - self.step) * self.seconds_per_step)}")
+        parts = [f"{self.args.save_weight} {row['epoch']:.2f}/{self.args.epochs} step {self.step:,}/{last:,}",
+                 f"loss {row['loss']:.4f} lr {row['lr']:.2e} norm {row['grad_norm']:.2f} "
+                 f"{row['tokens_per_s']:,.0f} tok/s mfu {row['mfu']:.0%} {row['memory_gb']:.1f} GB "
+                 f"eta {duration((last - self.step) * self.seconds_per_step)}"]
         if "val_loss" in row:
             parts.append(f"val_loss {row['val_loss']:.4f} val_bpb {row['val_bpb']:.4f}")
         print(" · ".join(parts), flush=True)
@@ -322,22 +336,21 @@ class Training:
         self.tracker.log(row)
 
     def _save(self, row: dict) -> None:
-        """Weights for use, and the state to resume from; the best weights too when validation says so."""
+        """Weights for use, and the state to resume from."""
         self._check()
         randomness = self.world.gather(random_state())
-        better = row.get("val_loss", math.inf) < self.best
-        self.best = min(self.best, row.get("val_loss", math.inf))
-        if not self.world.main:
-            return
-        facts = self.facts | {"tokens_seen": self.tokens, "step": self.step, "metrics": row}
-        save_weight(self.model, self.args.save_weight, self.args.save_dir, self.run_.tokenizer, **facts)
-        if better:
-            save_weight(self.model, f"{self.args.save_weight}_best", self.args.save_dir, self.run_.tokenizer, **facts)
-        save_resume(self.resume_path, {
-            "settings": self.settings, "step": self.step, "tokens": self.tokens, "best": self.best,
-            "model": self.model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(), "random": randomness, "tracker": self.tracker.run_id,
-        })
+        self._save_weight(self.args.save_weight, row)
+        if self.world.main:
+            save_resume(self.resume_path, {
+                "settings": self.settings, "step": self.step, "tokens": self.tokens, "best": self.best,
+                "model": self.model.state_dict(), "scaler": self.scaler.state_dict(), "random": randomness,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "tracker": self.tracker.run_id,
+            })
+
+    def _save_weight(self, name: str, row: dict) -> None:
+        if self.world.main:
+            save_weight(self.model, name, self.args.save_dir, self.run_.tokenizer, **self.facts,
+                        tokens_seen=self.tokens, step=self.step, metrics=row)
 
     def _resume(self) -> str | None:
         """Take up the saved state; → the tracker's run id."""
@@ -364,9 +377,9 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware; without, bf16 is emulated and several times slower than fp32."""
-    checks = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check() for check in checks)
+    """Whether the CPU multiplies bf16 matrices in hardware; else bf16 is emulated, several times slower than fp32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def compile_blocks(model: MiniMindForCausalLM, device: torch.device, say: Callable[[str], None]) -> None:

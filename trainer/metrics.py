@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from model.errors import first_line
 
 
 def flops_per_token(model: nn.Module, length: int) -> float:
@@ -29,7 +33,8 @@ def flops_per_token(model: nn.Module, length: int) -> float:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """What this machine reaches in a large matrix product, in FLOP/s: the measured 100% of MFU."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    generator = torch.Generator(device)  # its own: measuring must not move the run's random numbers
+    a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=generator) for _ in range(2))
     best = math.inf
     for _ in range(4):
         synchronise(device)
@@ -92,6 +97,8 @@ class Tracker:
         options = {"project": project, "experiment_name": name, "config": config, "logdir": str(folder / "swanlab")}
         if run_id:
             options |= {"id": run_id, "resume": "allow"}
+        os.environ.setdefault("SWANLAB_INTERACTIVE", "false")  # never ask: without a key it is offline
+        on_interrupt = signal.getsignal(signal.SIGINT)
         for mode in ("cloud", "offline"):
             try:
                 import swanlab
@@ -99,18 +106,21 @@ class Tracker:
                 self.run = swanlab.init(mode=mode, **options)
                 return
             except Exception as error:  # no package, no account, no network, …
-                print(f"tracker: SwanLab {mode} failed ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+                print(f"tracker: SwanLab {mode} failed ({first_line(error)})")
+            finally:
+                signal.signal(signal.SIGINT, on_interrupt)  # SwanLab takes Ctrl-C for itself and ends the run
 
     @property
     def run_id(self) -> str | None:
-        return getattr(getattr(self.run, "public", None), "run_id", None)
+        return getattr(self.run, "id", None)
 
     def log(self, row: dict) -> None:
         if self.run is not None:
             try:
-                self.run.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"])
+                numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+                self.run.log(numbers, step=row["step"])
             except Exception as error:
-                print(f"tracker: stopped after {type(error).__name__}: {error}")
+                print(f"tracker: stopped: {first_line(error)}")
                 self.run = None
 
     def close(self) -> None:
@@ -118,7 +128,7 @@ class Tracker:
             try:
                 self.run.finish()
             except Exception as error:
-                print(f"tracker: {type(error).__name__}: {error}")
+                print(f"tracker: {first_line(error)}")
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,79 @@
+"""How fast and in how much memory a large file becomes tokens, and how soon the second start has them.
+
+The file is real text: the rows of --data_path over and over, each with a number of its own. Each start is a process of
+its own, so that its peak memory is its own.
+
+    python benchmarks/data_speed.py --gigabytes 1
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+import torch
+
+from benchmarks.machine import save_result
+from dataset.lm_dataset import PretrainDataset, parse_row, read_rows
+from model.chat import ChatTokenizer
+from model.errors import run_main
+from model.weights import ROOT
+from trainer.arguments import Parser, amount, positive
+from trainer.metrics import peak_memory
+
+CPU = torch.device("cpu")
+
+
+def write_corpus(path: Path, source: Path, size: float) -> None:
+    """Write at least `size` bytes of jsonl."""
+    number = 0
+    with open(path, "wb") as file:
+        while file.tell() < size:
+            for _, line in read_rows(source):
+                number += 1
+                row = {"text": f"{number} {parse_row(line)['text']}"}
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                if file.tell() >= size:
+                    break
+
+
+def start(path: Path, max_seq_len: int) -> dict:
+    """Build the dataset and say what it took."""
+    imported, began = peak_memory(CPU), time.perf_counter()
+    data = PretrainDataset(path, ChatTokenizer(), max_seq_len, cache_dir=path.parent / "cache")
+    return {"seconds": round(time.perf_counter() - began, 2), "memory_gb": round(peak_memory(CPU), 3),
+            "memory_gb_after_imports": round(imported, 3), "documents": data.meta["documents"],
+            "tokens": data.meta["tokens"], "rows": len(data), "fill": round(data.fill, 4)}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=amount, default=1.0, help="size of the file, in 10^9 bytes (default: 1)")
+    parser.add_argument("--data_path", type=Path, default=ROOT.parent / "shared/data/pretrain.jsonl.gz",
+                        help="pretraining rows to repeat (default: %(default)s)")
+    parser.add_argument("--max_seq_len", type=positive, default=340, help="tokens in a row (default: 340)")
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)  # read this file here and print the numbers
+    args = parser.parse_args()
+    if args.start:
+        print(json.dumps(start(args.start, args.max_seq_len)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "corpus.jsonl"
+        write_corpus(path, args.data_path, args.gigabytes * 1e9)
+        megabytes = path.stat().st_size / 1e6
+        command = [sys.executable, *sys.argv, f"--start={path}"]
+        first, second = (json.loads(subprocess.check_output(command)) for _ in range(2))
+    speed = round(megabytes / first["seconds"], 2)
+    print(f"data_speed: {megabytes:,.0f} MB, {first['tokens']:,} tokens: {first['seconds']:,} s, {speed} MB/s, "
+          f"at most {first['memory_gb']:.2f} GB of memory; second start {second['seconds']} s")
+    save_result("data_speed", {"megabytes": round(megabytes, 1), "megabytes_per_second": speed, "first_start": first,
+                               "second_start": second})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,128 @@
+"""Useful training tokens a second: the default recipe against the plain one, same model, same file, in one run.
+
+Plain: eager, fp32 on a CPU (bf16 autocast on CUDA), one document a row, cut at the row's end and padded to it, logits
+for every position, AdamW as it comes. Default: `trainer/train_*.py` with --use_compile 1. Both in processes
+of their own, in turn. Useful tokens are those of documents: padding does not count.
+
+    python benchmarks/train_speed.py --stage sft --data_path ../shared/data/sft.jsonl.gz
+    python benchmarks/train_speed.py --stage pretrain --data_path ../shared/data/pretrain_val.jsonl.gz
+    python benchmarks/train_speed.py --stage pretrain --data_path ../shared/data/pretrain_val.jsonl.gz --use_moe 1
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from benchmarks.machine import save_result
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.packing import IGNORE
+from model.chat import ChatTokenizer
+from model.errors import run_main
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import ROOT
+from trainer.arguments import Parser, positive
+from trainer.distributed import choose_device
+from trainer.metrics import flops_per_token, peak_flops, peak_memory, synchronise
+
+STAGES = {"pretrain": (PretrainDataset, "trainer/train_pretrain.py", 340),
+          "sft": (SFTDataset, "trainer/train_full_sft.py", 768)}
+
+
+def plain_recipe(args: argparse.Namespace) -> dict:
+    """Train as the plain recipe does; → useful tokens a second, MFU and peak memory of the steps after the warm-up."""
+    kind, _, length = STAGES[args.stage]
+    device = choose_device(args.device)
+    data = kind(args.data_path, ChatTokenizer(), length, packing=False)
+    model = MiniMindForCausalLM(MiniMindConfig(args.hidden_size, args.num_hidden_layers, bool(args.use_moe))).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    order = np.random.default_rng(0).permutation(len(data))
+    ends = np.load(data.folder / "ends.npy")
+    starts = np.concatenate(([0], ends[:-1]))
+    useful = 0
+    for step in range(args.warmup + args.steps):
+        if step == args.warmup:
+            synchronise(device)
+            began, useful = time.perf_counter(), 0
+        ids = torch.zeros(args.batch_size, length, dtype=torch.long)
+        labels = torch.full_like(ids, IGNORE)
+        for row, document in enumerate(order[step * args.batch_size:][:args.batch_size] % len(ends)):
+            stop = min(ends[document], starts[document] + length)
+            text = torch.from_numpy(data.tokens[starts[document]:stop].astype(np.int64))
+            said = data.mask[starts[document]:stop] if data.masked else np.ones(len(text), np.uint8)
+            ids[row, :len(text)] = text
+            labels[row, :len(text)] = text.masked_fill(torch.from_numpy(said == 0), IGNORE)
+            useful += len(text)
+        ids, labels = ids.to(device), labels.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output = model(ids)
+            loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
+                                   ignore_index=IGNORE)
+            if output.aux_loss is not None:
+                loss = loss + model.config.router_aux_loss_coef * output.aux_loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    synchronise(device)
+    speed = useful / (time.perf_counter() - began)
+    peak = peak_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return {"tokens_per_s": speed, "mfu": speed * flops_per_token(model, length / 2) / peak,
+            "memory_gb": peak_memory(device)}
+
+
+def default_recipe(args: argparse.Namespace, folder: Path) -> dict:
+    """Run the stage's own script; → the numbers of its second log line, whose steps come after the warm-up."""
+    _, script, _ = STAGES[args.stage]
+    flags = {"data_path": args.data_path, "from_weight": "none", "save_dir": folder, "checkpoint_dir": folder,
+             "hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers, "use_moe": args.use_moe,
+             "batch_size": args.batch_size, "accumulation_steps": 1, "max_steps": 2 * args.steps,
+             "log_interval": args.steps, "epochs": 1000, "use_compile": 1, "device": args.device}
+    command = [sys.executable, ROOT / script, *(f"--{key}={value}" for key, value in flags.items())]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    log, = (folder / "logs").glob("*.jsonl")
+    row = json.loads(log.read_text("utf-8").splitlines()[-1])
+    return {key: row[key] for key in ("tokens_per_s", "mfu", "memory_gb")}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=STAGES, default="pretrain", help="row format and length")
+    parser.add_argument("--data_path", type=Path, required=True, help="rows to train on")
+    parser.add_argument("--hidden_size", type=positive, default=768)
+    parser.add_argument("--num_hidden_layers", type=positive, default=8)
+    parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
+    parser.add_argument("--batch_size", type=positive, default=8, help="rows a step")
+    parser.add_argument("--warmup", type=int, default=1, help="steps of the plain recipe that are not counted")
+    parser.add_argument("--steps", type=positive, default=4, help="steps that are")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)  # run only the plain recipe, numbers to there
+    args = parser.parse_args()
+    if args.plain:
+        args.plain.write_text(json.dumps(plain_recipe(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "plain.json"
+        subprocess.run([sys.executable, *sys.argv, f"--plain={target}"], check=True)
+        plain = json.loads(target.read_text())
+        default = default_recipe(args, Path(folder))
+    ratio = default["tokens_per_s"] / plain["tokens_per_s"]
+    name = f"train_speed_{args.stage}{'_moe' if args.use_moe else ''}_{args.hidden_size}x{args.num_hidden_layers}"
+    for recipe, numbers in (("plain", plain), ("default", default)):
+        print(f"{name} {recipe:8} {numbers['tokens_per_s']:9,.0f} useful tokens/s  mfu {numbers['mfu']:4.0%}  "
+              f"{numbers['memory_gb']:.1f} GB")
+    print(f"{name} ratio    {ratio:9.2f}")
+    save_result(name, {"plain": plain, "default": default, "ratio": ratio})
+
+
+if __name__ == "__main__":
+    run_main(main)
