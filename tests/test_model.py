@@ -302,8 +302,8 @@ def test_head_is_tied_to_the_embedding():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"hidden_size": 100}, "hidden_size 100 .* num_attention_heads 8"),
-    ({"num_key_value_heads": 3}, "8 attention heads .* 3 key-value heads"),
+    ({"hidden_size": 100}, "hidden_size 100 .* 8 attention heads"),
+    ({"num_key_value_heads": 3}, "8 query heads .* 3 key-value heads"),
     ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 .* num_experts 4"),
     ({"head_dim": 15}, "head_dim 15 is odd"),
     ({"hidden_size": 72}, "head_dim 9 is odd"),

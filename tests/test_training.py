@@ -32,7 +32,7 @@ from trainer import loop, train_full_sft, train_pretrain
 from trainer.distributed import World
 from trainer.loop import RowStream
 from trainer.losses import MODEL_INPUTS, Loss, balancing, next_token_loss
-from trainer.metrics import flops_per_token
+from trainer.metrics import MetricsLog, flops_per_token
 from trainer.optimizer import Muon, learning_rate, make_optimizers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,8 +153,14 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 
 
+def noisy_loss(model, batch) -> Loss:
+    """A loss that draws random numbers, as sampling does."""
+    return Loss(next_token_loss(model, batch).total * (1 + 0.1 * random.random() + 0.1 * torch.rand(())))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_k_steps_and_a_resume_are_2k_steps_bit_for_bit(lab, data, optimizer):
+def test_k_steps_and_a_resume_are_2k_steps_bit_for_bit(lab, data, monkeypatch, optimizer):
+    monkeypatch.setattr(train_pretrain, "next_token_loss", noisy_loss)
     whole, parts = lab("whole"), lab("parts")
     flags = {"optimizer": optimizer, "epochs": 1, "val_data_path": data / "pretrain_val.jsonl", "eval_interval": 3}
     whole.train(**flags)
@@ -166,7 +172,7 @@ def test_k_steps_and_a_resume_are_2k_steps_bit_for_bit(lab, data, optimizer):
 
 def test_a_run_killed_in_the_middle_goes_on_as_if_nothing_had_happened(lab):
     whole, killed = lab("whole"), lab("killed")
-    flags = {"epochs": 6, "save_interval": 3}
+    flags = {"epochs": 10, "save_interval": 3}
     process = killed.start(**flags)
     wait_for((killed.checkpoints / "pretrain_64_resume.pth").exists, process)
     process.kill()
@@ -175,6 +181,16 @@ def test_a_run_killed_in_the_middle_goes_on_as_if_nothing_had_happened(lab):
     assert killed.state()["step"] < whole.state()["step"]
     killed.train(**flags, from_resume=1)
     assert killed.ended_like(whole)
+
+
+def test_a_resumed_log_forgets_what_came_after_its_state(tmp_path):
+    path = tmp_path / "logs" / "run.jsonl"
+    MetricsLog(path, 0).write({"step": 1, "loss": 1 / 3})
+    path.write_text(path.read_text() + '{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    MetricsLog(path, 2).write({"step": 3, "loss": math.nan})
+    assert path.read_text() == '{"step": 1, "loss": 0.333333}\n{"step": 2}\n{"step": 3, "loss": NaN}\n'
+    MetricsLog(path, 0)
+    assert path.read_text() == ""
 
 
 def test_sigterm_and_sigint_end_a_run_with_everything_saved_and_status_0(lab):
@@ -289,7 +305,8 @@ def test_programs_run_the_same_from_any_directory(lab):
     assert err == f"error: --data_path {ROOT / 'trainer/nowhere.jsonl'}: no such file\n"
 
 
-def test_importing_a_stage_leaves_the_path_alone():
+def test_importing_a_stage_leaves_the_path_alone(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
     before = list(sys.path)
     for name in ("trainer.train_pretrain", "trainer.train_full_sft"):
         with mock.patch.dict(sys.modules):
@@ -589,13 +606,14 @@ def test_validation_is_the_plain_mean_over_tokens_and_bits_over_bytes(lab, data,
 
 
 def test_the_best_weights_are_those_of_the_lowest_val_loss_saved_or_not(lab, data, monkeypatch):
-    lab, val_losses = lab(), iter([3.0, 1.0, 2.0])
+    lab, val_losses = lab(), iter([3.0, 1.0, 2.0, 1.5])
     monkeypatch.setattr(loop.Training, "_validate", lambda _: {"val_loss": next(val_losses), "val_bpb": 0.0})
     flags = {"val_data_path": data / "pretrain_val.jsonl", "learning_rate": 1e-2}
     lab.train(**flags, max_steps=3, eval_interval=1)
+    lab.train(**flags, max_steps=4, from_resume=1)
     best, last = lab.weight("pretrain_best_64"), lab.weight()
-    assert lab.card("pretrain_best_64")["step"] == 2 and lab.card()["step"] == 3
-    assert lab.state()["best"] == 1.0
+    assert lab.card("pretrain_best_64")["step"] == 2 and lab.card()["step"] == 4
+    assert lab.card("pretrain_best_64")["metrics"]["val_loss"] == lab.state()["best"] == 1.0
     monkeypatch.undo()
     lab.train(**flags, max_steps=2)
     assert_close(lab.weight(), best, rtol=0, atol=0)
