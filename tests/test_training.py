@@ -96,8 +96,9 @@ class Lab:
         return [row["loss"] for row in self.log(stem)]
 
     def files(self) -> dict[Path, bytes]:
-        """All saved weights and states, their bytes."""
+        """The bytes of every weight, its card and the state."""
         found = [path for folder in (self.out, self.checkpoints) for path in folder.iterdir() if path.is_file()]
+        assert len(found) >= 3
         return {path: path.read_bytes() for path in found}
 
     def ended_like(self, other: "Lab") -> bool:
