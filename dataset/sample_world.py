@@ -36,12 +36,12 @@ Tree = Any  # an int, or (sign, Tree, Tree)
 
 LANGS = ("en", "zh")
 SKILLS = ("facts", "arithmetic", "thinking", "dialogue", "identity", "tools")
-SFT_MIX = (22, 20, 16, 16, 6, 20)  # percent, in the order of SKILLS
+SFT_MIX = (18, 16, 14, 14, 6, 32)  # percent, in the order of SKILLS
 DPO_MIX = (20, 20, 10, 15, 10, 25)
 HELDOUT_PERCENT, VAL_PERCENT = 12, 6
 HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
-    "pretrain": 3000, "pretrain_val": 100, "sft": 3400, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
+    "pretrain": 3000, "pretrain_val": 100, "sft": 9000, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
     "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "agent_rl": 1500, "agent_rl_val": 100, "lora_identity": 300,
     "lora_identity_val": 40}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -519,7 +519,7 @@ class World:
 
     def pretrain_row(self) -> Message:
         """A paragraph of one kind. Facts come from the deck: every fact is told, also those never asked about."""
-        kind = self.rng.choices(("facts", "tales", "glossary", "sums", "calls"), (32, 14, 2, 20, 32))[0]
+        kind = self.rng.choices(("facts", "tales", "glossary", "sums", "calls"), (40, 14, 4, 17, 25))[0]
         both, length, parts = self.chance(0.25), self.rng.randint(160, (440, 300)[self.lang]), []
         while sum(map(len, parts)) < length:
             entity, attribute = pair = next(self.decks[self.lang])

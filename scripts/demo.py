@@ -19,9 +19,10 @@ from model.weights import OUT_DIR, ROOT
 from trainer.arguments import Parser
 
 SAMPLE = ROOT / "dataset/sample"
-SIZE = ("--hidden_size", "256")
-COMMON = (*SIZE, "--max_seq_len", "512", "--log_interval", "20", "--save_interval", "500", "--warmup_ratio", "0.05",
-          "--use_compile", "1", "--batch_size", "4", "--optimizer", "muon")
+HIDDEN_SIZE = 128
+SIZE = ("--hidden_size", HIDDEN_SIZE)
+COMMON = (*SIZE, "--max_seq_len", 512, "--epochs", 1, "--batch_size", 4, "--accumulation_steps", 1, "--use_compile", 1,
+          "--optimizer", "muon", "--warmup_ratio", 0.05, "--log_interval", 40, "--save_interval", 400)
 
 
 @dataclass
@@ -30,17 +31,17 @@ class Stage:
 
     name: str  # of the weight it writes
     script: str
-    flags: tuple[str, ...]
+    flags: tuple
     main_path: bool = True  # else only part of `make demo-all`
 
 
 STAGES = (
     Stage("pretrain", "trainer/train_pretrain.py", (
         "--data_path", SAMPLE / "pretrain.jsonl", "--val_data_path", SAMPLE / "pretrain_val.jsonl",
-        "--num_hidden_layers", "4", "--epochs", "1", "--accumulation_steps", "1", "--learning_rate", "4e-3")),
+        "--num_hidden_layers", 4, "--num_attention_heads", 4, "--num_key_value_heads", 2, "--learning_rate", "4e-3")),
     Stage("full_sft", "trainer/train_full_sft.py", (
-        "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl", "--epochs", "1",
-        "--learning_rate", "3e-3", "--empty_think_ratio", "1", "--system_prompt_ratio", "0")),
+        "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl",
+        "--learning_rate", "4e-3", "--empty_think_ratio", 1, "--system_prompt_ratio", 0)),
 )
 CHAT = ("你好！", "Who are you?", "9 + 5等于几？", "What is the colour of the ink cat?")
 
@@ -69,7 +70,7 @@ def draw_curves(stages: list[Stage], target: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=True):
-        log = OUT_DIR / "logs" / f"{stage.name}_256.jsonl"
+        log = OUT_DIR / "logs" / f"{stage.name}_{HIDDEN_SIZE}.jsonl"
         rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
         for key, style in (("loss", "-"), ("val_loss", "o")):
             points = [(row["step"], row[key]) for row in rows if key in row]

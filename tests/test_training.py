@@ -449,12 +449,21 @@ def test_the_learning_rate_rises_in_a_line_to_its_peak_and_ends_at_a_tenth():
     assert learning_rate(0, 1, 3.0, 1) == 3.0
 
 
-def test_the_log_tells_the_learning_rate_that_was_used(lab):
-    lab = lab()
-    lab.train(epochs=1, learning_rate=1e-3, warmup_ratio=0.5)
+def test_the_log_tells_the_learning_rate_that_every_optimizer_used(lab, monkeypatch):
+    lab, used = lab(), []
+
+    def spied_on(*request):
+        optimizers = make_optimizers(*request)
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(lambda self, *_: used.append([group["lr"] for group in self.param_groups]))
+        return optimizers
+
+    monkeypatch.setattr(loop, "make_optimizers", spied_on)
+    lab.train(optimizer="muon", epochs=1, learning_rate=1e-3, warmup_ratio=0.5)
     steps = len(lab.log())
-    assert [row["lr"] for row in lab.log()] == pytest.approx(
-        [learning_rate(step, steps, 1e-3, math.ceil(steps / 2)) for step in range(steps)], rel=1e-5)
+    rates = [learning_rate(step, steps, 1e-3, math.ceil(steps / 2)) for step in range(steps)]
+    assert [row["lr"] for row in lab.log()] == pytest.approx(rates, rel=1e-5)
+    assert used == [[rate] * groups for rate in rates for groups in (2, 1)]  # AdamW's, then Muon's
 
 
 def test_adamw_is_the_equation_and_decays_matrices_only():
@@ -702,7 +711,8 @@ def test_the_tracker_hears_every_line_and_goes_on_with_the_same_run(lab, monkeyp
     assert signal.SIG_IGN not in on_interrupt  # Ctrl-C still stops the run in order
     monkeypatch.setitem(sys.modules, "swanlab", second)
     lab.train(use_wandb=True, max_steps=3, from_resume=1)
-    assert [step for step, _ in second.rows] == [3] and second.options["id"] == "the-run-id"
+    assert [step for step, _ in second.rows] == [3]
+    assert (second.options["id"], second.options["resume"]) == ("the-run-id", "allow")
 
 
 def test_swanlab_without_a_key_tracks_offline_and_asks_nothing(lab, monkeypatch, tmp_path, capfd):
