@@ -36,12 +36,12 @@ Tree = Any  # an int, or (sign, Tree, Tree)
 
 LANGS = ("en", "zh")
 SKILLS = ("facts", "arithmetic", "thinking", "dialogue", "identity", "tools")
-SFT_MIX = (18, 16, 14, 14, 6, 32)  # percent, in the order of SKILLS
+SFT_MIX = (16, 22, 16, 18, 4, 24)  # percent, in the order of SKILLS
 DPO_MIX = (20, 20, 10, 15, 10, 25)
 HELDOUT_PERCENT, VAL_PERCENT = 12, 6
 HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
-    "pretrain": 3000, "pretrain_val": 100, "sft": 9000, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
+    "pretrain": 3000, "pretrain_val": 100, "sft": 10500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
     "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "agent_rl": 1500, "agent_rl_val": 100, "lora_identity": 300,
     "lora_identity_val": 40}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
