@@ -313,10 +313,11 @@ def test_sizes_that_do_not_fit_say_so(options, message):
         MiniMindConfig(**options)
 
 
-@pytest.mark.parametrize("hidden_size, layers", [(512, 8), (768, 16)])
-def test_historical_sizes_learn(hidden_size, layers, device):
-    config = MiniMindConfig(hidden_size=hidden_size, num_hidden_layers=layers, num_key_value_heads=2)
+@pytest.mark.parametrize("hidden_size, layers, width, millions", [(512, 8, 1408, 25.83), (768, 16, 2048, 104.03)])
+def test_historical_sizes_learn(hidden_size, layers, width, millions, device):
+    config = MiniMindConfig(hidden_size, layers, num_key_value_heads=2, intermediate_size=width)
     model, ids = MiniMindForCausalLM(config).to(device), torch.randint(3, 6400, (1, 24), device=device)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
     loss = model(ids, labels=ids).loss
     assert loss.item() == pytest.approx(math.log(6400), abs=0.5)
     loss.backward()

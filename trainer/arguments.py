@@ -48,6 +48,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_hidden_layers", type=positive, help="blocks (8 for a new model)")
     group.add_argument("--num_attention_heads", type=positive, help="query heads (8 for a new model)")
     group.add_argument("--num_key_value_heads", type=positive, help="key-value heads (4 for a new model)")
+    group.add_argument("--intermediate_size", type=positive, help="width of the feed-forward (pi x hidden_size)")
     group.add_argument("--use_moe", type=int, choices=(0, 1), help="mixture of 4 experts instead of dense")
     group.add_argument("--norm_topk_prob", type=int, choices=(0, 1),
                        help="MoE: weights of the chosen experts sum to 1 (0 for a new model, 1 in the published ones)")

@@ -29,8 +29,8 @@ from trainer.metrics import MetricsLog, Tracker, duration, flops_per_token, peak
 from trainer.optimizer import learning_rate, make_optimizers
 
 LossFunction = Callable[[nn.Module, dict[str, torch.Tensor]], Loss]
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "use_moe",
-         "norm_topk_prob")
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "intermediate_size", "use_moe", "norm_topk_prob")
 
 
 class Diverged(Failure):
