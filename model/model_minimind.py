@@ -148,6 +148,16 @@ def document_mask(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
     return (same & same.new_ones(length, length).tril())[:, None]
 
 
+def round_up(x: Tensor, step: int = 32) -> Tensor:
+    """Append zeros to `x` [N, ...] on a CPU, so that N, if above `step`, becomes a multiple of it.
+
+    A CPU builds a bf16 kernel for every N it meets, which takes 10 to 20 ms and 5 to 8 MB that are never given back:
+    docs/experiments.md, "kernels". On GPUs nothing changes.
+    """
+    N = len(x)
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, -N % step)) if x.device.type == "cpu" and N > step else x
+
+
 def _flash_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Variable-length flash attention: one CUDA kernel over all documents of all rows, no mask in memory."""
     from torch.nn.attention.varlen import varlen_attn
@@ -166,10 +176,12 @@ def _flash_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> T
 def _loop_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The same on a CPU: one fused causal attention a document. A mask would cost the whole T×T square."""
     lengths = [n for n in cu_seqlens.diff().tolist() if n]
-    pieces = zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True)
-    attended = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in piece), is_causal=True,
-                                               enable_gqa=True) for piece in pieces]
-    return torch.cat([x[0].transpose(0, 1) for x in attended]).view(q.shape)
+    attended = []
+    for piece in zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True):
+        padded = (round_up(x).transpose(0, 1)[None] for x in piece)  # after the last token: causality hides it
+        out = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True)
+        attended.append(out[0, :, :len(piece[0])])
+    return torch.cat(attended, dim=1).transpose(0, 1).reshape(q.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -259,9 +271,12 @@ class Experts(nn.Module):
     @torch.compiler.disable  # the load changes every step
     def _loop(self, x: Tensor, load: Tensor) -> Tensor:
         """One matrix product an expert. The load is read on the host: free on a CPU, one short wait elsewhere."""
-        pieces = zip(x.split(load.tolist()), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        gates = ((F.linear(piece, gate_up).chunk(2, dim=-1), down) for piece, gate_up, down in pieces)
-        return torch.cat([F.linear(F.silu(gate) * up, down) for (gate, up), down in gates])
+        pieces = x.split(load.tolist())
+        done = []
+        for piece, gate_up, down in zip(pieces, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
+            gate, up = F.linear(round_up(piece), gate_up).chunk(2, dim=-1)
+            done.append(F.linear(F.silu(gate) * up, down)[:len(piece)])
+        return torch.cat(done)
 
 
 class MoEFeedForward(nn.Module):
@@ -416,10 +431,10 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, past_key_values, cu_seqlens)
         if logits_at is not None:
-            hidden = hidden.flatten(0, 1)[logits_at]
+            logits = self.lm_head(round_up(hidden.flatten(0, 1)[logits_at]))[:len(logits_at)]
         else:
-            hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-        logits = self.lm_head(hidden)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
