@@ -73,19 +73,24 @@ def draw(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> tu
     greedy = [sampling.temperature == 0 for sampling in samplings]
     temperature = [sampling.temperature or 1.0 for sampling in samplings]
     log_p = (logits.float() / column(logits, temperature)).log_softmax(-1)
-    tokens = log_p.argmax(-1, keepdim=True)
+    log_mass = log_p.new_zeros(len(log_p), 1)  # of what truncation leaves
     if not all(greedy):
         p = log_p.exp()
         if any(sampling.truncates for sampling in samplings):
             p = truncate(p, samplings)
-            log_p = (log_p - p.sum(-1, keepdim=True).log()).masked_fill(p == 0, -math.inf)
-        tokens = torch.where(column(logits, greedy).bool(), tokens, invert(p, column(logits, uniforms)))
-    logprobs = log_p.gather(1, tokens)[:, 0].tolist()
+            log_mass = p.sum(-1, keepdim=True).log()
+        tokens = invert(p, column(logits, uniforms))
+    if any(greedy):
+        likeliest = log_p.argmax(-1, keepdim=True)
+        tokens = likeliest if all(greedy) else torch.where(column(logits, greedy).bool(), likeliest, tokens)
+    logprobs = (log_p.gather(1, tokens) - log_mass)[:, 0].tolist()
     tops: list[list] = [[] for _ in samplings]
     for row, sampling in enumerate(samplings):
         if sampling.top_logprobs:
-            likeliest = log_p[row].topk(min(sampling.top_logprobs, log_p.shape[1]))
-            pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+            of_row = log_p[row] - log_mass[row]
+            of_row = of_row if all(greedy) else of_row.where(p[row] > 0, -math.inf)
+            best = of_row.topk(min(sampling.top_logprobs, len(of_row)))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             tops[row] = [(token, value) for token, value in pairs if value > -math.inf]
     return tokens[:, 0].tolist(), logprobs, tops
 
