@@ -47,6 +47,10 @@ class Sampling:
             raise ValueError(f"stop must be a tuple of non-empty strings, not {self.stop!r}")
 
     @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-5  # less would overflow
+
+    @property
     def penalises(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
@@ -70,9 +74,10 @@ def draw(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> tu
     likeliest (token, log-probability) pairs that could have been drawn (empty where nobody asked). Temperature 0 takes
     the likeliest; its log-probability is that at temperature 1.
     """
-    greedy = [sampling.temperature == 0 for sampling in samplings]
-    temperature = [sampling.temperature or 1.0 for sampling in samplings]
-    log_p = (logits.float() / column(logits, temperature)).log_softmax(-1)
+    greedy = [sampling.greedy for sampling in samplings]
+    temperature = [1.0 if sampling.greedy else sampling.temperature for sampling in samplings]
+    finite = logits.float().nan_to_num(0.0, 1e30, -1e30)  # a request with wild penalties, or a diverged model
+    log_p = (finite / column(logits, temperature)).log_softmax(-1)
     log_mass = log_p.new_zeros(len(log_p), 1)  # of what truncation leaves
     if not all(greedy):
         p = log_p.exp()
@@ -100,7 +105,7 @@ def truncate(p: Tensor, samplings: list[Sampling]) -> Tensor:
 
     Top-p is a share of what top-k has left, min-p one of the likeliest. Equally probable tokens stay or go together.
     """
-    off = [sampling.temperature == 0 for sampling in samplings]
+    off = [sampling.greedy for sampling in samplings]
     top_k = [len(p[0]) if o or not s.top_k else min(s.top_k, len(p[0])) for o, s in zip(off, samplings, strict=True)]
     top_p = [2.0 if o or s.top_p == 1 else max(s.top_p, 1e-6) for o, s in zip(off, samplings, strict=True)]
     min_p = [0.0 if o else s.min_p for o, s in zip(off, samplings, strict=True)]

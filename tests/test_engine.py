@@ -118,7 +118,8 @@ def test_a_long_prompt_is_read_in_chunks_and_stalls_nobody():
 
 
 def test_a_model_in_transformers_format_answers_as_transformers_does():
-    config = Qwen3Config(97, 64, 128, 2, 4, 2, 16, max_position_embeddings=128)
+    config = Qwen3Config(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
     model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
@@ -149,8 +150,9 @@ def test_a_prompt_without_room_for_an_answer_is_a_mistake_of_its_request_alone()
     sequence = engine.add(fits, greedy(40))
     with pytest.raises(ValueError, match="16 tokens .* 16 positions"):
         engine.add(too_long)
-    with pytest.raises(ValueError, match="empty"):
-        engine.add([])
+    for wrong, what in (([], "empty"), ([5, 97], "97 tokens"), ([-1], "97 tokens")):
+        with pytest.raises(ValueError, match=what):
+            engine.add(wrong)
     while engine.busy:
         engine.step()
     assert sequence.ids == plainly(model, fits, 2)  # what the last two positions predict
@@ -292,6 +294,16 @@ def test_draws_follow_the_distribution_of_transformers(wanted):
 def test_the_extremes_of_the_unit_interval_draw_tokens_that_can_be_drawn():
     logits = torch.tensor([[-torch.inf, 1.0, 1.0, -torch.inf]]).expand(2, -1)
     assert draw(logits, [free(1)] * 2, [0.0, 1 - 2**-53])[0] == [1, 2]
+
+
+def test_wild_numbers_harm_nobody():
+    model, prompt = lively_model(), some_prompts(9)[0]
+    expected = plainly(model, prompt, 5)
+    wild = [free(5, **{name: value}) for name in ("temperature", "repetition_penalty") for value in (1e-38, 1e38)]
+    wild += [free(5, presence_penalty=1e38, frequency_penalty=-1e38), free(5, top_k=2**62, top_p=1e-300)]
+    sequences = generate(model, [prompt] * 7, [*wild, greedy(5)])
+    assert sequences[-1].ids == expected and all(len(sequence.ids) == 5 for sequence in sequences)
+    assert draw(torch.full((2, 9), torch.nan), [free(1), greedy(1)], [0.5, 0.5])[0]
 
 
 @pytest.mark.parametrize("wanted", [*REQUESTS, {"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.5}],
