@@ -172,6 +172,7 @@ class Engine:
         self._waiting.append(sequence)
         return sequence
 
+    @torch.inference_mode()  # the cache is written in that mode only
     def cancel(self, sequence: Sequence) -> None:
         """End a request, at any moment between two steps. Its place is free at once; a finished one stays as it is."""
         if sequence.finish_reason is not None:
