@@ -3,12 +3,13 @@
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from model.chat import BOS, AnswerParser, ChatTokenizer
-from model.engine import Sampling, stream
+from model.engine import Engine, Sampling
 from model.errors import UserError, run_main
 from model.weights import OUT_DIR, load_for_inference
 from trainer.arguments import Parser, amount, model_flags, natural, positive, share
@@ -37,6 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=amount, default=0.85, help="0 takes the likeliest token")
     parser.add_argument("--top_p", type=share, default=0.95,
                         help="sample from the likeliest tokens of this probability")
+    parser.add_argument("--top_k", type=natural, default=0, help="sample from so many of the likeliest tokens; 0: off")
+    parser.add_argument("--repetition_penalty", type=amount, default=1.0, help="above 1: repeat less; 1: off")
     parser.add_argument("--seed", type=natural, help="of sampling (another one each time by default)")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
     return parser.parse_args()
@@ -46,7 +49,9 @@ class Chat:
     """A conversation with a model, or, with a pretrained weight, texts it continues one by one."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse.Namespace):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.tokenizer, self.args = tokenizer, args
+        self.new_engine = partial(Engine, model, tokenizer, max_batch=1)
+        self.engine = self.new_engine()  # remembers what it has read: earlier turns are not computed again
         self.continues_text = args.load_from == "model" and args.weight.startswith("pretrain")
         self.messages: list[dict] = []
 
@@ -59,17 +64,26 @@ class Chat:
             self.messages.append({"role": "user", "content": text})
             prompt = self.tokenizer.prompt(self.messages, open_thinking=thinks)
         seed = args.seed if args.seed is not None else time.time_ns() % 2**31
-        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, seed)
-        parser, count, began = AnswerParser(self.tokenizer, thinks), 0, time.perf_counter()
         try:
-            for token, in stream(self.model, [prompt], sampling):
-                count += 1
-                for event in parser.feed([token]):
+            sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=seed,
+                                repetition_penalty=args.repetition_penalty)
+            sequence = self.engine.add(prompt, sampling)
+        except ValueError as error:
+            del self.messages[-1:]
+            raise UserError(error) from None
+        parser, shown, began = AnswerParser(self.tokenizer, thinks), 0, time.perf_counter()
+        try:
+            while self.engine.busy:
+                self.engine.step()
+                for event in parser.feed(sequence.said[shown:]):
                     show(*event)
+                shown = len(sequence.said)
         except KeyboardInterrupt:
+            self.engine = self.new_engine()  # the old one may have stopped in the middle of a step
             print(" …", end="")
         for event in parser.finish():
             show(*event)
+        count = len(sequence.ids)
         speed = count / (time.perf_counter() - began)
         print(f"\n[{count} tokens, {speed:.1f} tokens/s]" if sys.stdout.isatty() else "")
         if not self.continues_text:
@@ -100,7 +114,10 @@ def interact(chat: Chat) -> None:
         if text == "/clear":
             chat.messages.clear()
         elif text:
-            chat.answer(text)
+            try:
+                chat.answer(text)
+            except UserError as error:
+                print(f"{error}; {HELP}")
 
 
 def main() -> None:

@@ -275,10 +275,12 @@ class AnswerParser:
         self._newlines = ""  # may be the format's or the text's: known when something follows
         self._call = ""
 
-    def feed(self, ids: Iterable[int]) -> Iterator[tuple[str, str | dict]]:
-        """Events of the next token ids. The end token and other special tokens say nothing."""
-        for i in ids:
-            if i > 35:
+    def feed(self, pieces: Iterable[int | str]) -> Iterator[tuple[str, str | dict]]:
+        """Events of the next token ids, or of text in which no marker is meant. Other special tokens say nothing."""
+        for i in pieces:
+            if isinstance(i, str):
+                yield from self._say(i)
+            elif i > 35:
                 yield from self._say(self._utf8.decode(self.tokenizer.token_bytes[i]))
             elif i in MARKERS.values():
                 yield from self._say(self._utf8.decode(b"", final=True))

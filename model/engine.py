@@ -1,111 +1,387 @@
-"""THE inference engine: KV cache, prefill, sampling. Chat, evaluation and everything that samples uses it.
+"""THE inference engine: continuous batching, chunked prefill, prefix reuse. All that samples uses it.
 
-Prompts of different lengths share a batch: each row writes its keys at its own positions, and sees only what is at or
-before them, so what a row answers does not depend on its neighbours.
+A step of the engine is at most two of the model: the next token of every sequence that answers, and a chunk of the
+prompts that are still being read, so a long prompt never stalls the others (Orca, Yu et al. 2022; Sarathi, Agrawal et
+al. 2023). Between two steps requests come, go and are cancelled. A sequence that ended leaves its keys and values
+behind until their place is needed: a later prompt that begins alike starts from a copy. A request's answer depends on
+its prompt, its sampling and its seed, and on its neighbours only through the rounding of the matrix products.
 """
 
+import codecs
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from model.chat import EOS, PAD
-from model.errors import UserError
+from model.chat import MARKERS, ChatTokenizer
+from model.kv_cache import KVCache
+from model.sampling import Sampling, draw, penalise
+
+__all__ = ["Engine", "Sampling", "Sequence", "generate", "stream"]
+PLACE_LENGTH, SMALLEST_LENGTH = 2048, 256  # tokens a place gets by default, and what the cache starts with
+WORTH_COPYING = 8  # a shorter common beginning is read anew
+MARKER_OF = {number: marker for marker, number in MARKERS.items()}
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. Temperature 0 takes the likeliest; the same seed draws the same tokens."""
+class Sequence:
+    """One request: its prompt and what has been sampled so far. `Engine.add` makes it, `Engine.step` fills it.
 
-    max_new_tokens: int = 512
-    temperature: float = 0.85
-    top_p: float = 0.95
-    seed: int = 0
-    stop_ids: tuple[int, ...] = (EOS, PAD)
-
-
-class KVCache:
-    """Keys and values of B rows up to `length` positions, allocated once: [layers, B, length, kv_heads, head_dim]."""
-
-    def __init__(self, config, rows: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self._row = torch.arange(rows, device=device)[:, None]
-
-    def place(self, positions: Tensor, seen: int) -> Tensor:
-        """Say where the next tokens go, `positions` [B, T], all below `seen`. → their mask [B, 1, T, seen]."""
-        self._positions, self._seen = positions, seen
-        return (torch.arange(seen, device=positions.device) <= positions[..., None])[:, None]
-
-    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, kv_heads, T, D] of a layer; → all keys and values it may see [B, kv_heads, seen, D]."""
-        stored = []
-        for memory, new in ((self.keys[layer], k), (self.values[layer], v)):
-            memory[self._row[:len(new)], self._positions] = new.transpose(1, 2).to(memory.dtype)
-            stored.append(memory[:len(new), :self._seen].transpose(1, 2))
-        return stored[0], stored[1]
-
-
-def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """Draw one token a row from logits [B, V]: temperature, then the fewest tokens of mass `top_p` (Holtzman 2020)."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probability = (logits.float() / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        ordered, order = probability.sort(-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= max(sampling.top_p, 1e-6), 0)  # the first stays
-        probability = torch.zeros_like(probability).scatter(-1, order, ordered)
-    return torch.cat([torch.multinomial(row, 1, generator=generator)
-                      for row, generator in zip(probability, generators, strict=True)])
-
-
-@torch.inference_mode()
-def stream(model: nn.Module, prompts: list[list[int]], sampling: Sampling,
-           numbers: list[int] | None = None) -> Iterator[list[int | None]]:
-    """Continue all prompts together: each item is the next token of every row, None where a row has ended.
-
-    The stop token is yielded too. Row r draws with seed + numbers[r], by default r, so that equal prompts differ.
-    Raises UserError when a prompt is longer than the model's positions.
+    `ids` end with the stop token if there was one; `logprobs` (nats) go with them, each under the distribution its
+    token was drawn from. `finish_reason` is None while it runs, then "stop", "length" or "cancelled". `said` grows by
+    what may be shown: text, never half a character nor part of a stop string, and the ids of markers (`<think>`, …).
     """
-    config, device = model.config, model.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = max(len(prompt) for prompt in prompts)
-    if longest + 1 > config.max_position_embeddings:
-        raise UserError(f"a prompt of {longest:,} tokens leaves no room for an answer in the model's "
-                        f"{config.max_position_embeddings:,} positions")
-    room = min(longest + sampling.max_new_tokens, config.max_position_embeddings)
-    cache = KVCache(config, len(prompts), room, device, model.dtype)
-    generators = [torch.Generator(device).manual_seed(sampling.seed + n) for n in numbers or range(len(prompts))]
 
-    ids = torch.tensor([prompt + [PAD] * (longest - len(prompt)) for prompt in prompts], device=device)
-    positions = torch.arange(longest, device=device).expand_as(ids)  # padding is overwritten before it is ever seen
-    ends = torch.arange(len(prompts), device=device) * longest + lengths - 1
-    alive = [True] * len(prompts)
-    for seen in range(longest, room + 1):
-        mask = cache.place(positions, seen)
-        logits = model(ids, mask, positions, cache, logits_at=ends).logits
-        chosen = next_tokens(logits, sampling, generators)
-        tokens = chosen.tolist()
-        yield [token if going else None for token, going in zip(tokens, alive, strict=True)]
-        alive = [going and token not in sampling.stop_ids for token, going in zip(tokens, alive, strict=True)]
-        if not any(alive) or seen - longest + 1 == sampling.max_new_tokens:
+    def __init__(self, prompt: list[int], sampling: Sampling, tokenizer: ChatTokenizer | None):
+        self.prompt, self.sampling = list(prompt), sampling
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.top: list[list[tuple[int, float]]] = []
+        self.said: list[str | int] = []
+        self.finish_reason: str | None = None
+        self.reused = 0  # tokens of the prompt that were not computed again
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""  # may become a stop string
+        self._dice = random.Random(sampling.seed)
+        self._tokens = list(prompt)  # prompt and answer
+        self._computed = 0  # how many of them are in the cache
+        self._counts: Tensor | None = None  # [2, V]: how often each token stands in the prompt, in the answer
+        self._left_at = 0  # when it gave its place free
+
+    @property
+    def text(self) -> str:
+        """The answer's text that is safe to show, special tokens left out."""
+        return "".join(piece for piece in self.said if isinstance(piece, str))
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The sampled ids without the stop token."""
+        return self.ids[:-1] if self.ids and self.ids[-1] in self.sampling.stop_ids else list(self.ids)
+
+    def _take(self, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
+        """Append a sampled token; say what became safe to show; end if it asks for that."""
+        self.ids.append(token)
+        self._tokens.append(token)
+        self.logprobs.append(logprob)
+        self.top.append(top)
+        if self._counts is not None:
+            self._counts[1, token] += 1
+        if token in self.sampling.stop_ids:
+            self._end("stop")
             return
-        ids, positions, ends = chosen[:, None], lengths[:, None], torch.arange(len(prompts), device=device)
-        lengths = lengths + 1
+        if self._tokenizer is not None:
+            if 35 < token < self._tokenizer.vocab_size:
+                self._say(self._utf8.decode(self._tokenizer.token_bytes[token]))
+            elif token in MARKER_OF:
+                self._utf8.reset()
+                self._say("", last=True)
+                if MARKER_OF[token] in self.sampling.stop:
+                    self.finish_reason = "stop"
+                else:
+                    self.said.append(token)
+        if self.finish_reason is None and len(self.ids) >= self.sampling.max_new_tokens:
+            self._end("length")
+
+    def _say(self, text: str, last: bool = False) -> None:
+        """Hold `text` back as far as it may become a stop string, say the rest, end before a stop string."""
+        held, stops = self._held + text, self.sampling.stop
+        found = min((at for stop in stops if (at := held.find(stop)) >= 0), default=None)
+        if found is not None:
+            self.finish_reason, ready, self._held = "stop", held[:found], ""
+        else:
+            tail = 0 if last else max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])),
+                                      default=0)
+            ready, self._held = held[:len(held) - tail], held[len(held) - tail:]
+        if ready:
+            self.said.append(ready)
+
+    def _end(self, reason: str) -> None:
+        """Nothing follows: what was held back is text after all. Half a character is not."""
+        self._say("", last=True)
+        self.finish_reason = reason
 
 
-def generate(model: nn.Module, prompts: list[list[int]], sampling: Sampling, batch_size: int = 64) -> list[list[int]]:
-    """The whole answers, without their stop tokens, `batch_size` prompts of similar length at a time.
+class Engine:
+    """Samples from `model` for many requests at once. Not thread-safe: one thread owns it.
 
-    Prompt i draws with seed + i, whatever shares its batch.
+    `max_batch` sequences run together; `max_tokens` bounds the cache in tokens (default: `max_batch` places of 2,048,
+    or one as long as the model's positions up to 32,768). A step reads at most about `prefill_chunk` prompt tokens.
+    `tokenizer` is needed for text and stop strings only. What is kept for reuse belongs to the weights as they are:
+    after changing them, make a new engine.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for begin in range(0, len(prompts), batch_size):
-        rows = by_length[begin:begin + batch_size]
-        for tokens in stream(model, [prompts[i] for i in rows], sampling, rows):
-            for i, token in zip(rows, tokens, strict=True):
-                if token is not None and token not in sampling.stop_ids:
-                    answers[i].append(token)
-    return answers
+
+    def __init__(self, model: nn.Module, tokenizer: ChatTokenizer | None = None, max_batch: int = 32,
+                 max_tokens: int | None = None, prefill_chunk: int = 256, compile: bool = False):
+        self.model, self.tokenizer, self.max_batch, self.prefill_chunk = model, tokenizer, max_batch, prefill_chunk
+        self.positions = model.config.max_position_embeddings
+        self.max_tokens = max_tokens or max(max_batch * min(self.positions, PLACE_LENGTH), min(self.positions, 32768))
+        self.longest = min(self.positions, self.max_tokens)  # tokens of a sequence
+        self.reused_tokens = 0  # of prompts, since the start
+        self._waiting: list[Sequence] = []
+        self._places: list[Sequence | None] = []  # the first `running` run, the others are kept for reuse, or None
+        self._running = 0
+        self._clock = 0
+        self._decoder = torch.compile(model.model, dynamic=True) if compile else model.model
+        device = model.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+        length = min(SMALLEST_LENGTH, self.longest)
+        self._cache = KVCache(model.config, self._places_at(length), length, model.device, dtype)
+        self._places = [None] * self._cache.places
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no place yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a place."""
+        return self._running
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that can run at once when none is long."""
+        return self.max_batch
+
+    @property
+    def free(self) -> int:
+        """Places that nobody runs in."""
+        return self.max_batch - self._running
+
+    @property
+    def busy(self) -> bool:
+        """Whether something waits or runs."""
+        return bool(self._waiting or self._running)
+
+    def add(self, prompt: list[int], sampling: Sampling = Sampling()) -> Sequence:  # noqa: B008 (it is frozen)
+        """Queue a request. Raises ValueError when the prompt is empty, no tokens, or leaves no room for an answer."""
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
+            raise ValueError(f"the prompt holds numbers that are none of the model's {self.model.config.vocab_size:,} "
+                             "tokens")
+        if len(prompt) >= self.longest:
+            of_what = "the model's" if self.longest == self.positions else "the cache's"
+            raise ValueError(f"a prompt of {len(prompt):,} tokens leaves no room for an answer in {of_what} "
+                             f"{self.longest:,} positions")
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer")
+        sequence = Sequence(prompt, sampling, self.tokenizer)
+        self._waiting.append(sequence)
+        return sequence
+
+    @torch.inference_mode()  # the cache is written in that mode only
+    def cancel(self, sequence: Sequence) -> None:
+        """End a request, at any moment between two steps. Its place is free at once; a finished one stays as it is."""
+        if sequence.finish_reason is not None:
+            return
+        sequence._end("cancelled")
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self._leave(sequence)
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """One more token for all that answer, a chunk for those that read. → those that got a token or ended."""
+        self._clock += 1
+        self._admit()
+        ready, logits = [], []
+        for sequences in (self._answering(), self._reading()):
+            if sequences:
+                done, of_done = self._forward(sequences)
+                ready += done
+                logits.append(of_done)
+        if not ready:
+            return []
+        for sequence, *result in zip(ready, *self._draw(torch.cat(logits), ready), strict=True):
+            sequence._take(*result)
+            if sequence.finish_reason is None and len(sequence._tokens) > self.longest:
+                sequence._end("length")
+            if sequence.finish_reason is not None:
+                self._leave(sequence)
+        return ready
+
+    # -- the model -----------------------------------------------------------------------------------------------------
+
+    def _answering(self) -> list[Sequence]:
+        """The sequences of which one token is to be read, moved to the first places so that the cache is one slice."""
+        count = 0
+        for place in range(self._running):
+            sequence = self._places[place]
+            if len(sequence._tokens) - sequence._computed == 1:
+                if place != count:
+                    self._swap(place, count)
+                count += 1
+        self._reserve(max((len(s._tokens) for s in self._places[:count]), default=0))
+        return self._places[:min(count, self._running)]
+
+    def _reading(self) -> list[Sequence]:
+        """The next sequences that still read their prompts, as many as fit a chunk when padded to the longest."""
+        chosen: list[Sequence] = []
+        longest = 0
+        for sequence in self._places[:self._running]:
+            left = len(sequence._tokens) - sequence._computed
+            if left > 1:
+                longest = max(longest, min(left, self.prefill_chunk))
+                if chosen and (len(chosen) + 1) * longest > self.prefill_chunk:
+                    break
+                chosen.append(sequence)
+        return chosen
+
+    def _forward(self, sequences: list[Sequence]) -> tuple[list[Sequence], Tensor]:
+        """Read the next tokens of each, at most a chunk. → those that have read all, and their logits [n, V]."""
+        device = self.model.device
+        chunks = [s._tokens[s._computed:s._computed + self.prefill_chunk] for s in sequences]
+        width = max(map(len, chunks))
+        starts = [s._computed for s in sequences]
+        # padding repeats a row's last token at its own position: it writes what is there already
+        ids = torch.tensor([chunk + [chunk[-1]] * (width - len(chunk)) for chunk in chunks], device=device)
+        columns = torch.arange(width, device=device)
+        lengths = torch.tensor([len(chunk) for chunk in chunks], device=device)
+        positions = torch.tensor(starts, device=device)[:, None] + torch.minimum(columns, lengths[:, None] - 1)
+        seen = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
+        mask = self._cache.point([self._places.index(s) for s in sequences], positions, seen)
+        hidden = self._decoder(input_ids=ids, attention_mask=mask, position_ids=positions,
+                               past_key_values=self._cache)[0]
+        done = []
+        for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
+            sequence._computed += len(chunk)
+            if sequence._computed == len(sequence._tokens):
+                done.append((row, len(chunk) - 1, sequence))
+        rows, ends = [row for row, _, _ in done], [end for _, end, _ in done]
+        return [sequence for _, _, sequence in done], self.model.lm_head(hidden[rows, ends])
+
+    def _draw(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[float], list]:
+        """One token for each of the rows of `logits`, with log-probability and likeliest tokens."""
+        if any(s.sampling.penalises for s in sequences):
+            logits = logits.float()
+        for row, sequence in enumerate(sequences):
+            if sequence.sampling.penalises:
+                if sequence._counts is None:
+                    halves = (torch.tensor(ids, dtype=torch.long) for ids in (sequence.prompt, sequence.ids))
+                    sequence._counts = torch.stack([half.bincount(minlength=logits.shape[1]) for half in halves])
+                    sequence._counts = sequence._counts.to(logits.device)
+                logits[row] = penalise(logits[row], sequence.sampling, *sequence._counts)
+        return draw(logits, [s.sampling for s in sequences], [s._dice.random() for s in sequences])
+
+    # -- places --------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Give places to those that wait, in turn, from copies of what was computed for others where that helps."""
+        for sequence in list(self._waiting):
+            needed = len(sequence._tokens) + 1
+            if needed > self._cache.length or self._running == len(self._places):
+                longest = max([needed, *(len(s._tokens) + 1 for s in self._places[:self._running])])
+                if self._places_at(self._length_for(longest)) <= self._running:
+                    return  # its turn comes when others have left
+                self._resize(self._length_for(longest))
+            source, common = self._alike(sequence)
+            if source is None:
+                continue  # somebody is reading the same text: wait for a copy
+            self._waiting.remove(sequence)
+            self._enter(sequence, source, common)
+
+    def _alike(self, sequence: Sequence) -> tuple[int | None, int]:
+        """The place that holds the longest beginning of the sequence and its length; None if one soon will."""
+        best, source, promised = 0, 0, 0
+        limit = len(sequence._tokens) - 1  # the last token is always read: its logits are wanted
+        for place, other in enumerate(self._places):
+            if other is not None:
+                common = min(common_length(sequence._tokens, other._tokens), limit)
+                if common < WORTH_COPYING:
+                    continue
+                there = min(common, other._computed)
+                if there > best:
+                    best, source = there, place
+                promised = max(promised, min(common, len(other.prompt)) if place < self._running else 0)
+        return (None if promised > best else source), best
+
+    def _enter(self, sequence: Sequence, source: int, common: int) -> None:
+        """Place a sequence after the running ones, on `common` tokens that were computed for the one at `source`."""
+        target, places = self._running, self._places
+        victim = min(range(target, len(places)),
+                     key=lambda place: (places[place]._left_at if places[place] else -1, place))
+        if source >= target and common and (common == places[source]._computed or len(places) == target + 1):
+            victim = source  # nobody else needs it: go on in its place
+        if victim != target:
+            self._swap(victim, target)
+            source = target if source == victim else victim if source == target else source
+        if common and source != target:
+            self._cache.copy(source, target, common)
+        places[target] = sequence
+        sequence._computed = common
+        sequence.reused = max(sequence.reused, min(common, len(sequence.prompt)))
+        self.reused_tokens += common
+        self._running += 1
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Free a place: the last running sequence moves there, what was computed stays behind it."""
+        sequence._left_at = self._clock
+        sequence._counts = None
+        self._running -= 1
+        self._swap(self._places.index(sequence), self._running)
+
+    def _swap(self, one: int, other: int) -> None:
+        if one != other:
+            pair = self._places[one], self._places[other]
+            self._cache.swap(one, other, max(s._computed if s else 0 for s in pair))
+            self._places[other], self._places[one] = pair
+
+    def _reserve(self, length: int) -> None:
+        """Make places long enough; if fewer of them then fit the memory, the latest sequences wait again."""
+        if length > self._cache.length:
+            length = self._length_for(length)
+            while self._running > self._places_at(length):
+                self._running -= 1
+                latest, self._places[self._running] = self._places[self._running], None
+                latest._computed = 0
+                self._waiting.insert(0, latest)
+            self._resize(length)
+
+    def _resize(self, length: int) -> None:
+        places = self._places_at(length)
+        if (places, length) != (self._cache.places, self._cache.length):
+            self._cache.resize(places, length)
+            self._places = (self._places + [None] * places)[:places]
+            for place, sequence in enumerate(self._places):
+                if sequence is not None and sequence._computed > length:
+                    self._places[place] = None
+
+    def _length_for(self, tokens: int) -> int:
+        """The length of places that hold so many tokens: it doubles, so that growing costs little in all."""
+        length = min(SMALLEST_LENGTH, self.longest)
+        while length < tokens:
+            length *= 2
+        return min(length, self.longest)
+
+    def _places_at(self, length: int) -> int:
+        return min(self.max_batch, self.max_tokens // length)
+
+
+def common_length(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def generate(model: nn.Module, prompts: list[list[int]], sampling: Sampling | list[Sampling],
+             tokenizer: ChatTokenizer | None = None, **options) -> list[Sequence]:
+    """Answer all prompts; `options` go to the Engine. With one Sampling, prompt i draws with seed + i."""
+    if isinstance(sampling, Sampling):
+        sampling = [replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
+    engine = Engine(model, tokenizer, **options)
+    sequences = [engine.add(*request) for request in zip(prompts, sampling, strict=True)]
+    while engine.busy:
+        engine.step()
+    return sequences
+
+
+def stream(model: nn.Module, prompt: list[int], sampling: Sampling, tokenizer: ChatTokenizer | None = None,
+           **options) -> Iterator[Sequence]:
+    """Answer one prompt: the same sequence after each of its tokens, the last time with its finish_reason."""
+    engine = Engine(model, tokenizer, max_batch=1, **options)
+    engine.add(prompt, sampling)
+    while engine.busy:
+        yield from engine.step()

@@ -141,6 +141,20 @@ def load_folder(folder: str | Path, **overrides) -> tuple[nn.Module, ChatTokeniz
     return model, ChatTokenizer(folder)
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware; else bf16 is emulated, several times slower than fp32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def inference_dtype(device: str | torch.device) -> torch.dtype:
+    """Half precision where the device multiplies it in hardware: decoding waits for the weights to be read."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+    return torch.float16 if kind == "cuda" else torch.float32
+
+
 def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_dir: str | Path | None, device: str,
                        hidden_size: int | None = None, use_moe: bool | None = None,
                        inference_rope_scaling: bool = False) -> tuple[nn.Module, ChatTokenizer]:
@@ -151,5 +165,4 @@ def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_di
     else:
         tokenizer = ChatTokenizer(tokenizer_dir or TOKENIZER_DIR)
         model, _ = load_weight(weight, save_dir, hidden_size, use_moe, tokenizer, inference_rope_scaling)
-    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    return model.to(device, dtype).eval().requires_grad_(False), tokenizer
+    return model.to(device, inference_dtype(device)).eval().requires_grad_(False), tokenizer

@@ -17,9 +17,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import torch
 
 from model.errors import UserError, run_main
-from model.weights import OUT_DIR, ROOT
+from model.weights import OUT_DIR, ROOT, cpu_has_bfloat16
 from trainer.arguments import Parser
-from trainer.loop import cpu_has_bfloat16
 
 SAMPLE = ROOT / "dataset/sample"
 HIDDEN_SIZE = 256 if torch.cuda.is_available() or cpu_has_bfloat16() else 128  # what learns enough in the time

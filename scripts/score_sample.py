@@ -26,7 +26,8 @@ def score(model, tokenizer, cases: list[dict], max_new_tokens: int = 128) -> lis
         thinking.append(bool(expected.get("reasoning_content")))
         prompts.append(tokenizer.prompt(context, open_thinking=thinking[-1]))
     answers = generate(model, prompts, Sampling(max_new_tokens, temperature=0))
-    parsed = [parse_answer(tokenizer, ids, thinks).message() for ids, thinks in zip(answers, thinking, strict=True)]
+    parsed = [parse_answer(tokenizer, answer.ids, thinks).message()
+              for answer, thinks in zip(answers, thinking, strict=True)]
     return [case | {"answer": answer, "correct": is_correct(case["conversations"][-1], answer)}
             for case, answer in zip(cases, parsed, strict=True)]
 

@@ -23,7 +23,7 @@ from dataset.lm_dataset import TokenDataset
 from model.chat import ChatTokenizer
 from model.errors import Failure, UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import file_stem, load_state, load_weight, save_weight
+from model.weights import cpu_has_bfloat16, file_stem, load_state, load_weight, save_weight
 from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
 from trainer.distributed import World, joined, wrap
 from trainer.losses import Loss
@@ -379,12 +379,6 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
     if device.type == "cuda":
         return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
     return {key: value.to(device) for key, value in batch.items()}
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware; else bf16 is emulated, several times slower than fp32."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def keep_freed_memory() -> None:
