@@ -18,6 +18,9 @@ from model.chat import BOS, AnswerParser, ChatTokenizer
 from model.engine import Sampling
 from scripts.engine_thread import Progress
 
+MOST_CHOICES = 1024  # of one request: many small prompts cost more memory than their text
+IMPOSSIBLE = -9999.0  # JSON has no infinity; OpenAI writes this for a token that cannot be drawn
+
 
 class ApiError(Exception):
     """An answer in OpenAI's error object: HTTP `status`, one line, the field it is about, a code for programs."""
@@ -238,6 +241,8 @@ def completion_job(request: CompletionRequest, tokenizer: ChatTokenizer, default
     if any(not 0 <= i < tokenizer.vocab_size for row in rows for i in row):
         raise ApiError(400, f"prompt: token ids are 0 to {tokenizer.vocab_size - 1}", "prompt")
     n = request.n or 1
+    if n * len(rows) > MOST_CHOICES:
+        raise ApiError(400, f"prompt: {n * len(rows):,} answers, the most is {MOST_CHOICES:,} a request", "prompt")
     samplings = samplings_of(request, defaults, n * len(rows), request.logprobs or None)
     choices = [TextChoice(i, tokenizer, request.logprobs is not None) for i in range(n * len(rows))]
     return Job("text_completion", defaults.model, [row for row in rows for _ in range(n)], samplings, choices,
@@ -328,8 +333,8 @@ class TextChoice:
         if self._wants_logprobs:
             for token, logprob, top in progress.tokens:
                 name = token_text(self.tokenizer, token)
-                values = (name, logprob, {token_text(self.tokenizer, i): value for i, value in top}, self._offset)
-                for key, value in zip(entries, values, strict=True):
+                likely = {token_text(self.tokenizer, i): max(value, IMPOSSIBLE) for i, value in top}
+                for key, value in zip(entries, (name, logprob, likely, self._offset), strict=True):
                     entries[key].append(value)
                     self.logprobs[key].append(value)
                 self._offset += len(name)
@@ -351,8 +356,7 @@ def chat_logprob(tokenizer: ChatTokenizer, token: int, logprob: float, top: list
     """A token, its log-probability in nats, and the likeliest tokens of its place, in the shape of chat answers."""
 
     def shape(token: int, logprob: float) -> dict:
-        # JSON has no infinity: OpenAI writes -9999 for what cannot be drawn
-        return {"token": token_text(tokenizer, token), "logprob": max(logprob, -9999.0),
+        return {"token": token_text(tokenizer, token), "logprob": max(logprob, IMPOSSIBLE),
                 "bytes": list(tokenizer.token_bytes[token])}
 
     return shape(token, logprob) | {"top_logprobs": [shape(*likely) for likely in top]}

@@ -351,6 +351,14 @@ def test_a_continuation_has_logprobs(wildly):
     assert all(token in top for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True))
 
 
+@pytest.mark.parametrize("path, body", [
+    ("/v1/chat/completions", {"messages": WHO[:1], "logprobs": True, "top_logprobs": 20}),
+    ("/v1/completions", {"prompt": "x", "logprobs": 20})])
+def test_what_cannot_be_drawn_has_a_finite_logprob(wildly, path, body):
+    response = wildly.post(path, json=body | {"temperature": 1, "top_p": 0.001, "max_tokens": 2})
+    assert response.status_code == 200 and "Infinity" not in response.text
+
+
 # -- many at once ------------------------------------------------------------------------------------------------------
 
 
@@ -472,8 +480,9 @@ def test_a_mistake_is_told_in_openais_error_object(served, case):
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": ""}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [-1]},
-                                  {"prompt": [6400]}, {"prompt": {"a": 1}}, {"prompt": "x", "echo": True},
-                                  {"prompt": "x", "suffix": "y"}, {"prompt": "x", "logprobs": True}])
+                                  {"prompt": [6400]}, {"prompt": {"a": 1}}, {"prompt": ["x"] * 1025},
+                                  {"prompt": "x", "echo": True}, {"prompt": "x", "suffix": "y"},
+                                  {"prompt": "x", "logprobs": True}])
 def test_a_bad_continuation_is_told_too(served, body):
     response = served.post("/v1/completions", json=body)
     if body.get("prompt") == "":  # the beginning of any text
