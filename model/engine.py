@@ -72,7 +72,7 @@ class Sequence:
             self._end("stop")
             return
         if self._tokenizer is not None:
-            if token > 35:
+            if 35 < token < self._tokenizer.vocab_size:
                 self._say(self._utf8.decode(self._tokenizer.token_bytes[token]))
             elif token in MARKER_OF:
                 self._utf8.reset()
@@ -156,9 +156,12 @@ class Engine:
         return bool(self._waiting or self._running)
 
     def add(self, prompt: list[int], sampling: Sampling = Sampling()) -> Sequence:  # noqa: B008 (it is frozen)
-        """Queue a request. Raises ValueError when the prompt is empty or leaves no room for an answer."""
+        """Queue a request. Raises ValueError when the prompt is empty, no tokens, or leaves no room for an answer."""
         if not prompt:
             raise ValueError("the prompt is empty")
+        if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
+            raise ValueError(f"the prompt holds numbers that are none of the model's {self.model.config.vocab_size:,} "
+                             "tokens")
         if len(prompt) >= self.longest:
             of_what = "the model's" if self.longest == self.positions else "the cache's"
             raise ValueError(f"a prompt of {len(prompt):,} tokens leaves no room for an answer in {of_what} "
@@ -169,6 +172,7 @@ class Engine:
         self._waiting.append(sequence)
         return sequence
 
+    @torch.inference_mode()  # the cache is written in that mode only
     def cancel(self, sequence: Sequence) -> None:
         """End a request, at any moment between two steps. Its place is free at once; a finished one stays as it is."""
         if sequence.finish_reason is not None:
@@ -292,7 +296,7 @@ class Engine:
                 there = min(common, other._computed)
                 if there > best:
                     best, source = there, place
-                promised = max(promised, common if place < self._running else there)
+                promised = max(promised, min(common, len(other.prompt)) if place < self._running else 0)
         return (None if promised > best else source), best
 
     def _enter(self, sequence: Sequence, source: int, common: int) -> None:

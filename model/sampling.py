@@ -47,6 +47,10 @@ class Sampling:
             raise ValueError(f"stop must be a tuple of non-empty strings, not {self.stop!r}")
 
     @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-5  # less would overflow
+
+    @property
     def penalises(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
@@ -70,22 +74,28 @@ def draw(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> tu
     likeliest (token, log-probability) pairs that could have been drawn (empty where nobody asked). Temperature 0 takes
     the likeliest; its log-probability is that at temperature 1.
     """
-    greedy = [sampling.temperature == 0 for sampling in samplings]
-    temperature = [sampling.temperature or 1.0 for sampling in samplings]
-    log_p = (logits.float() / column(logits, temperature)).log_softmax(-1)
-    tokens = log_p.argmax(-1, keepdim=True)
+    greedy = [sampling.greedy for sampling in samplings]
+    temperature = [1.0 if sampling.greedy else sampling.temperature for sampling in samplings]
+    finite = logits.float().nan_to_num(0.0, 1e30, -1e30)  # a request with wild penalties, or a diverged model
+    log_p = (finite / column(logits, temperature)).log_softmax(-1)
+    log_mass = log_p.new_zeros(len(log_p), 1)  # of what truncation leaves
     if not all(greedy):
         p = log_p.exp()
         if any(sampling.truncates for sampling in samplings):
             p = truncate(p, samplings)
-            log_p = (log_p - p.sum(-1, keepdim=True).log()).masked_fill(p == 0, -math.inf)
-        tokens = torch.where(column(logits, greedy).bool(), tokens, invert(p, column(logits, uniforms)))
-    logprobs = log_p.gather(1, tokens)[:, 0].tolist()
+            log_mass = p.sum(-1, keepdim=True).log()
+        tokens = invert(p, column(logits, uniforms))
+    if any(greedy):
+        likeliest = log_p.argmax(-1, keepdim=True)
+        tokens = likeliest if all(greedy) else torch.where(column(logits, greedy).bool(), likeliest, tokens)
+    logprobs = (log_p.gather(1, tokens) - log_mass)[:, 0].tolist()
     tops: list[list] = [[] for _ in samplings]
     for row, sampling in enumerate(samplings):
         if sampling.top_logprobs:
-            likeliest = log_p[row].topk(min(sampling.top_logprobs, log_p.shape[1]))
-            pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+            of_row = log_p[row] - log_mass[row]
+            of_row = of_row if all(greedy) else of_row.where(p[row] > 0, -math.inf)
+            best = of_row.topk(min(sampling.top_logprobs, len(of_row)))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             tops[row] = [(token, value) for token, value in pairs if value > -math.inf]
     return tokens[:, 0].tolist(), logprobs, tops
 
@@ -95,7 +105,7 @@ def truncate(p: Tensor, samplings: list[Sampling]) -> Tensor:
 
     Top-p is a share of what top-k has left, min-p one of the likeliest. Equally probable tokens stay or go together.
     """
-    off = [sampling.temperature == 0 for sampling in samplings]
+    off = [sampling.greedy for sampling in samplings]
     top_k = [len(p[0]) if o or not s.top_k else min(s.top_k, len(p[0])) for o, s in zip(off, samplings, strict=True)]
     top_p = [2.0 if o or s.top_p == 1 else max(s.top_p, 1e-6) for o, s in zip(off, samplings, strict=True)]
     min_p = [0.0 if o else s.min_p for o, s in zip(off, samplings, strict=True)]
