@@ -1,0 +1,128 @@
+"""The server under load: tokens a second and time to the first token, with 1, 8 and 32 clients.
+
+Each client sends one request after another over HTTP and reads the stream: a prompt of its own (200 tokens), an answer
+of 128 tokens. Beside it, in the same run and on the same prompts, the plain loop (`decode_speed.py`), one request at a
+time and without a server. Weights are random. Clients and server share the machine.
+
+    python benchmarks/serve_load.py
+    python benchmarks/serve_load.py --hidden_size 256 --num_hidden_layers 2 --clients 1 8   # a quick look
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+import httpx
+import torch
+
+from benchmarks.decode_speed import plain_loop
+from benchmarks.machine import save_result
+from model.chat import ChatTokenizer
+from model.errors import Failure, run_main
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import ROOT, load_weight, save_weight
+from trainer.arguments import Parser, positive
+from trainer.distributed import choose_device
+
+
+@contextmanager
+def running_server(folder: Path, device: str) -> Iterator[str]:
+    """The server as a program of its own, on the weight in `folder`. → its URL."""
+    command = [sys.executable, ROOT / "scripts/serve_openai_api.py", f"--save_dir={folder}", "--weight=random",
+               "--port=0", f"--device={device}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            line = server.stdout.readline()
+            if not line:
+                raise Failure("the server did not start")
+            yield line.split()[-1]
+        finally:
+            server.terminate()
+
+
+async def answer(client: httpx.AsyncClient, prompt: list[int], tokens: int) -> tuple[float, int]:
+    """One streamed request. → seconds to its first text, tokens it was given."""
+    began, first = time.perf_counter(), None
+    body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
+    async with client.stream("POST", "/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter()
+                chunk = json.loads(line.removeprefix("data: "))
+    return first - began, chunk["usage"]["completion_tokens"]
+
+
+async def load(url: str, prompts: list[list[int]], clients: int, tokens: int) -> dict:
+    """So many clients share out the prompts. → tokens a second of all together, seconds to the first token."""
+    waiting, answers = iter(prompts), []
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for prompt in waiting:
+            answers.append(await answer(client, prompt, tokens))
+
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        began = time.perf_counter()
+        await asyncio.gather(*(work(client) for _ in range(clients)))
+        seconds = time.perf_counter() - began
+    firsts = sorted(first for first, _ in answers)
+    return {"requests": len(answers), "tokens_per_s": sum(count for _, count in answers) / seconds,
+            "first_token_p50_s": statistics.median(firsts), "first_token_p95_s": firsts[int(0.95 * (len(firsts) - 1))]}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden_size", type=positive, default=768)
+    parser.add_argument("--num_hidden_layers", type=positive, default=8)
+    parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
+    parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=positive, default=2, help="requests a client (a lone one: 8 times that)")
+    parser.add_argument("--prompt", type=positive, default=200, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=positive, default=128, help="tokens of an answer")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device, dice = choose_device(args.device), random.Random(0)
+    torch.manual_seed(0)
+    config = MiniMindConfig(args.hidden_size, args.num_hidden_layers, bool(args.use_moe))
+
+    def prompts(count: int) -> list[list[int]]:
+        return [[dice.randrange(36, config.vocab_size) for _ in range(args.prompt)] for _ in range(count)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_weight(MiniMindForCausalLM(config), "random", Path(folder), ChatTokenizer())
+        model = load_weight("random", Path(folder))[0].eval().requires_grad_(False).to(device)
+        if device.type == "cuda":
+            model.half()
+        plain_loop(model, prompts(1), 4)  # warm-up
+        began = time.perf_counter()
+        for prompt in prompts(3):
+            plain_loop(model, [prompt], args.tokens).cpu()
+        plain = 3 * args.tokens / (time.perf_counter() - began)
+        print(f"plain loop, one request at a time: {plain:,.1f} tokens/s", flush=True)
+        results = {}
+        with running_server(Path(folder), args.device) as url:
+            asyncio.run(load(url, prompts(4), 2, 8))  # warm-up
+            for clients in args.clients:
+                count = args.rounds * (8 if clients == 1 else clients)
+                result = asyncio.run(load(url, prompts(count), clients, args.tokens))
+                results[str(clients)] = result | {"ratio": result["tokens_per_s"] / plain}
+                print(f"{clients:3} clients  {result['tokens_per_s']:8,.1f} tokens/s  "
+                      f"ratio {results[str(clients)]['ratio']:5.2f}  first token p50 "
+                      f"{result['first_token_p50_s']:.3f} s  p95 {result['first_token_p95_s']:.3f} s", flush=True)
+    name = f"serve_load{'_moe' if args.use_moe else ''}_{args.hidden_size}x{args.num_hidden_layers}"
+    save_result(name, {"plain_tokens_per_s": plain, "prompt": args.prompt, "tokens": args.tokens, "clients": results})
+
+
+if __name__ == "__main__":
+    run_main(main)

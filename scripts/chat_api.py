@@ -1,0 +1,130 @@
+"""Talk to an OpenAI-compatible server: an example client with streaming, thinking and tools.
+
+    python scripts/serve_openai_api.py                             # in another terminal
+    python scripts/chat_api.py                                     # interactive; /clear forgets, /exit leaves
+    python scripts/chat_api.py --prompt "How long is the text \"red apple\"?" --tools
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+import openai
+
+from model.errors import UserError, run_main
+from trainer.arguments import Parser, amount, positive
+
+
+def text_length(text: str) -> dict:
+    """Count characters"""
+    return {"length": len(text)}
+
+
+def random_number(min: int, max: int) -> dict:
+    """Draw a number"""
+    return {"result": random.randint(min, max)}
+
+
+TOOLS = {"text_length": (text_length, {"text": "string"}),
+         "random_number": (random_number, {"min": "integer", "max": "integer"})}
+
+
+def schema(name: str) -> dict:
+    """What the model is told of a tool."""
+    function, kinds = TOOLS[name]
+    parameters = {"type": "object", "properties": {key: {"type": kind} for key, kind in kinds.items()},
+                  "required": list(kinds)}
+    return {"type": "function",
+            "function": {"name": name, "description": function.__doc__, "parameters": parameters}}
+
+
+def run_tool(name: str, arguments: str) -> str:
+    """The result of a call as JSON text. A model may call what does not exist: that is an answer, too."""
+    try:
+        result = TOOLS[name][0](**json.loads(arguments))
+    except (KeyError, TypeError, ValueError) as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    return json.dumps(result, ensure_ascii=False)
+
+
+def stream_answer(client: openai.OpenAI, messages: list[dict], args: argparse.Namespace) -> dict:
+    """Print an answer while it is written; → it as a message, to append to the conversation."""
+    given = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
+    options = {key: value for key, value in given.items() if value is not None}
+    if args.tools:
+        options["tools"] = [schema(name) for name in TOOLS]
+    said: dict[str, str] = {"reasoning_content": "", "content": ""}
+    calls: list[dict] = []
+    chunks = client.chat.completions.create(model=args.model, messages=messages, stream=True,
+                                            extra_body={"open_thinking": args.open_thinking}, **options)
+    for chunk in chunks:
+        delta = chunk.choices[0].delta
+        for part in said:
+            if text := getattr(delta, part, None):
+                dim = part == "reasoning_content" and sys.stdout.isatty()
+                print(f"\033[2m{text}\033[0m" if dim else text, end="", flush=True)
+                said[part] += text
+        for piece in delta.tool_calls or ():
+            if piece.index == len(calls):
+                function = {"name": piece.function.name, "arguments": ""}
+                calls.append({"id": piece.id, "type": "function", "function": function})
+            calls[piece.index]["function"]["arguments"] += piece.function.arguments or ""
+    print()
+    message = {"role": "assistant", **{part: text for part, text in said.items() if text or part == "content"}}
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def chat(client: openai.OpenAI, messages: list[dict], args: argparse.Namespace, rounds: int = 5) -> None:
+    """Answer the last message, running the tools that the model calls, at most `rounds` times."""
+    for _ in range(rounds):
+        messages.append(stream_answer(client, messages, args))
+        for call in messages[-1].get("tool_calls", ()):
+            result = run_tool(**call["function"])
+            print(f"[{call['function']['name']} {call['function']['arguments']} → {result}]")
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+        if messages[-1]["role"] != "tool":
+            return
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_url", default="http://127.0.0.1:8998/v1", help="of the server (%(default)s)")
+    parser.add_argument("--api_key", default=os.environ.get("MINIMIND_API_KEY", "none"),
+                        help="if the server wants one (default: $MINIMIND_API_KEY)")
+    parser.add_argument("--model", default="minimind", help="name of the model (%(default)s)")
+    parser.add_argument("--prompt", help="answer this and exit")
+    parser.add_argument("--tools", action="store_true", help=f"offer the tools {', '.join(TOOLS)}")
+    parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
+    parser.add_argument("--temperature", type=amount, help="0 takes the likeliest token (default: the server's)")
+    parser.add_argument("--max_new_tokens", type=positive, help="longest answer, in tokens (default: the server's)")
+    args = parser.parse_args()
+    client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key)
+    messages: list[dict] = []
+    while True:
+        try:
+            text = args.prompt or input("\n> ").strip()
+            if text == "/exit":
+                return
+            if text == "/clear":
+                messages.clear()
+            elif text:
+                messages.append({"role": "user", "content": text})
+                chat(client, messages, args)
+        except EOFError:
+            return
+        except openai.APIConnectionError:
+            raise UserError(f"no server at --base_url {args.base_url}; start one: "
+                            "python scripts/serve_openai_api.py") from None
+        except openai.APIError as error:
+            raise UserError(f"the server says: {error.message}") from None
+        if args.prompt:
+            return
+
+
+if __name__ == "__main__":
+    run_main(main)
