@@ -26,7 +26,7 @@ def main() -> None:
     models = []
     for side, column in enumerate(st.columns(2, gap="large")):
         with column:
-            name = st.selectbox(say("Weight", "权重"), names, min(side, len(names) - 1), key=f"weight_{side}",
+            name = st.selectbox(say("Weight", "权重"), names, side * (len(names) - 1), key=f"weight_{side}",
                                 label_visibility="collapsed", **KEPT)
             models.append(local_model(name))
     ready = None not in models

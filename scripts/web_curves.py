@@ -20,6 +20,9 @@ LIVE = 90  # seconds since the last line within which a run counts as running
 
 def main() -> None:
     st.set_page_config(layout="wide")
+    with st.sidebar:
+        st.caption(say("Every run that writes a log, redrawn every two seconds while it trains.",
+                       "每一次写日志的训练；训练时每两秒重画一次。"))
     curves()
 
 
@@ -115,11 +118,12 @@ def chart(rows: list[dict], key: str, axis: str, runs: list[str], height: int,
     colour = altair.Color("run:N", sort=runs, scale=altair.Scale(domain=runs), title=None,
                           legend=altair.Legend(orient="top-right") if len(runs) > 1 and height > 250 else None)
     scale = altair.Scale(type="log" if logarithmic else "linear", zero=False, nice=not logarithmic)
+    digits = "~s" if max((abs(point[key]) for point in points), default=0) >= 1000 else "~g"
 
     def layer(values: list[dict], value: str) -> altair.Chart:
         return altair.Chart(altair.Data(values=values)).encode(
             x=altair.X(f"{axis}:Q", title=None, axis=altair.Axis(format="~s", grid=False)),
-            y=altair.Y(f"{value}:Q", title=None, scale=scale, axis=altair.Axis(format="~g", tickCount=5)),
+            y=altair.Y(f"{value}:Q", title=None, scale=scale, axis=altair.Axis(format=digits, tickCount=5)),
             color=colour, tooltip=["run:N", f"{axis}:Q", altair.Tooltip(f"{value}:Q", format=".4g")])
 
     lines = layer(points, key).mark_line(strokeWidth=2, interpolate="monotone")

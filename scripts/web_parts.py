@@ -15,6 +15,9 @@ from trainer.arguments import Parser
 from trainer.distributed import choose_device
 
 ENGLISH, CHINESE = "English", "中文"
+STYLE = """<style>
+.stChatMessage:has([aria-label="Chat message from user"]) { background: rgba(127, 133, 120, .12); }
+</style>"""
 LOCAL_SERVER = "http://127.0.0.1:8998/v1"  # scripts/serve_openai_api.py
 KEPT = {"persist_state": "session"}  # a setting survives the visit of another page
 
@@ -35,7 +38,10 @@ def say(english: str, chinese: str) -> str:
     return chinese if st.session_state.get("language") == CHINESE else english
 
 
-def language_choice() -> None:
+def head() -> None:
+    """What stands at the top of the sidebar of every page."""
+    st.html(STYLE)
+    st.markdown("### MiniMind")
     if "language" not in st.session_state:
         st.session_state.language = CHINESE if (st.context.locale or "").startswith("zh") else ENGLISH
     st.segmented_control("Language / 语言", (ENGLISH, CHINESE), key="language", required=True, **KEPT,
@@ -119,30 +125,35 @@ def sampling() -> Sampling:
 class Bubble:
     """An answer on the page: thinking folded, text, a card a tool call, a line of facts.
 
-    Its places are fixed and only what changed is sent, so nothing jumps while the answer grows.
+    Its places are fixed and only what changed is sent, so nothing jumps while the answer grows. `cards` says that it
+    has cards from the start; a growing answer starts on an empty place, not among the cards of what stood there before.
     """
 
-    def __init__(self):
-        self._thinking, self._text, self._calls, self._facts = st.empty(), st.empty(), st.container(), st.empty()
+    def __init__(self, cards: bool = False):
+        self._thinking, self._text, self._calls = st.empty(), st.empty(), st.container() if cards else st.empty()
+        self._cards = self._calls if cards else None
+        with st.container(horizontal=True, vertical_alignment="center"):
+            self._facts, self.action = st.empty(), st.empty()  # the action: a place for a button of the page
         self._status, self._results, self._answered = None, [], 0
         self._shown: dict[str, object] = {}
 
     def show(self, message: dict, running: bool = False) -> None:
         """Draw the assistant's `message`; `running` while more may come."""
         facts, reasoning = message.get("facts", {}), message.get("reasoning_content") or ""
-        waiting = running and not message["content"] and not reasoning
+        calls = message.get("tool_calls", ())
+        waiting = running and not reasoning and not calls
         thinking = running and bool(reasoning) and facts.get("thought") is None
         if reasoning:
             self._show_thinking(reasoning, thinking, facts.get("thought"))
-        if message["content"] or waiting:
-            self._once("text", message["content"] or ":gray[…]", lambda text: self._text.markdown(lines(text)))
-        for call in message.get("tool_calls", ())[len(self._results):]:
+        text = message["content"] or (":gray[…]" if waiting else "")
+        self._once("text", text, lambda text: self._text.markdown(lines(text)) if text else self._text.empty())
+        for call in calls[len(self._results):]:
             self._results.append(self._card(call["name"], call["arguments"]))
         for text in facts.get("malformed", ()):
             told = say("A tool call that cannot be read: ", "无法读懂的工具调用：") + f"`{text}`"
-            self._once(text, told, lambda told: self._calls.warning(told, icon=":material/build:"))
-        if not running:
-            self._once("facts", facts_line(facts), lambda text: self._facts.caption(text) if text else None)
+            self._once(text, told, lambda told: self._place().warning(told, icon=":material/build:"))
+        if not running and not calls:  # with calls, the answer is yet to come
+            self._once("facts", facts_line(facts), lambda text: self._facts.caption(text, width="content"))
 
     def result(self, text: str) -> None:
         """Write a tool's result into the next card."""
@@ -161,8 +172,13 @@ class Bubble:
         self._once("label", label, lambda text: self._status.update(
             label=text, state="running" if thinking else "complete", expanded=thinking))
 
+    def _place(self):
+        """Where cards stand, made when the first one comes."""
+        self._cards = self._cards or self._calls.container()
+        return self._cards
+
     def _card(self, name: str, values: dict):
-        with self._calls.container(border=True, gap="xsmall"):
+        with self._place().container(border=True, gap="xsmall"):
             listed = "  ".join(f":gray[{key}] `{value}`" for key, value in values.items())
             st.markdown(f":material/build: **{name}**&emsp;{listed}")
             return st.empty()
@@ -197,4 +213,5 @@ def watch(replies: list[Reply], bubbles: list[Bubble]) -> None:
         for reply, bubble in zip(replies, bubbles, strict=True):
             reply.watched = time.perf_counter()
             bubble.show(reply.message(), reply.running)
+        st.session_state.get("reply")  # lets a click in: Streamlit interrupts a page only where it talks to it
         time.sleep(0.04)

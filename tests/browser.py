@@ -74,3 +74,87 @@ def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
         except OSError:
             time.sleep(0.1)
     raise TimeoutError(f"{url} does not answer")
+
+
+class Page:
+    """What a person does on the demo's page. Widgets are named by their keys."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def open(self, url: str, expected: str) -> None:
+        """Open a fresh session at `url` and wait for the widget `expected`."""
+        self.driver.get(url)
+        self.wait_for(expected)
+
+    @property
+    def text(self) -> str:
+        return self.driver.find_element("css selector", "body").text
+
+    def wait_for(self, key: str):
+        return self.wait_for_css(f".st-key-{key}")
+
+    def wait_for_css(self, selector: str, seconds: float = 90):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self.driver, seconds, 0.1).until(
+            lambda driver: next(iter(driver.find_elements("css selector", selector)), None), f"no {selector}")
+
+    def wait_for_text(self, text: str, seconds: float = 90) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, seconds, 0.1).until(lambda _: text in self.text, f"no {text!r}")
+
+    def click(self, key: str) -> None:
+        self.do(lambda: self.wait_for_css(f".st-key-{key} button").click())
+
+    def type(self, key: str, text: str, kind: str = "input") -> None:
+        """Replace the text of a field and press Enter."""
+        from selenium.webdriver.common.keys import Keys
+
+        def fill():
+            field = self.wait_for_css(f".st-key-{key} {kind}:not([disabled])")
+            field.send_keys(Keys.CONTROL, "a")
+            field.send_keys(text, Keys.ENTER)
+
+        self.do(fill)
+
+    def ask(self, text: str) -> None:
+        self.type("typed", text, "textarea")
+
+    def choose_tool(self, name: str) -> None:
+        self.type("tools", name)
+        self.wait_for_css(f".st-key-tools [data-baseweb=tag], .st-key-tools [title='{name}']")
+
+    def choose_url(self, url: str) -> None:
+        self.do(lambda: self.driver.find_elements("css selector", ".st-key-place button")[1].click())
+        self.type("url", url)
+
+    @staticmethod
+    def do(action) -> None:
+        """Act, again if the page redrew what was acted on at that very moment."""
+        from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException
+
+        for attempt in range(20):
+            try:
+                return action()
+            except (StaleElementReferenceException, ElementNotInteractableException):
+                if attempt == 19:
+                    raise
+                time.sleep(0.1)
+
+    def watch_for_jumps(self) -> None:
+        """Count Chrome's layout shifts from now on (https://web.dev/articles/cls)."""
+        self.driver.execute_script(
+            "window.jumps = 0; new PerformanceObserver(list => list.getEntries().forEach(entry => {"
+            "window.jumps += entry.hadRecentInput ? 0 : entry.value})).observe({type: 'layout-shift'})")
+
+    def jumps(self) -> float:
+        return self.driver.execute_script("return window.jumps")
+
+    def complaints(self) -> list[str]:
+        """What the browser's console says went wrong, a request that left this machine among it."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+    def save(self, path: Path) -> None:
+        self.driver.save_screenshot(str(path))

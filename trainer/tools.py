@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import operator
 
 from dataset.sample_world import TOOLS, tool_schema
@@ -27,7 +28,10 @@ def calculate_math(expression: str) -> int | float:
         raise ValueError("only numbers, + - * / // % and brackets")
 
     try:
-        return value(ast.parse(str(expression).strip()[:500], mode="eval").body)
+        result = value(ast.parse(str(expression).strip()[:500], mode="eval").body)
+        if not math.isfinite(result):
+            raise ValueError("too large")
+        return result
     except (SyntaxError, ArithmeticError, RecursionError, MemoryError) as error:
         raise ValueError(str(error) or type(error).__name__) from None
 
