@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
 
 from browser import Page, browser, demo, missing
 
@@ -13,7 +13,23 @@ from model.errors import UserError, run_main
 from model.weights import OUT_DIR
 from trainer.arguments import Parser
 
-QUESTIONS = {"en": "What is 652 plus 561?", "zh": "请计算(179 - 131) * 122。"}
+SECOND = {"en": "Please compute 151 * 53.", "zh": "请计算91 + 854 - 518。"}
+
+
+def take(url: str, folder: Path, language: str) -> None:
+    """The chat with two tool calls, the comparison and the curves, in one language."""
+    with browser(1280, 940, {"en": "en-US", "zh": "zh-CN"}[language]) as driver:
+        page = Page(driver)
+        page.open(url, "example_2")
+        page.click("example_2")
+        page.wait_for("retry")
+        page.ask(SECOND[language])
+        page.settle()
+        page.save(folder / f"chat_{language}.png")
+        page.open(f"{url}/curves", "runs")
+        page.wait_for_css("canvas, svg.marks")
+        page.settle()
+        page.save(folder / f"curves_{language}.png")
 
 
 def main() -> None:
@@ -25,15 +41,8 @@ def main() -> None:
         raise UserError(lack)
     args.images.mkdir(parents=True, exist_ok=True)
     with demo(args.save_dir.absolute()) as url:
-        for language, locale in (("en", "en-US"), ("zh", "zh-CN")):
-            with browser(1280, 800, locale) as driver:
-                page = Page(driver)
-                page.open(url)
-                page.save(args.images / f"welcome_{language}.png")
-                page.click("example_1")
-                page.wait_for_answers(1)
-                page.click("example_2") if page.has("example_2") else None
-                page.save(args.images / f"chat_{language}.png")
+        for language in SECOND:
+            take(url, args.images, language)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,11 @@ def demo(save_dir: Path, *flags: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -155,6 +159,15 @@ class Page:
     def complaints(self) -> list[str]:
         """What the browser's console says went wrong, a request that left this machine among it."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+    def settle(self) -> None:
+        """Wait until nothing is being written and the text of the page has been the same for three looks."""
+        same, before = 0, None
+        while same < 3:
+            time.sleep(0.7)
+            now = self.text
+            busy = self.driver.find_elements("css selector", ".st-key-stop")
+            same, before = (same + 1 if now == before and not busy else 0), now
 
     def save(self, path: Path) -> None:
         self.driver.save_screenshot(str(path))
