@@ -96,6 +96,29 @@ class RMSNorm(nn.Module):
         return (self.weight * x32).to(x.dtype)
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] · weight [out, in]ᵀ → [..., out].
+
+    A CPU's bf16 units take the left operand as it lies in memory and the right one rearranged. F.linear has the weight
+    on the right, and rearranging it costs more than a few tokens' product itself; so inference puts it on the left.
+    """
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.bfloat16 or torch.is_grad_enabled():
+        return F.linear(x, weight)
+    rows = x.flatten(0, -2)
+    right = rows.expand(2, -1) if len(rows) == 1 else rows  # one column would be sent to a slower kernel
+    return (weight @ right.T).T[:len(rows)].unflatten(0, x.shape[:-1])
+
+
+class Linear(nn.Linear):
+    """y = x · weightᵀ, no bias."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
+
+
 YARN_FACTOR, YARN_ORIGINAL_LENGTH, YARN_BETA_FAST, YARN_BETA_SLOW = 16.0, 2048, 32.0, 1.0
 
 
@@ -197,10 +220,10 @@ class Attention(nn.Module):
         self.layer_index, self.head_dim = layer_index, config.head_dim
         query_size, key_size = (heads * config.head_dim for heads in (config.num_attention_heads,
                                                                        config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_size)
+        self.k_proj = Linear(config.hidden_size, key_size)
+        self.v_proj = Linear(config.hidden_size, key_size)
+        self.o_proj = Linear(query_size, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -219,9 +242,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -270,7 +293,7 @@ class MoEFeedForward(nn.Module):
     def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = Experts(config)
         self._register_load_state_dict_pre_hook(stack_experts)
 
@@ -400,7 +423,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     def __init__(self, config: MiniMindConfig | None = None):
         super().__init__(config or MiniMindConfig())
         self.model = MiniMindModel(self.config)
-        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size)
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,

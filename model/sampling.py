@@ -2,19 +2,17 @@
 
 The order is transformers': repetition, presence and frequency penalty, then temperature, top-k, top-p, min-p. A row is
 drawn by inverting its own cumulative distribution at its own uniform number, so it never depends on its neighbours.
-Shapes: B rows, V vocabulary, K candidates.
+Shapes: B rows, V vocabulary.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.chat import EOS, PAD
-
-Drawn = tuple[Tensor, Tensor, Tensor | None, Tensor]  # tokens [B], their log p [B], candidates [B, K], all log p [B, K]
-CANDIDATES = 64  # how many of the likeliest tokens are looked at first; usually top_p or top_k need no more
 
 
 @dataclass(frozen=True)
@@ -72,78 +70,66 @@ def draw(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> tu
     likeliest (token, log-probability) pairs that could have been drawn (empty where nobody asked). Temperature 0 takes
     the likeliest; its log-probability is that at temperature 1.
     """
-    logits = logits.float()
-    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    logprobs = torch.empty(len(logits), device=logits.device)
+    greedy = [sampling.temperature == 0 for sampling in samplings]
+    temperature = [sampling.temperature or 1.0 for sampling in samplings]
+    log_p = (logits.float() / column(logits, temperature)).log_softmax(-1)
+    log_mass = log_p.new_zeros(len(log_p), 1)  # of what truncation leaves
+    if not all(greedy):
+        p = log_p.exp()
+        if any(sampling.truncates for sampling in samplings):
+            p = truncate(p, samplings)
+            log_mass = p.sum(-1, keepdim=True).log()
+        tokens = invert(p, column(logits, uniforms))
+    if any(greedy):
+        likeliest = log_p.argmax(-1, keepdim=True)
+        tokens = likeliest if all(greedy) else torch.where(column(logits, greedy).bool(), likeliest, tokens)
+    logprobs = (log_p.gather(1, tokens) - log_mass)[:, 0].tolist()
     tops: list[list] = [[] for _ in samplings]
-    groups: dict = {}
     for row, sampling in enumerate(samplings):
-        kind = greedy if sampling.temperature == 0 else truncated if sampling.truncates else whole
-        groups.setdefault(kind, []).append(row)
-    for kind, rows in groups.items():
-        of_kind = [samplings[row] for row in rows]
-        alone = len(rows) == len(samplings)  # the usual case needs no copy
-        numbers = [uniforms[row] for row in rows]
-        drawn, logprob, candidates, log_p = kind(logits if alone else logits[rows], of_kind, numbers)
-        if alone:
-            tokens, logprobs = drawn, logprob
-        else:
-            tokens[rows], logprobs[rows] = drawn, logprob
-        for i, row in enumerate(rows):
-            if wanted := samplings[row].top_logprobs:
-                best, where = log_p[i].topk(min(wanted, log_p.shape[1]))
-                named = where if candidates is None else candidates[i, where]
-                pairs = zip(named.tolist(), best.tolist(), strict=True)
-                tops[row] = [(token, value) for token, value in pairs if value > -math.inf]
-    return tokens.tolist(), logprobs.tolist(), tops
+        if sampling.top_logprobs:
+            of_row = log_p[row] - log_mass[row]
+            of_row = of_row if all(greedy) else of_row.where(p[row] > 0, -math.inf)
+            best = of_row.topk(min(sampling.top_logprobs, len(of_row)))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            tops[row] = [(token, value) for token, value in pairs if value > -math.inf]
+    return tokens[:, 0].tolist(), logprobs, tops
 
 
-def greedy(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> Drawn:
-    log_p = logits.log_softmax(-1)
-    best, tokens = log_p.max(-1)
-    return tokens, best, None, log_p
+def truncate(p: Tensor, samplings: list[Sampling]) -> Tensor:
+    """Probabilities p [B, V] with zeros where top-k (Fan 2018), top-p (Holtzman 2020), min-p (Nguyen 2024) cut off.
 
-
-def whole(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> Drawn:
-    """Draw from the softmax at a temperature."""
-    log_p = (logits / column(logits, [s.temperature for s in samplings])).log_softmax(-1)
-    tokens = invert(log_p.exp(), uniforms)
-    return tokens, log_p.gather(1, tokens[:, None])[:, 0], None, log_p
-
-
-def truncated(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> Drawn:
-    """The same after top-k (Fan 2018), top-p (Holtzman 2020) and min-p (Nguyen 2024), among the likeliest tokens only.
-
-    So many candidates are taken that what follows them is cut off in every row; the result is that of a full sort.
+    Top-p is a share of what top-k has left, min-p one of the likeliest. Equally probable tokens stay or go together.
     """
-    V = logits.shape[1]
-    probability = (logits / column(logits, [s.temperature for s in samplings])).softmax(-1)
-    top_k = column(logits, [min(s.top_k or V, V) for s in samplings])
-    top_p = column(logits, [max(s.top_p, 1e-6) for s in samplings])
-    min_p = column(logits, [s.min_p for s in samplings])
-    width, enough = min(CANDIDATES, V), False
-    while not enough:
-        p, candidates = probability.topk(width)
-        cut_later = (p.sum(-1, keepdim=True) < top_p) & (p[:, -1:] >= min_p * p[:, :1])
-        enough = width == V or bool(((top_k <= width) | (top_k == V) & ~cut_later).all())
-        width = min(8 * width, V)
-    p = p.masked_fill(torch.arange(p.shape[1], device=p.device) >= top_k, 0)
-    mass = torch.where(top_k < V, p.sum(-1, keepdim=True), 1.0)  # top-p is a share of what top-k has left
-    before = p.cumsum(-1) - p
-    kept = p.masked_fill((before >= top_p * mass) | (p < min_p * p[:, :1]), 0)
-    kept = kept / kept.sum(-1, keepdim=True)
-    place = invert(kept, uniforms)[:, None]
-    return candidates.gather(1, place)[:, 0], kept.gather(1, place)[:, 0].log(), candidates, kept.log()
+    off = [sampling.temperature == 0 for sampling in samplings]
+    top_k = [len(p[0]) if o or not s.top_k else min(s.top_k, len(p[0])) for o, s in zip(off, samplings, strict=True)]
+    top_p = [2.0 if o or s.top_p == 1 else max(s.top_p, 1e-6) for o, s in zip(off, samplings, strict=True)]
+    min_p = [0.0 if o else s.min_p for o, s in zip(off, samplings, strict=True)]
+    ordered = sort_descending(p)
+    smallest = ordered.gather(1, column(p, top_k).long() - 1)
+    ordered = ordered * (ordered >= smallest)
+    before = ordered.cumsum(-1) - ordered
+    nucleus = (before < column(p, top_p) * ordered.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    smallest = torch.maximum(smallest, ordered.gather(1, nucleus - 1))
+    return p * (p >= torch.maximum(smallest, column(p, min_p) * ordered[:, :1]))
 
 
-def invert(probability: Tensor, uniforms: list[float]) -> Tensor:
-    """Inverse transform sampling: the first column of each row whose cumulated probability exceeds its number. → [B]"""
-    cumulated = probability.cumsum(-1)
-    target = column(probability, uniforms) * cumulated[:, -1:]
-    place = torch.searchsorted(cumulated, target, right=True)[:, 0]
-    last = (cumulated < cumulated[:, -1:]).sum(-1)  # rounding must not lead past the last that has any
-    return torch.minimum(place, last)
+def sort_descending(p: Tensor) -> Tensor:
+    """Each row's values, largest first."""
+    if p.device.type == "cpu":  # numpy's sort is vectorised: 50 times as fast as torch's on a CPU
+        return torch.from_numpy(-np.sort(-p.numpy(), axis=-1))
+    return p.sort(-1, descending=True).values
 
 
-def column(like: Tensor, values: list[float]) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
+def invert(p: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse transform sampling: in each row of p [B, V] the first token whose cumulated p exceeds its number [B, 1].
+
+    p need not sum to 1. → [B, 1]
+    """
+    cumulated = p.cumsum(-1)
+    total = cumulated[:, -1:].contiguous()
+    token = torch.searchsorted(cumulated, uniform * total, right=True)
+    return torch.minimum(token, torch.searchsorted(cumulated, total))  # rounding leads no further than the last
+
+
+def column(like: Tensor, values: list) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=torch.float32)[:, None]

@@ -1,27 +1,37 @@
-"""The inference engine against plain decoding without a cache, and the terminal chat on top of it."""
+"""The inference engine against plain decoding and transformers' logits processors, and the terminal chat on top."""
 
 import builtins
+import itertools
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.generation import logits_process as referee
 
 import eval_llm
-from model.chat import BOS, EOS, ChatTokenizer
-from model.engine import Engine, Sampling, generate
+from model import engine as engine_module
+from model.chat import BOS, EOS, MARKERS, ChatTokenizer
+from model.engine import Engine, Sampling, Sequence, generate, stream
 from model.errors import run_main
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import save_weight
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
+from model.sampling import draw
+from model.weights import load_weight, save_weight
 
-KINDS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2}}
+KINDS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2},
+         "yarn": {"inference_rope_scaling": True}}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 greedy = partial(Sampling, temperature=0, stop_ids=())
+free = partial(Sampling, temperature=1.0, top_p=1.0, stop_ids=())
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 TOKENIZER = ChatTokenizer()
 
@@ -47,15 +57,322 @@ def plainly(model: MiniMindForCausalLM, prompt: list[int], tokens: int) -> list[
     return ids[len(prompt):]
 
 
+def answers(*request, **options) -> list[list[int]]:
+    return [sequence.ids for sequence in generate(*request, **options)]
+
+
+@pytest.fixture
+def short_places(monkeypatch):
+    """The cache starts with places of 8 tokens, so that it grows, shrinks and runs out."""
+    monkeypatch.setattr(engine_module, "SMALLEST_LENGTH", 8)
+
+
 # -- decoding ----------------------------------------------------------------------------------------------------------
 
 
 @every_kind
-def test_batched_greedy_answers_are_those_of_one_by_one_decoding_without_a_cache(kind):
-    model, prompts = lively_model(kind), some_prompts(7, 1, 19, 3, 12)
-    expected = [plainly(model, prompt, 20) for prompt in prompts]
-    assert [sequence.ids for sequence in generate(model, prompts, greedy(20))] == expected
-    assert [sequence.ids for sequence in generate(model, prompts, greedy(20), max_batch=2)] == expected
+def test_greedy_answers_of_mixed_batches_are_those_of_one_by_one_decoding_without_a_cache(kind, short_places):
+    model, dice = lively_model(kind), random.Random(2)
+    prompts = some_prompts(*(dice.choice([1, 2, 5, 11, 23]) for _ in range(100)))
+    lengths = [dice.choice([1, 3, 8]) for _ in prompts]
+    expected = [plainly(model, prompt, tokens) for prompt, tokens in zip(prompts, lengths, strict=True)]
+    assert len({token for answer in expected for token in answer}) > 20
+    engine = Engine(model, max_batch=7, max_tokens=120, prefill_chunk=9)
+    sequences = []
+    for prompt, tokens in zip(prompts, lengths, strict=True):
+        sequences.append(engine.add(prompt, greedy(tokens)))
+        if dice.random() < 0.5:
+            engine.step()
+    while engine.busy:
+        engine.step()
+    assert [sequence.ids for sequence in sequences] == expected
+    assert {sequence.finish_reason for sequence in sequences} == {"length"}
+
+
+def test_a_stop_token_ends_its_row_and_no_other():
+    model, prompts = lively_model(), some_prompts(5, 9, 2)
+    whole = [plainly(model, prompt, 12) for prompt in prompts]
+    stop = whole[1][3]
+    ended = generate(model, prompts, greedy(12, stop_ids=(stop,)))
+    for sequence, answer in zip(ended, whole, strict=True):
+        end = answer.index(stop) if stop in answer else 12
+        assert sequence.ids == answer[:end + 1] and sequence.answer_ids == answer[:end]
+        assert sequence.finish_reason == ("stop" if stop in answer else "length")
+    assert len(ended[1].answer_ids) <= 3 and max(len(sequence.ids) for sequence in ended) == 12
+
+
+def test_a_long_prompt_is_read_in_chunks_and_stalls_nobody():
+    model, (long, short) = lively_model(), some_prompts(60, 4)
+    engine = Engine(model, prefill_chunk=8)
+    running = engine.add(short, greedy(40))
+    engine.step()
+    sequence, steps = engine.add(long, greedy(4)), 0
+    while not sequence.ids:
+        before, steps = len(running.ids), steps + 1
+        engine.step()
+        assert len(running.ids) == before + 1
+    assert steps == 8
+    while engine.busy:
+        engine.step()
+    assert sequence.ids == plainly(model, long, 4) and running.ids == plainly(model, short, 40)
+
+
+def test_a_model_in_transformers_format_answers_as_transformers_does():
+    config = Qwen3Config(97, 64, 128, 2, 4, 2, 16, max_position_embeddings=128)
+    model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
+    prompts = some_prompts(7, 1, 19)
+    ask = partial(model.generate, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = [ask(torch.tensor([prompt]))[0, len(prompt):].tolist() for prompt in prompts]
+    assert answers(model, prompts, greedy(9), prefill_chunk=6) == expected
+
+
+def test_bf16_products_are_those_of_linear():
+    weight = torch.randn(40, 24).bfloat16()
+    for shape in ((1, 24), (5, 24), (2, 3, 24), (1, 1, 24)):
+        x = torch.randn(shape).bfloat16()
+        with torch.inference_mode():
+            assert_close(product(x, weight), F.linear(x, weight))
+
+
+def test_no_prompts_have_no_answers():
+    assert generate(lively_model(), [], greedy(4)) == []
+
+
+# -- what does not fit -------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_without_room_for_an_answer_is_a_mistake_of_its_request_alone():
+    model, fits, too_long = lively_model(max_position_embeddings=16), *some_prompts(15, 16)
+    engine = Engine(model)
+    sequence = engine.add(fits, greedy(40))
+    with pytest.raises(ValueError, match="16 tokens .* 16 positions"):
+        engine.add(too_long)
+    with pytest.raises(ValueError, match="empty"):
+        engine.add([])
+    while engine.busy:
+        engine.step()
+    assert sequence.ids == plainly(model, fits, 2)  # what the last two positions predict
+    assert sequence.finish_reason == "length" and engine.free == engine.capacity
+    with pytest.raises(ValueError, match="8 tokens .* cache's 8 positions"):
+        Engine(model, max_tokens=8).add(fits[:8])
+
+
+def test_sequences_that_outgrow_the_cache_take_turns(short_places):
+    model, prompts = lively_model(), some_prompts(6, 7, 5)
+    engine = Engine(model, max_batch=3, max_tokens=48)
+    sequences = [engine.add(prompt, greedy(30)) for prompt in prompts]
+    seen = set()
+    while engine.busy:
+        engine.step()
+        seen.add(engine.running)
+        assert engine._cache.places * engine._cache.length <= 48
+    assert seen >= {3, 1}
+    assert [sequence.ids for sequence in sequences] == [plainly(model, prompt, 30) for prompt in prompts]
+
+
+# -- events ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_events_leak_no_place_and_survivors_answer_as_if_alone(short_places):
+    model, dice = lively_model(), random.Random(4)
+    begin = some_prompts(12)[0]
+    requests = [(begin[:dice.randrange(1, 12)] + prompt, free(dice.randrange(1, 12), temperature=t, seed=n))
+                for n, (prompt, t) in enumerate(zip(some_prompts(*range(1, 17)), [0, 0.7, 1, 1.3] * 4, strict=True))]
+    alone = [answers(model, [prompt], [sampling])[0] for prompt, sampling in requests]
+    engine, added, cancelled = Engine(model, max_batch=4, max_tokens=120, prefill_chunk=7), [], 0
+    for _ in range(1000):
+        event = dice.random()
+        if event < 0.25:
+            number = dice.randrange(len(requests))
+            added.append((number, engine.add(*requests[number])))
+        elif event < 0.35 and added:
+            sequence = dice.choice(added[-8:])[1]
+            cancelled += sequence.finish_reason is None
+            engine.cancel(sequence)
+            assert sequence.finish_reason is not None
+        else:
+            engine.step()
+        unfinished = sum(sequence.finish_reason is None for _, sequence in added)
+        assert engine.waiting + engine.running == unfinished and engine.running + engine.free == 4
+    while engine.busy:
+        engine.step()
+    assert engine.free == engine.capacity and engine.waiting == 0 and cancelled > 20
+    survivors = [(number, sequence) for number, sequence in added if sequence.finish_reason != "cancelled"]
+    assert len(survivors) > 100 and any(sequence.reused for _, sequence in survivors)
+    for number, sequence in survivors:
+        assert sequence.ids == alone[number]
+    for number, sequence in added:
+        assert sequence.ids == alone[number][:len(sequence.ids)]
+
+
+def test_a_prompt_shared_by_many_samples_is_computed_once():
+    model, prompt = lively_model(), some_prompts(30)[0]
+    sampling = [free(12, seed=seed) for seed in range(6)]
+    alone = [answers(model, [prompt], [each])[0] for each in sampling]
+    read, forward = [], model.model.forward
+
+    def counting(**request):
+        read.append(request["input_ids"].numel())
+        return forward(**request)
+
+    with mock.patch.object(model.model, "forward", counting):
+        sequences = generate(model, [prompt] * 6, sampling)
+    assert [sequence.ids for sequence in sequences] == alone and len(set(map(tuple, alone))) == 6
+    assert [sequence.reused for sequence in sequences] == [0] + [29] * 5
+    assert sum(read) == 30 + 11 + 5 * 12
+
+
+@pytest.mark.parametrize("max_batch", [1, 4])
+def test_earlier_turns_are_not_computed_again(max_batch):
+    model, (first, second, other) = lively_model(), some_prompts(20, 9, 25)
+    engine = Engine(model, max_batch=max_batch)
+
+    def ask(prompt: list[int]) -> Sequence:
+        sequence = engine.add(prompt, greedy(10))
+        while engine.busy:
+            engine.step()
+        assert sequence.ids == plainly(model, prompt, 10)
+        return sequence
+
+    turn = ask(first)
+    again = ask(first + turn.ids + second)
+    assert (turn.reused, again.reused) == (0, 29)  # the last token of the first answer was never read
+    assert ask(other).reused == 0
+    assert ask(first + turn.ids + second).reused == (38 if max_batch == 4 else 0)
+    assert engine.reused_tokens == 29 + (38 if max_batch == 4 else 0)
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+REQUESTS = [
+    {}, {"temperature": 0.6}, {"temperature": 1.7, "top_p": 0.7}, {"top_p": 0.0}, {"top_k": 5}, {"top_k": 1},
+    {"top_k": 9, "top_p": 0.5}, {"min_p": 0.2}, {"temperature": 2.0, "top_k": 20, "top_p": 0.9, "min_p": 0.1},
+    {"repetition_penalty": 1.8}, {"repetition_penalty": 0.7, "top_p": 0.8}, {"presence_penalty": 1.5},
+    {"frequency_penalty": 0.8, "temperature": 0.9}, {"presence_penalty": -1.0, "frequency_penalty": 0.5},
+]
+
+
+def processed(logits: torch.Tensor, sampling: Sampling, prompt: list[int], ids: list[int]) -> torch.Tensor:
+    """log p [V] of the next token by transformers' processors; presence and frequency as OpenAI's manual gives them."""
+    scores, text = logits[None].float(), torch.tensor([prompt + ids])
+    if sampling.repetition_penalty != 1:
+        scores = referee.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(text, scores)
+    for token, times in Counter(ids).items():
+        scores[0, token] -= times * sampling.frequency_penalty + sampling.presence_penalty
+    if sampling.temperature not in (0, 1):
+        scores = referee.TemperatureLogitsWarper(sampling.temperature)(text, scores)
+    if sampling.temperature:
+        if sampling.top_k:
+            scores = referee.TopKLogitsWarper(sampling.top_k)(text, scores)
+        if sampling.top_p < 1:
+            scores = referee.TopPLogitsWarper(sampling.top_p)(text, scores)
+        if sampling.min_p:
+            scores = referee.MinPLogitsWarper(sampling.min_p)(text, scores)
+    return scores[0].log_softmax(-1)
+
+
+@pytest.mark.parametrize("wanted", [request for request in REQUESTS if not free(1, **request).penalises], ids=str)
+def test_draws_follow_the_distribution_of_transformers(wanted):
+    """Evenly spaced numbers instead of random ones: then each share is the probability, to within one draw."""
+    logits, sampling, draws = 2 * torch.randn(60), free(1, **wanted), 4000
+    expected = processed(logits, sampling, [], [])
+    numbers = [(i + 0.5) / draws for i in range(draws)]
+    # rows of other kinds between them must not matter
+    others = [free(1), greedy(1), free(1, top_k=3, temperature=0.5)]
+    tokens, logprobs, _ = draw(logits.expand(draws + 3, -1), [sampling] * draws + others, numbers + [0.5] * 3)
+    share = torch.tensor(tokens[:draws]).bincount(minlength=60) / draws
+    assert_close(share, expected.exp(), rtol=0, atol=1.01 / draws)
+    assert (share[expected.exp() == 0] == 0).all()
+    assert_close(torch.tensor(logprobs[:draws]), expected[tokens[:draws]], rtol=0, atol=1e-5)
+    assert tokens[draws + 1] == int(logits.argmax())
+
+
+def test_the_extremes_of_the_unit_interval_draw_tokens_that_can_be_drawn():
+    logits = torch.tensor([[-torch.inf, 1.0, 1.0, -torch.inf]]).expand(2, -1)
+    assert draw(logits, [free(1)] * 2, [0.0, 1 - 2**-53])[0] == [1, 2]
+
+
+@pytest.mark.parametrize("wanted", [*REQUESTS, {"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.5}],
+                         ids=str)
+def test_the_log_probability_of_each_token_is_that_of_a_full_forward_under_the_same_processors(wanted):
+    model, prompts = lively_model(), some_prompts(6, 15)
+    sampling = free(10, top_logprobs=4, **wanted)
+    for sequence in generate(model, prompts + [[40, 41]] * 2, [sampling] * 2 + [greedy(10), free(8)])[:2]:
+        assert len(sequence.ids) == len(sequence.logprobs) == len(sequence.top) == 10
+        for i, token in enumerate(sequence.ids):
+            logits = model(torch.tensor([sequence.prompt + sequence.ids[:i]])).logits[0, -1]
+            expected = processed(logits, sampling, sequence.prompt, sequence.ids[:i])
+            assert sequence.logprobs[i] == pytest.approx(float(expected[token]), abs=2e-4)
+            best = expected.topk(4)
+            possible = int((best.values > -torch.inf).sum())
+            assert [token for token, _ in sequence.top[i]] == best.indices.tolist()[:possible]
+            assert [p for _, p in sequence.top[i]] == pytest.approx(best.values.tolist()[:possible], abs=2e-4)
+
+
+def test_the_same_seed_draws_the_same_whatever_the_neighbours():
+    model, prompts = lively_model(), some_prompts(4, 11, 7)
+    sampling = free(24, seed=5)
+    drawn = answers(model, prompts, sampling)
+    assert answers(model, prompts, sampling) == drawn
+    assert answers(model, prompts, sampling, max_batch=1) == drawn
+    assert answers(model, prompts[:1], sampling) == drawn[:1]
+    assert answers(model, [prompts[0], *some_prompts(1, 30, 2)], sampling)[0] == drawn[0]
+    assert answers(model, prompts, replace(sampling, seed=6)) != drawn
+    assert answers(model, [prompts[1]], replace(sampling, seed=6)) == drawn[1:2]  # prompt i draws with seed + i
+
+
+@pytest.mark.parametrize("wrong", [
+    {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 2},
+    {"repetition_penalty": 0}, {"presence_penalty": float("inf")}, {"max_new_tokens": 0}, {"stop": ("",)},
+    {"stop": "text"}, {"top_logprobs": -1}], ids=str)
+def test_a_value_out_of_range_is_named(wrong):
+    (name, value), = wrong.items()
+    with pytest.raises(ValueError, match=name) as error:
+        Sampling(**wrong)
+    assert repr(value) in str(error.value) and "\n" not in str(error.value)
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def test_text_never_shows_half_a_character_nor_part_of_a_stop_string():
+    dice, byte_token = random.Random(5), {TOKENIZER.token_bytes[i]: i for i in range(36, TOKENIZER.vocab_size)}
+    for _ in range(300):
+        text = "".join(dice.choices("aab 好北🙂é\n", k=dice.randrange(1, 25)))
+        stops = tuple("".join(dice.choices("aab 好🙂", k=dice.randrange(1, 5))) for _ in range(dice.randrange(3)))
+        whole = min((text.split(stop)[0] for stop in stops), key=len, default=text)
+        whole_tokens = TOKENIZER.encode_text(text)
+        byte_by_byte = [byte_token[bytes([byte])] for byte in text.encode()]
+        sequence = Sequence([1], Sampling(100, stop=stops), TOKENIZER)
+        for token in dice.choice([whole_tokens, byte_by_byte]):
+            sequence._take(token, 0.0, [])
+            assert whole.startswith(sequence.text)
+            held = len(TOKENIZER.decode(sequence.ids).rstrip("\N{REPLACEMENT CHARACTER}")) - len(sequence.text)
+            assert held < max(map(len, stops), default=1) or sequence.finish_reason  # no longer than it must
+            if sequence.finish_reason:
+                break
+        else:
+            sequence._take(EOS, 0.0, [])
+        assert sequence.text == whole and sequence.finish_reason == "stop"
+
+
+def test_half_a_character_at_the_end_is_left_out_and_markers_stand_between_texts():
+    first_byte = TOKENIZER.token_bytes.index("好".encode()[:1])
+    sequence = Sequence([1], Sampling(4, stop=("</think>",)), TOKENIZER)
+    for token in (*TOKENIZER.encode_text("a"), MARKERS["<tool_call>"], *TOKENIZER.encode_text("b"), first_byte):
+        sequence._take(token, 0.0, [])
+    assert sequence.said == ["a", MARKERS["<tool_call>"], "b"] and sequence.text == "ab"
+    assert sequence.finish_reason == "length"
+    sequence = Sequence([1], Sampling(4, stop=("</think>",)), TOKENIZER)
+    sequence._take(MARKERS["</think>"], 0.0, [])
+    assert (sequence.finish_reason, sequence.said) == ("stop", [])
+
+
+def test_stop_strings_need_a_tokenizer():
+    with pytest.raises(ValueError, match="tokenizer"):
+        Engine(lively_model()).add([5], Sampling(stop=("x",)))
 
 
 # -- the terminal chat -------------------------------------------------------------------------------------------------
@@ -133,6 +450,20 @@ def test_a_pretrained_weight_goes_on_with_the_text(evaluate):
     assert evaluate("--weight=pretrain", f"--prompt={TEXT[0]}").strip() == TEXT[1].strip()
 
 
+def test_a_stop_string_ends_the_answer_before_it(folder):
+    model, _ = load_weight("full_sft", folder)
+    prompt = TOKENIZER.prompt(TALK[:1])
+    states = [(each.text, each.finish_reason)
+              for each in stream(model.eval(), prompt, Sampling(40, temperature=0, stop=("l model",)), TOKENIZER)]
+    assert states[-1] == ("A very smal", "stop")
+    assert all("A very smal".startswith(text) and reason is None for text, reason in states[:-1])
+
+
+def test_a_conversation_that_became_too_long_is_told_and_can_be_cleared(evaluate, capsys):
+    out = evaluate(lines=["so " * 40000, "/clear", "Who are you?", "/exit"])
+    assert "leaves no room for an answer" in out and TALK[1]["content"] in out
+
+
 def test_an_empty_prompt_is_a_mistake(evaluate, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate("--prompt= ")
@@ -161,7 +492,7 @@ def test_a_conversation_is_remembered_until_it_is_cleared(evaluate, prompts, end
 
 
 def test_ctrl_c_ends_an_answer_but_not_the_program(evaluate, monkeypatch):
-    step, steps = Engine.step, iter(range(1000))
+    step, steps = Engine.step, itertools.count()
 
     def interrupted(engine):
         if next(steps) == 3:

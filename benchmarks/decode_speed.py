@@ -1,0 +1,144 @@
+"""Decoded tokens a second: the engine against the plain loop, same model, same prompts, in one run.
+
+Plain: one batch of equal prompts from beginning to end, the cache grown by concatenation, a full sort for top-p, fp32
+on a CPU (fp16 on CUDA). Engine: as `load_for_inference` and `model/engine.py` come. Three cases: one request alone, 32
+at once, and 32 different requests that arrive while others are answered (the plain loop takes them one by one).
+Weights are random: speed does not depend on what they say. The two take turns, and the median of the repeats counts.
+
+    python benchmarks/decode_speed.py
+    python benchmarks/decode_speed.py --use_moe 1
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import save_result
+from model.engine import Engine, Sampling
+from model.errors import run_main
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import inference_dtype
+from trainer.arguments import Parser, positive
+from trainer.distributed import choose_device
+
+TEMPERATURE, TOP_P = 0.85, 0.95
+
+
+class GrowingCache:
+    """Keys and values of all layers, one concatenation a token."""
+
+    def __init__(self):
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def get_seq_length(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        if layer in self.layers:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v), strict=True))
+        self.layers[layer] = k, v
+        return k, v
+
+
+@torch.inference_mode()
+def plain_loop(model: nn.Module, prompts: list[list[int]], tokens: int) -> Tensor:
+    """Sample `tokens` after each of the equally long prompts. → [B, tokens]"""
+    ids, cache, answers = torch.tensor(prompts, device=model.device), GrowingCache(), []
+    for _ in range(tokens):
+        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].float() / TEMPERATURE
+        ordered, order = logits.sort(-1, descending=True)
+        probability = ordered.softmax(-1)
+        ordered[probability.cumsum(-1) - probability >= TOP_P] = -float("inf")
+        logits = torch.full_like(logits, -float("inf")).scatter(-1, order, ordered)
+        ids = torch.multinomial(logits.softmax(-1), 1)
+        answers.append(ids)
+    return torch.cat(answers, 1)
+
+
+def engine_run(engine: Engine, requests: list[tuple[list[int], int]], every: int = 0) -> None:
+    """Answer requests (prompt, tokens), all at once or a new one `every` so many steps."""
+    waiting, steps = list(requests), 0
+    while waiting or engine.busy:
+        while waiting and steps >= every * (len(requests) - len(waiting)):
+            prompt, tokens = waiting.pop(0)
+            engine.add(prompt, Sampling(tokens, TEMPERATURE, TOP_P, seed=len(waiting), stop_ids=()))
+        engine.step()
+        steps += 1
+
+
+def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, fast: nn.Module,
+            args: argparse.Namespace, together: bool) -> dict:
+    """Tokens a second of both on the same requests, in turn, `args.repeats` times after a warm-up."""
+    speeds: dict[str, list[float]] = {"plain": [], "engine": []}
+    for repeat in range(args.repeats + 1):
+        for kind in speeds:
+            # every fourth request says as much about the plain loop, which takes them one by one
+            chosen = requests if together or kind == "engine" else requests[::4] or requests
+            if repeat == 0:
+                chosen = [(prompt, 4) for prompt, _ in chosen[:32]]
+            began = time.perf_counter()
+            if kind == "engine":
+                engine_run(Engine(fast, max_batch=32, compile=bool(args.compile)), chosen, 0 if together else 2)
+            elif together:
+                plain_loop(plain, [prompt for prompt, _ in chosen], chosen[0][1])
+            else:
+                for prompt, tokens in chosen:
+                    plain_loop(plain, [prompt], tokens)
+            if plain.device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                speeds[kind].append(sum(tokens for _, tokens in chosen) / (time.perf_counter() - began))
+    result = {kind: statistics.median(values) for kind, values in speeds.items()}
+    result["ratio"] = result["engine"] / result["plain"]
+    print(f"{name:10} plain {result['plain']:8,.1f}   engine {result['engine']:8,.1f} tokens/s   "
+          f"ratio {result['ratio']:5.2f}", flush=True)
+    return result | {"all": speeds}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden_size", type=positive, default=768)
+    parser.add_argument("--num_hidden_layers", type=positive, default=8)
+    parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
+    parser.add_argument("--prompt", type=positive, default=64, help="tokens of a prompt (alone, at once)")
+    parser.add_argument("--tokens", type=positive, default=128, help="tokens of an answer (alone, at once)")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--cases", nargs="+", default=["alone", "at once", "arriving"])
+    parser.add_argument("--compile", type=int, choices=(0, 1), default=0)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    torch.manual_seed(0)
+    config = MiniMindConfig(args.hidden_size, args.num_hidden_layers, bool(args.use_moe))
+    plain = MiniMindForCausalLM(config).eval().requires_grad_(False).to(device)
+    fast = MiniMindForCausalLM(config).eval().requires_grad_(False)
+    fast.load_state_dict(plain.state_dict())
+    fast.to(device, inference_dtype(device))
+    if device.type == "cuda":
+        plain.half()
+
+    dice = random.Random(0)
+
+    def prompt(length: int) -> list[int]:
+        return [dice.randrange(36, config.vocab_size) for _ in range(length)]
+
+    cases = {
+        "alone": ([(prompt(args.prompt), args.tokens)], True),
+        "at once": ([(prompt(args.prompt), args.tokens) for _ in range(32)], True),
+        "arriving": ([(prompt(dice.randint(16, 200)), dice.randint(32, 192)) for _ in range(32)], False),
+    }
+    results = {name: compare(name, cases[name][0], plain, fast, args, cases[name][1]) for name in args.cases}
+    save_result(f"decode_speed{'_moe' if args.use_moe else ''}_{args.hidden_size}x{args.num_hidden_layers}",
+                {"dtype": str(fast.dtype).removeprefix("torch."), **results})
+
+
+if __name__ == "__main__":
+    run_main(main)
