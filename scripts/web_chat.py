@@ -9,8 +9,9 @@ if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:  # Stream
 
 import streamlit as st
 
+from model.weights import find_models
 from scripts.web_answers import LocalModel, RemoteModel, Reply
-from scripts.web_parts import KEPT, Bubble, model_choice, no_weights_yet, sampling, say, watch
+from scripts.web_parts import KEPT, Bubble, arguments, lines, model_choice, no_weights_yet, sampling, say, watch
 from trainer.tools import SCHEMAS, run_tool
 
 MAX_CALLS = 8  # rounds of tools after one question
@@ -132,7 +133,8 @@ def welcome(model: LocalModel | RemoteModel | None) -> None:
     """The empty page: what can be asked, or how to get a model."""
     st.space("large")
     if model is None:
-        no_weights_yet()
+        if st.session_state.place == "local" and not find_models(arguments().save_dir):
+            no_weights_yet()
         return
     if model.continues_text:
         st.markdown(say("#### A text to go on with?", "#### 给它一段开头"))
@@ -159,7 +161,7 @@ def conversation() -> Bubble | None:
     for message in state.messages + live:
         if message["role"] == "user":
             turn = None
-            st.chat_message("user", avatar=":material/person:").markdown(message["content"])
+            st.chat_message("user", avatar=":material/person:").markdown(lines(message["content"]))
         elif message["role"] == "tool":
             bubble.result(message["content"])
         else:

@@ -85,7 +85,7 @@ def model_choice() -> LocalModel | RemoteModel | None:
                             **KEPT)
         name = st.text_input(say("Model name", "模型名"), key="model_name", **KEPT,
                              placeholder=say("the first it serves", "服务的第一个模型"))
-        return RemoteModel(url.strip(), key.strip(), name.strip())
+        return RemoteModel(url.strip(), key.strip(), name.strip()) if url.strip() else None  # else the SDK's own default
     if not names:
         return None
     name = st.selectbox(say("Weight", "权重"), names, key="weight", label_visibility="collapsed", **KEPT)
@@ -150,7 +150,7 @@ class Bubble:
         for call in calls[len(self._results):]:
             self._results.append(self._card(call["name"], call["arguments"]))
         for text in facts.get("malformed", ()):
-            told = say("A tool call that cannot be read: ", "无法读懂的工具调用：") + f"`{text}`"
+            told = say("A tool call that cannot be read: ", "无法读懂的工具调用：") + code(text)
             self._once(text, told, lambda told: self._place().warning(told, icon=":material/build:"))
         if not running and not calls:  # with calls, the answer is yet to come
             self._once("facts", facts_line(facts), lambda text: self._facts.caption(text, width="content"))
@@ -159,7 +159,7 @@ class Bubble:
         """Write a tool's result into the next card."""
         if self._answered < len(self._results):
             with self._results[self._answered].container():
-                st.markdown(f":gray[:material/subdirectory_arrow_right:] `{text}`")
+                st.markdown(f":gray[:material/subdirectory_arrow_right:] {code(text)}")
             self._answered += 1
 
     def _show_thinking(self, reasoning: str, thinking: bool, seconds: float | None) -> None:
@@ -179,7 +179,7 @@ class Bubble:
 
     def _card(self, name: str, values: dict):
         with self._place().container(border=True, gap="xsmall"):
-            listed = "  ".join(f":gray[{key}] `{value}`" for key, value in values.items())
+            listed = "  ".join(f":gray[{key}] {code(value)}" for key, value in values.items())
             st.markdown(f":material/build: **{name}**&emsp;{listed}")
             return st.empty()
 
@@ -192,6 +192,12 @@ class Bubble:
 def lines(text: str) -> str:
     """Markdown that keeps the text's line breaks."""
     return text.replace("\n", "  \n")
+
+
+def code(value: object) -> str:
+    """Markdown of the value as code, whatever it contains."""
+    text = str(value)
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def facts_line(facts: dict) -> str:

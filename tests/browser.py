@@ -98,13 +98,13 @@ class Page:
     def wait_for(self, key: str):
         return self.wait_for_css(f".st-key-{key}")
 
-    def wait_for_css(self, selector: str, seconds: float = 90):
+    def wait_for_css(self, selector: str, seconds: float = 150):
         from selenium.webdriver.support.ui import WebDriverWait
 
         return WebDriverWait(self.driver, seconds, 0.1).until(
             lambda driver: next(iter(driver.find_elements("css selector", selector)), None), f"no {selector}")
 
-    def wait_for_text(self, text: str, seconds: float = 90) -> None:
+    def wait_for_text(self, text: str, seconds: float = 150) -> None:
         from selenium.webdriver.support.ui import WebDriverWait
 
         WebDriverWait(self.driver, seconds, 0.1).until(lambda _: text in self.text, f"no {text!r}")

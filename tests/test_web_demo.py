@@ -21,7 +21,7 @@ from model.chat import BOS, EOS, ChatTokenizer
 from model.engine import Sampling
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import find_models, load_for_inference, save_weight
-from scripts import web_answers, web_curves
+from scripts import web_answers, web_curves, web_parts
 from scripts.web_answers import LocalModel, RemoteModel, Reply, openai_messages
 from trainer.tools import SCHEMAS, calculate_math, run_tool
 
@@ -351,6 +351,10 @@ def test_a_sum_is_worked_out_and_shown_on_a_card(page):
     assert talk_of(healthy(page)) == SUM
 
 
+def test_what_a_card_shows_cannot_break_out_of_it():
+    assert web_parts.code("12 * 12") == "`12 * 12`" and web_parts.code("a`b") == "`` a`b ``"
+
+
 def test_what_another_tool_says_is_typed_into_its_card(page):
     page.multiselect("tools").set_value(["get_current_weather"]).run()
     ask(page, "Rain?")
@@ -422,6 +426,8 @@ def test_a_url_can_be_talked_to(page, endpoint):
     Endpoint.status = 200
     page.button("retry").click().run()
     assert len(healthy(page).session_state.messages) == 4
+    page.text_input("url").set_value(" ").run()  # not a reason to write to the SDK's own default
+    assert healthy(page).chat_input("typed").disabled
 
 
 def test_the_page_speaks_chinese_and_settings_survive_the_change(page):
@@ -452,6 +458,7 @@ def test_a_weight_that_cannot_be_read_is_told_in_one_line(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["web_demo.py", f"--save_dir={tmp_path}"])
     app = AppTest.from_file(str(ROOT / "scripts/web_demo.py"), default_timeout=120).run()
     assert not app.exception and "not a weight file" in app.error[0].value and app.chat_input("typed").disabled
+    assert "No weights yet" not in texts(app)
 
 
 def test_two_weights_answer_side_by_side(page):
