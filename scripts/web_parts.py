@@ -85,7 +85,7 @@ def model_choice() -> LocalModel | RemoteModel | None:
                             **KEPT)
         name = st.text_input(say("Model name", "模型名"), key="model_name", **KEPT,
                              placeholder=say("the first it serves", "服务的第一个模型"))
-        return RemoteModel(url.strip(), key.strip(), name.strip()) if url.strip() else None  # else the SDK's own default
+        return RemoteModel(url.strip(), key.strip(), name.strip()) if url.strip() else None  # no SDK default
     if not names:
         return None
     name = st.selectbox(say("Weight", "权重"), names, key="weight", label_visibility="collapsed", **KEPT)
