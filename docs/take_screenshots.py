@@ -18,7 +18,7 @@ SECOND = {"en": "Please compute 151 * 53.", "zh": "请计算91 + 854 - 518。"}
 
 def take(url: str, folder: Path, language: str) -> None:
     """The chat with two tool calls, the comparison and the curves, in one language."""
-    with browser(1280, 940, {"en": "en-US", "zh": "zh-CN"}[language]) as driver:
+    with browser(1280, 1140, {"en": "en-US", "zh": "zh-CN"}[language]) as driver:
         page = Page(driver)
         page.open(url, "example_2")
         page.click("example_2")
