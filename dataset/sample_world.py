@@ -265,6 +265,13 @@ TOOLS = {  # description, parameters, question, answer ({r}: the first value of 
 TOOL_MIX = (70, 7, 5, 5, 4, 4, 3, 2)  # in the order of TOOLS: mostly arithmetic, which is the task of the agent stage
 
 
+def tool_schema(name: str) -> dict:
+    """The tool as OpenAI's schema describes a function."""
+    properties = {key: {"type": kind} for key, kind in TOOLS[name][1].items()}
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "description": TOOLS[name][0], "parameters": parameters}}
+
+
 class Case(NamedTuple):
     """A checkable conversation. Its last message is the canonical answer."""
 
@@ -478,12 +485,7 @@ class World:
         names = list(dict.fromkeys(needed))
         spare = self.rng.choice((0, 0, 0, 0, 1, 1, 2)) if len(names) == 1 else int(not names)  # long rows get none
         names += self.rng.sample([name for name in TOOLS if name not in names], spare)
-        schemas = []
-        for name in self.rng.sample(names, len(names)):
-            properties = {key: {"type": kind} for key, kind in TOOLS[name][1].items()}
-            parameters = {"type": "object", "properties": properties, "required": list(properties)}
-            function = {"name": name, "description": TOOLS[name][0], "parameters": parameters}
-            schemas.append({"type": "function", "function": function})
+        schemas = [tool_schema(name) for name in self.rng.sample(names, len(names))]
         return {"role": "system", "content": "", "tools": dumps(schemas)}
 
     def random_tree(self) -> Tree:

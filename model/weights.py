@@ -6,6 +6,7 @@ model's configuration, its tokenizer's hash, its parent and what it cost. Folder
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -71,6 +72,26 @@ def find_weight(name: str, save_dir: Path, hidden_size: int | None = None, use_m
         stems = ", ".join(path.stem for path in found)
         raise UserError(f"several weights fit {name!r} in {save_dir}: {stems}; choose with --hidden_size and --use_moe")
     return found[0]
+
+
+def find_models(save_dir: Path = OUT_DIR, folders_in: Path = ROOT) -> dict[str, dict]:
+    """Everything to talk to: what it is called → the arguments of `load_for_inference` that load it.
+
+    Weights of `save_dir` (no LoRA, no reward model) and transformers folders in it or in `folders_in`; those that only
+    continue text come last, and the newest first.
+    """
+    found = {}
+    for path in Path(save_dir).glob("*.pth"):
+        match = re.fullmatch(r"(?!lora_|reward)(.+)_(\d+)(_moe)?", path.stem)
+        if match:
+            name, size, moe = match.groups()
+            found[path.stem] = path, {"load_from": "model", "weight": name, "save_dir": Path(save_dir),
+                                      "hidden_size": int(size), "use_moe": bool(moe)}
+    for place in (Path(folders_in), Path(save_dir)):
+        for path in place.glob("*/config.json"):
+            found[path.parent.name] = path, {"load_from": str(path.parent), "weight": "", "save_dir": Path(save_dir)}
+    order = sorted(found, key=lambda name: (name.startswith("pretrain"), -found[name][0].stat().st_mtime, name))
+    return {name: found[name][1] for name in order}
 
 
 def load_weight(name: str, save_dir: Path = OUT_DIR, hidden_size: int | None = None, use_moe: bool | None = None,

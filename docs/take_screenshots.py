@@ -1,0 +1,49 @@
+"""Take the README's pictures of the web demo: the real pages, with the weights and logs of out/, in a real browser."""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
+
+from browser import Page, browser, demo, missing
+
+from model.errors import UserError, run_main
+from model.weights import OUT_DIR
+from trainer.arguments import Parser
+
+SECOND = {"en": "Please compute 151 * 53.", "zh": "请计算91 + 854 - 518。"}
+
+
+def take(url: str, folder: Path, language: str) -> None:
+    """The chat with two tool calls, the comparison and the curves, in one language."""
+    with browser(1280, 1140, {"en": "en-US", "zh": "zh-CN"}[language]) as driver:
+        page = Page(driver)
+        page.open(url, "example_2")
+        page.click("example_2")
+        page.wait_for("retry")
+        page.ask(SECOND[language])
+        page.settle()
+        page.save(folder / f"chat_{language}.png")
+        page.open(f"{url}/curves", "runs")
+        page.wait_for_css("canvas, svg.marks")
+        page.settle()
+        page.save(folder / f"curves_{language}.png")
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of weights and logs")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs/images", help="folder to write the pictures to")
+    args = parser.parse_args()
+    if lack := missing():
+        raise UserError(lack)
+    args.images.mkdir(parents=True, exist_ok=True)
+    with demo(args.save_dir.absolute()) as url:
+        for language in SECOND:
+            take(url, args.images, language)
+
+
+if __name__ == "__main__":
+    run_main(main)

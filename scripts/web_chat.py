@@ -1,0 +1,200 @@
+"""The page of the web demo to chat on: several turns, thinking folded, tool calls as cards, stop and retry."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:  # Streamlit runs this file many times
+    sys.path.insert(0, ROOT)
+
+import streamlit as st
+
+from model.weights import find_models
+from scripts.web_answers import LocalModel, RemoteModel, Reply
+from scripts.web_parts import KEPT, Bubble, arguments, lines, model_choice, no_weights_yet, sampling, say, watch
+from trainer.tools import SCHEMAS, run_tool
+
+MAX_CALLS = 8  # rounds of tools after one question
+STALE = 24  # elements below a growing answer that are taken off the page
+
+
+def main() -> None:
+    st.set_page_config(layout="centered")
+    state = st.session_state
+    state.setdefault("messages", [])
+    state.setdefault("reply", None)  # the answer that is being written
+    state.setdefault("trouble", None)  # what went wrong last
+    with st.sidebar:
+        model, ask = settings()
+    st.chat_input(say("Write a message", "写点什么"), key="typed", on_submit=send, disabled=model is None)
+    if model is not None and state.pop("asked", False):
+        state.trouble = None
+        state.reply = Reply(ask())
+    greeting = st.empty()  # a place of its own: the conversation would leave parts of it on the page for a while
+    if not state.messages:
+        with greeting.container():
+            welcome(model)
+        return
+    greeting.empty()
+    bubble = conversation()
+    if state.reply is not None:
+        watch([state.reply], [bubble])
+        keep_reply()
+        st.rerun()
+
+
+# -- what the buttons do -----------------------------------------------------------------------------------------------
+
+
+def end_reply() -> None:
+    """Stop the answer that is being written, if any, and keep what was said."""
+    state = st.session_state
+    if state.reply is not None:
+        state.reply.stop()
+        keep_reply()
+
+
+def keep_reply() -> None:
+    """Put the finished answer into the conversation; where tools can be computed here, go on with their results."""
+    state, message = st.session_state, st.session_state.reply.message()
+    state.trouble, ended, state.reply = state.reply.error, state.reply.reason, None
+    if message["facts"]["tokens"]:
+        state.messages.append(message)
+    results = [run_tool(call) for call in message.get("tool_calls", ())]
+    if results and None not in results and ended not in (None, "cancelled"):
+        give_results(results)
+
+
+def give_results(results: list[str]) -> None:
+    """Add what the tools said, and ask on, but not for ever."""
+    state = st.session_state
+    state.messages += [{"role": "tool", "content": result} for result in results]
+    state.asked = any(message["role"] == "user" for message in state.messages[-2 * MAX_CALLS:])
+
+
+def send(text: str | None = None) -> None:
+    """Ask `text`, or what was typed."""
+    text = (text or st.session_state.typed or "").strip()
+    if text:
+        end_reply()
+        st.session_state.messages.append({"role": "user", "content": text})
+        st.session_state.asked = True
+
+
+def send_results(results: list[str | None]) -> None:
+    """Give the results of the tools, computed or (None) typed into the card."""
+    state = st.session_state
+    results = [state[f"result_{i}"].strip() if result is None else result for i, result in enumerate(results)]
+    if all(results):
+        give_results(results)
+    else:
+        state.trouble = say("Write first what the tool says.", "请先写下工具的结果。")
+
+
+def retry() -> None:
+    """Answer the last question again."""
+    messages = st.session_state.messages
+    while messages[-1]["role"] != "user":
+        messages.pop()
+    st.session_state.asked = True
+
+
+def clear() -> None:
+    end_reply()
+    st.session_state.messages, st.session_state.trouble = [], None
+
+
+def try_example(text: str, thinking: bool, tools: list[str]) -> None:
+    st.session_state.thinking, st.session_state.tools = thinking, tools
+    send(text)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def settings() -> tuple[LocalModel | RemoteModel | None, Callable]:
+    """The settings beside the conversation. → the model, and how to ask it for the next message."""
+    state = st.session_state
+    st.button(say("New conversation", "新对话"), key="clear", icon=":material/edit_square:", on_click=clear,
+              width="stretch", disabled=not state.messages)
+    model = model_choice()
+    chats = model is None or not model.continues_text
+    thinking = st.toggle(say("Think first", "先思考"), key="thinking", disabled=not chats, **KEPT)
+    tools = st.multiselect(say("Tools it may call", "可以调用的工具"), tuple(SCHEMAS), key="tools", disabled=not chats,
+                           placeholder=say("none", "无"), **KEPT)
+    system = st.text_area(say("System prompt", "系统提示词"), key="system", height=68, disabled=not chats, **KEPT)
+    with st.expander(say("Sampling", "采样"), icon=":material/tune:"):
+        how = sampling()
+    start = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    return model, lambda: model.answer([*start, *state.messages], [SCHEMAS[name] for name in tools], thinking, how)
+
+
+def welcome(model: LocalModel | RemoteModel | None) -> None:
+    """The empty page: what can be asked, or how to get a model."""
+    st.space("large")
+    if model is None:
+        if st.session_state.place == "local" and not find_models(arguments().save_dir):
+            no_weights_yet()
+        return
+    if model.continues_text:
+        st.markdown(say("#### A text to go on with?", "#### 给它一段开头"))
+        st.caption(say("A pretrained weight does not chat yet: it continues what you write.",
+                       "预训练权重还不会聊天：它会把你写的文字接下去。"))
+        starts = say("The colour of|Once upon a time", "墨猫|很久以前").split("|")
+        examples = [(":material/edit:", text, False, []) for text in starts]
+    else:
+        st.markdown(say("#### What shall we talk about?", "#### 聊点什么？"))
+        st.caption(say("A small model, trained from scratch. Try one of these:", "从零训练的小模型。试试看："))
+        examples = [(":material/waving_hand:", say("What can you do?", "你能做什么？"), False, []),
+                    (":material/psychology:", say("Think it over: 6 + 6 + 2?", "想一想，6 + 6 + 2是多少？"), True, []),
+                    (":material/build:", say("What is 652 plus 561?", "请计算(179 - 131) * 122。"), False,
+                     ["calculate_math"])]
+    with st.container(horizontal=True):
+        for number, (icon, *example) in enumerate(examples):
+            st.button(example[0], key=f"example_{number}", icon=icon, on_click=try_example, args=example)
+
+
+def conversation() -> Bubble | None:
+    """Draw the conversation. → the place of the answer that is being written."""
+    state, turn, bubble = st.session_state, None, None
+    live = [state.reply.message()] if state.reply else []
+    for message in state.messages + live:
+        if message["role"] == "user":
+            turn = None
+            st.chat_message("user", avatar=":material/person:").markdown(lines(message["content"]))
+        elif message["role"] == "tool":
+            bubble.result(message["content"])
+        else:
+            turn = turn or st.chat_message("assistant", avatar=":material/spa:")
+            with turn:
+                bubble = Bubble(cards=bool(message.get("tool_calls")))
+                bubble.show(message, running=bool(live) and message is live[0])
+    with turn or st.container():
+        ending(bubble)
+        for _ in range(STALE if live else 0):  # what a longer answer before a retry left there
+            st.empty()
+    return bubble
+
+
+def ending(bubble: Bubble | None) -> None:
+    """What stands below the last answer: results a tool must give, a mishap, stop or retry."""
+    state, last = st.session_state, st.session_state.messages[-1]
+    if state.reply is None and last.get("tool_calls"):
+        results = [run_tool(call) for call in last["tool_calls"]]
+        with st.form("results", border=False):
+            for i, (call, result) in enumerate(zip(last["tool_calls"], results, strict=True)):
+                if result is None:
+                    st.text_input(say(f"What does {call['name']} say?", f"{call['name']} 的结果是？"),
+                                  key=f"result_{i}", placeholder='{"result": …}')
+            st.form_submit_button(say("Give the result", "提交结果"), on_click=send_results, args=(results,))
+    if state.trouble:
+        st.error(state.trouble, icon=":material/error:")
+    button = (bubble.action if bubble else st).button
+    if state.reply is not None:
+        button(say("Stop", "停止"), key="stop", icon=":material/stop_circle:", type="tertiary", on_click=end_reply)
+    else:
+        button(say("Retry", "重新回答"), key="retry", icon=":material/refresh:", type="tertiary", on_click=retry)
+
+
+if __name__ == "__main__":
+    main()

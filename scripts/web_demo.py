@@ -1,0 +1,46 @@
+"""Chat with a model in the browser; compare two weights; watch a training run. In English and Chinese.
+
+`python scripts/web_demo.py`, or `streamlit run scripts/web_demo.py`.
+"""
+
+import sys
+from pathlib import Path
+
+if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:  # Streamlit runs this file many times
+    sys.path.insert(0, ROOT)
+
+import streamlit as st
+
+from model.errors import run_main
+from scripts.web_parts import arguments, head, say
+
+
+def main() -> None:
+    """What stands around every page."""
+    st.set_page_config(page_title="MiniMind", page_icon="🌱")
+    with st.sidebar:
+        head()
+    here = Path(__file__).parent
+    st.navigation([
+        st.Page(here / "web_chat.py", title=say("Chat", "对话"), icon=":material/chat_bubble:", default=True),
+        st.Page(here / "web_compare.py", title=say("Compare", "比较"), icon=":material/compare_arrows:",
+                url_path="compare"),
+        st.Page(here / "web_curves.py", title=say("Curves", "曲线"), icon=":material/show_chart:", url_path="curves"),
+    ], position="top").run()
+
+
+def launch() -> None:
+    """Start Streamlit on this file."""
+    from streamlit.web import cli
+
+    options = arguments()
+    sys.argv = ["streamlit", "run", __file__, "--server.address", options.host, "--server.port", str(options.port),
+                "--", *sys.argv[1:]]
+    cli.main()
+
+
+if __name__ == "__main__":
+    if st.runtime.exists():
+        main()
+    else:
+        run_main(launch)

@@ -1,0 +1,223 @@
+"""What the pages of the web demo share: two languages, the choice of a model, settings, and how an answer is drawn."""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import streamlit as st
+
+from model.engine import Sampling
+from model.errors import Failure
+from model.weights import OUT_DIR, find_models, load_for_inference
+from scripts.web_answers import LocalModel, RemoteModel, Reply
+from trainer.arguments import Parser
+from trainer.distributed import choose_device
+
+ENGLISH, CHINESE = "English", "中文"
+STYLE = """<style>
+.stChatMessage:has([aria-label="Chat message from user"]) { background: rgba(127, 133, 120, .12); }
+</style>"""
+LOCAL_SERVER = "http://127.0.0.1:8998/v1"  # scripts/serve_openai_api.py
+KEPT = {"persist_state": "session"}  # a setting survives the visit of another page
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description="Chat with the models of this machine, or of any OpenAI-compatible URL, in a browser.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of weights and logs")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
+    parser.add_argument("--port", type=int, default=8501, help="port to listen on")
+    return parser.parse_args(argv)
+
+
+def say(english: str, chinese: str) -> str:
+    """The text in the language of the page."""
+    return chinese if st.session_state.get("language") == CHINESE else english
+
+
+def head() -> None:
+    """What stands at the top of the sidebar of every page."""
+    st.html(STYLE)
+    st.markdown("### MiniMind")
+    if "language" not in st.session_state:
+        st.session_state.language = CHINESE if (st.context.locale or "").startswith("zh") else ENGLISH
+    st.segmented_control("Language / 语言", (ENGLISH, CHINESE), key="language", required=True, **KEPT,
+                         label_visibility="collapsed", width="stretch")
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@st.cache_resource(max_entries=3, show_spinner=False)
+def load(name: str, modified: float, save_dir: Path, tokenizer: Path | None, device: str) -> LocalModel:
+    """The model called `name`, loaded once for all pages until its file is written again (`modified`)."""
+    found = find_models(save_dir)[name]
+    model, chat_tokenizer = load_for_inference(**found, tokenizer_dir=tokenizer, device=choose_device(device))
+    continues_text = found["load_from"] == "model" and found["weight"].startswith("pretrain")
+    return LocalModel(model, chat_tokenizer, continues_text)
+
+
+def local_model(name: str) -> LocalModel | None:
+    """The model called `name`, or None and a line that says why not."""
+    options = arguments()
+    found = find_models(options.save_dir)[name]
+    path = Path(found["load_from"]) if found["load_from"] != "model" else options.save_dir / f"{name}.pth"
+    try:
+        with st.spinner(say(f"Loading {name}…", f"正在载入 {name}…")):
+            return load(name, path.stat().st_mtime, options.save_dir, options.tokenizer, options.device)
+    except (Failure, OSError) as error:
+        st.error(str(error), icon=":material/error:")
+        return None
+
+
+def model_choice() -> LocalModel | RemoteModel | None:
+    """Ask for a model of this machine or a URL; None where there is none yet."""
+    names = list(find_models(arguments().save_dir))
+    places = {"local": say("This machine", "本机"), "url": say("A URL", "网址")}
+    place = st.segmented_control(say("Model", "模型"), tuple(places), format_func=places.get, key="place",
+                                 default="local", required=True, width="stretch", **KEPT)
+    if place == "url":
+        url = st.text_input(say("OpenAI-compatible URL", "OpenAI 兼容网址"), LOCAL_SERVER, key="url", **KEPT)
+        key = st.text_input(say("API key, if it wants one", "API 密钥（如需要）"), key="api_key", type="password",
+                            **KEPT)
+        name = st.text_input(say("Model name", "模型名"), key="model_name", **KEPT,
+                             placeholder=say("the first it serves", "服务的第一个模型"))
+        return RemoteModel(url.strip(), key.strip(), name.strip()) if url.strip() else None  # no SDK default
+    if not names:
+        return None
+    name = st.selectbox(say("Weight", "权重"), names, key="weight", label_visibility="collapsed", **KEPT)
+    return local_model(name)
+
+
+def no_weights_yet() -> None:
+    """What to do when there is nothing to talk to."""
+    st.markdown(say("#### No weights yet", "#### 还没有权重"))
+    folder = arguments().save_dir
+    st.markdown(say(f"Nothing to talk to in `{folder}`. Train a small model in minutes, on two CPU cores:",
+                    f"`{folder}` 里还没有模型。用两个 CPU 核心，几分钟就能训练一个小模型："))
+    st.code("make demo", language="bash")
+    st.markdown(say("or put published weights there (`full_sft_768.pth`, or a folder in transformers' format). "
+                    "This page finds them when it is loaded again.",
+                    "或者把公开的权重放进去（`full_sft_768.pth`，或 transformers 格式的文件夹）。刷新页面即可找到。"))
+
+
+def sampling() -> Sampling:
+    """The settings of sampling, with controls to change them."""
+    limit = st.slider(say("Longest answer, tokens", "最长回答（token）"), 16, 4096, 512, 16, key="max_new_tokens",
+                      **KEPT)
+    temperature = st.slider(say("Temperature", "温度"), 0.0, 2.0, 0.7, 0.05, key="temperature", **KEPT,
+                            help=say("0 always takes the likeliest token", "0：总是取最可能的 token"))
+    top_p = st.slider("Top p", 0.05, 1.0, 0.95, 0.05, key="top_p", **KEPT)
+    top_k = st.number_input("Top k", 0, 1000, 0, key="top_k", help=say("0: off", "0：不用"), **KEPT)
+    penalty = st.slider(say("Repetition penalty", "重复惩罚"), 1.0, 2.0, 1.0, 0.05, key="repetition_penalty", **KEPT)
+    seed = st.number_input(say("Seed", "随机种子"), 0, 2**31 - 1, None, key="seed", **KEPT,
+                           placeholder=say("another each time", "每次不同"))
+    return Sampling(max_new_tokens=limit, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=penalty,
+                    seed=time.time_ns() % 2**31 if seed is None else seed)
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class Bubble:
+    """An answer on the page: thinking folded, text, a card a tool call, a line of facts.
+
+    Its places are fixed and only what changed is sent, so nothing jumps while the answer grows. `cards` says that it
+    has cards from the start; a growing answer starts on an empty place, not among the cards of what stood there before.
+    """
+
+    def __init__(self, cards: bool = False):
+        self._thinking, self._text, self._calls = st.empty(), st.empty(), st.container() if cards else st.empty()
+        self._cards = self._calls if cards else None
+        with st.container(horizontal=True, vertical_alignment="center"):
+            self._facts, self.action = st.empty(), st.empty()  # the action: a place for a button of the page
+        self._status, self._results, self._answered = None, [], 0
+        self._shown: dict[str, object] = {}
+
+    def show(self, message: dict, running: bool = False) -> None:
+        """Draw the assistant's `message`; `running` while more may come."""
+        facts, reasoning = message.get("facts", {}), message.get("reasoning_content") or ""
+        calls = message.get("tool_calls", ())
+        waiting = running and not reasoning and not calls
+        thinking = running and bool(reasoning) and facts.get("thought") is None
+        if reasoning:
+            self._show_thinking(reasoning, thinking, facts.get("thought"))
+        text = message["content"] or (":gray[…]" if waiting else "")
+        self._once("text", text, lambda text: self._text.markdown(lines(text)) if text else self._text.empty())
+        for call in calls[len(self._results):]:
+            self._results.append(self._card(call["name"], call["arguments"]))
+        for text in facts.get("malformed", ()):
+            told = say("A tool call that cannot be read: ", "无法读懂的工具调用：") + code(text)
+            self._once(text, told, lambda told: self._place().warning(told, icon=":material/build:"))
+        if not running and not calls:  # with calls, the answer is yet to come
+            self._once("facts", facts_line(facts), lambda text: self._facts.caption(text, width="content"))
+
+    def result(self, text: str) -> None:
+        """Write a tool's result into the next card."""
+        if self._answered < len(self._results):
+            with self._results[self._answered].container():
+                st.markdown(f":gray[:material/subdirectory_arrow_right:] {code(text)}")
+            self._answered += 1
+
+    def _show_thinking(self, reasoning: str, thinking: bool, seconds: float | None) -> None:
+        if self._status is None:
+            self._status = self._thinking.status("", type="compact", expanded=thinking)
+            self._reasoning = self._status.empty()
+        told = f" · {seconds:.1f} s" if seconds is not None else ""
+        label = say("Thinking…", "思考中…") if thinking else say("Thought", "思考过程") + told
+        self._once("reasoning", reasoning, lambda text: self._reasoning.markdown(lines(text)))
+        self._once("label", label, lambda text: self._status.update(
+            label=text, state="running" if thinking else "complete", expanded=thinking))
+
+    def _place(self):
+        """Where cards stand, made when the first one comes."""
+        self._cards = self._cards or self._calls.container()
+        return self._cards
+
+    def _card(self, name: str, values: dict):
+        with self._place().container(border=True, gap="xsmall"):
+            listed = "  ".join(f":gray[{key}] {code(value)}" for key, value in values.items())
+            st.markdown(f":material/build: **{name}**&emsp;{listed}")
+            return st.empty()
+
+    def _once(self, place: str, value: object, draw: Callable) -> None:
+        if self._shown.get(place) != value:
+            self._shown[place] = value
+            draw(value)
+
+
+def lines(text: str) -> str:
+    """Markdown that keeps the text's line breaks."""
+    return text.replace("\n", "  \n")
+
+
+def code(value: object) -> str:
+    """Markdown of the value as code, whatever it contains."""
+    text = str(value)
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def facts_line(facts: dict) -> str:
+    """Tokens, speed and how it ended, in one line."""
+    parts = [say(f"{facts['tokens']} tokens", f"{facts['tokens']} 个 token")] if facts.get("tokens") else []
+    if facts.get("speed"):
+        parts.append(say(f"{facts['speed']:.0f} tokens/s", f"{facts['speed']:.0f} token/秒"))
+    if facts.get("wait") is not None:
+        parts.append(say(f"first after {facts['wait']:.2f} s", f"首个 {facts['wait']:.2f} 秒"))
+    ends = {"length": say("cut at the longest answer", "到达最长回答"), "cancelled": say("stopped", "已停止")}
+    return " · ".join([*parts, *filter(None, [ends.get(facts.get("reason"))])])
+
+
+def watch(replies: list[Reply], bubbles: list[Bubble]) -> None:
+    """Draw answers while they are written, until all are done."""
+    going = True
+    while going:
+        going = any(reply.running for reply in replies)
+        for reply, bubble in zip(replies, bubbles, strict=True):
+            reply.watched = time.perf_counter()
+            bubble.show(reply.message(), reply.running)
+        st.session_state.get("reply")  # lets a click in: Streamlit interrupts a page only where it talks to it
+        time.sleep(0.04)
