@@ -123,7 +123,7 @@ class Engine:
         self._places: list[Sequence | None] = []  # the first `running` run, the others are kept for reuse, or None
         self._running = 0
         self._clock = 0
-        self._decoder = torch.compile(model.model, dynamic=True) if compile else model.model
+        self._decode = torch.compile(model.model, dynamic=True) if compile else model.model
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
         length = min(SMALLEST_LENGTH, self.longest)
@@ -244,8 +244,8 @@ class Engine:
         positions = torch.tensor(starts, device=device)[:, None] + torch.minimum(columns, lengths[:, None] - 1)
         seen = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
         mask = self._cache.point([self._places.index(s) for s in sequences], positions, seen)
-        hidden = self._decoder(input_ids=ids, attention_mask=mask, position_ids=positions,
-                               past_key_values=self._cache)[0]
+        read = self._decode if width == 1 else self.model.model
+        hidden = read(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache)[0]
         done = []
         for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
             sequence._computed += len(chunk)
