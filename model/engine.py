@@ -113,7 +113,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, tokenizer: ChatTokenizer | None = None, max_batch: int = 32,
-                 max_tokens: int | None = None, prefill_chunk: int = 256, compile: bool = False):
+                 max_tokens: int | None = None, prefill_chunk: int = 512, compile: bool = False):
         self.model, self.tokenizer, self.max_batch, self.prefill_chunk = model, tokenizer, max_batch, prefill_chunk
         self.positions = model.config.max_position_embeddings
         self.max_tokens = max_tokens or max(max_batch * min(self.positions, PLACE_LENGTH), min(self.positions, 32768))

@@ -105,8 +105,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.bfloat16 or torch.is_grad_enabled():
         return F.linear(x, weight)
     rows = x.flatten(0, -2)
-    right = rows.expand(2, -1) if len(rows) == 1 else rows  # one column would be sent to a slower kernel
-    return (weight @ right.T).T[:len(rows)].unflatten(0, x.shape[:-1])
+    M = len(rows)
+    wanted = max(2, 1 << (M - 1).bit_length()) if M < 32 else -(-M // 32) * 32  # few sizes: see `round_up`
+    right = rows.expand(2, -1) if M == 1 else F.pad(rows, (0, 0, 0, wanted - M))
+    return (weight @ right.T).T[:M].unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Linear):
