@@ -101,15 +101,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 class TokenDataset:
     """Packed rows of one data file. A subclass says how a row reads (`pieces`) and how a document is cut (`cut`).
 
-    len(dataset) rows; `batch(indices)` → the tensors of these rows; `supervised[r]`, `real[r]`: tokens with a
-    label, and tokens, in row r; `report`: what was skipped or cut, as sentences for the user.
+    len(dataset) rows of `row_length` positions; `batch(indices)` → the tensors of these rows; `units[r]`: what the
+    loss of row r is a sum over; `supervised[r]`, `real[r]`: tokens with a label, and tokens, in it; `report`: what
+    was skipped or cut, as sentences for the user.
     """
 
     masked = False  # whether some tokens of a document are not to be learned
+    sides = 1  # documents a row of the file has
 
     def __init__(self, data_path: str | Path, tokenizer: ChatTokenizer, max_seq_len: int, packing: bool = True,
                  skip_bad_rows: bool = False, cache_dir: str | Path = CACHE_DIR, **settings):
         self.path, self.tokenizer, self.max_seq_len = Path(data_path), tokenizer, max_seq_len
+        self.row_length = self.sides * max_seq_len
         self.settings, self.skip_bad_rows = settings, skip_bad_rows
         if not self.path.is_file():
             raise UserError(f"--data_path {data_path}: no such file")
@@ -126,25 +129,38 @@ class TokenDataset:
         self.mask = np.memmap(self.folder / "mask.bin", np.uint8, "r") if self.masked else None
         self._load_plan(self.folder / f"rows_{max_seq_len}_{'packed' if packing else 'padded'}.npz", packing)
 
+    def documents(self, row: dict) -> list[list[Piece]]:
+        """One row of the file → its documents, to be tokenised. Raises ValueError saying what is wrong with it."""
+        return [self.pieces(row)]
+
     def pieces(self, row: dict) -> list[Piece]:
-        """One row of the file → what to tokenise. Raises ValueError saying what is wrong with it."""
+        """The document of a row that has one."""
         raise NotImplementedError
 
     def cut(self, start: np.ndarray, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Documents → pieces of at most max_seq_len questions: starts, lengths, and sentences on what was lost."""
         raise NotImplementedError
 
+    def arrange(self, start: np.ndarray, questions: np.ndarray, packing: bool) -> tuple[Rows, list[str]]:
+        """Documents → rows, and sentences on what was lost."""
+        start, length, lost = self.cut(start, questions)
+        return pack(start, length, self.row_length, packing), lost
+
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def units(self) -> np.ndarray:
+        return self.supervised
+
     def batch(self, wanted: np.ndarray) -> dict[str, torch.Tensor]:
         """Rows → tensors, see `packing.collate`."""
-        return collate(self.rows, wanted, self.tokens, self.mask, self.max_seq_len, self.max_pieces)
+        return collate(self.rows, wanted, self.tokens, self.mask, self.row_length, self.max_pieces)
 
     @property
     def fill(self) -> float:
         """Share of the rows' positions that hold a token."""
-        return float(self.real.sum() / (len(self) * self.max_seq_len))
+        return float(self.real.sum() / (len(self) * self.row_length))
 
     def _tokenise(self, folder: Path) -> None:
         """Write the token file, whole or not at all."""
@@ -187,7 +203,7 @@ class TokenDataset:
         conversations, errors, size = [], [], 0
         for number, line in read_rows(self.path):
             try:
-                conversations.append(self.pieces(parse_row(line)))
+                conversations += self.documents(parse_row(line))
             except ValueError as error:
                 errors.append(f"{number}: {error}")
             size += len(line)
@@ -201,8 +217,7 @@ class TokenDataset:
         if not path.exists():
             ends = np.load(self.folder / "ends.npy")
             start = np.concatenate(([0], ends[:-1]))
-            start, length, lost = self.cut(start, ends - start - 1)
-            rows = pack(start, length, self.max_seq_len, packing)
+            rows, lost = self.arrange(start, ends - start - 1, packing)
             row_of_piece = np.repeat(np.arange(len(rows)), np.diff(rows.first))
             real = np.bincount(row_of_piece, rows.length, len(rows)).astype(np.int64)
             if self.masked:

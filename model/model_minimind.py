@@ -239,29 +239,36 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
         """Each token through its K experts, weighted and summed. Tokens are sorted by expert, nothing is dropped."""
         order = expert_NK.flatten().argsort(stable=True)
-        sorted_x = x_ND[order // expert_NK.shape[1]]
         load = F.one_hot(expert_NK.flatten(), len(self.gate_up_proj)).sum(0)
-        kind = x_ND.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_ND.dtype
-        if x_ND.is_cuda and dtype == torch.bfloat16:
-            sorted_y = self._grouped(sorted_x.to(dtype), load)
-        else:
-            sorted_y = self._loop(sorted_x, load)
+        gate, up = self.project("gate_up_proj", x_ND[order // expert_NK.shape[1]], load).chunk(2, dim=-1)
+        sorted_y = self.project("down_proj", F.silu(gate) * up, load)
         y_NKD = sorted_y[order.argsort()].unflatten(0, expert_NK.shape)
         return (y_NKD * weight_NK[..., None].to(y_NKD.dtype)).sum(1)
 
-    def _grouped(self, x: Tensor, load: Tensor) -> Tensor:
-        """All experts in one kernel that reads the group bounds on the device."""
-        bounds = load.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(x, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=bounds).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), offs=bounds)
+    def project(self, name: str, x: Tensor, load: Tensor) -> Tensor:
+        """Tokens [N, in], sorted by expert, times the weight `name` of their experts. → [N, out]"""
+        return expert_product(x, getattr(self, name), load)
 
-    @torch.compiler.disable  # the load changes every step
-    def _loop(self, x: Tensor, load: Tensor) -> Tensor:
-        """One matrix product an expert. The load is read on the host: free on a CPU, one short wait elsewhere."""
-        pieces = zip(x.split(load.tolist()), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        gates = ((F.linear(piece, gate_up).chunk(2, dim=-1), down) for piece, gate_up, down in pieces)
-        return torch.cat([F.linear(F.silu(gate) * up, down) for (gate, up), down in gates])
+
+def expert_product(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+    """x [N, in] · weight [E, out, in]ᵀ → [N, out], where the first load[0] rows belong to expert 0, and so on."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # rows of whole 16 bytes, which the kernel needs
+    if x.is_cuda and dtype == torch.bfloat16 and aligned:
+        return _grouped_by_expert(x.to(dtype), weight.to(dtype), load)
+    return _loop_by_expert(x, weight, load)
+
+
+def _grouped_by_expert(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+    """All experts in one kernel that reads the group bounds on the device."""
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=load.cumsum(0).to(torch.int32))
+
+
+@torch.compiler.disable  # the load changes every step
+def _loop_by_expert(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+    """One matrix product an expert. The load is read on the host: free on a CPU, one short wait elsewhere."""
+    return torch.cat([F.linear(*pair) for pair in zip(x.split(load.tolist()), weight.unbind(), strict=True)])
 
 
 class MoEFeedForward(nn.Module):

@@ -13,6 +13,7 @@ class Loss(NamedTuple):
 
     total: Tensor  # summed over units (tokens, pairs, …); the loop divides by the units of all micro-batches and ranks
     mean: Tensor | None = None  # averaged over micro-batches and ranks: the load-balancing loss
+    seen: dict[str, Tensor] = {}  # what else to log, summed over the same units
 
 
 def balancing(model: nn.Module, aux_loss: Tensor | None) -> Tensor | None:
