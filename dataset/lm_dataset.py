@@ -214,6 +214,7 @@ class TokenDataset:
 
     def _load_plan(self, path: Path, packing: bool) -> None:
         """Which pieces make up which row: from the cache, or made and put there."""
+        self.plan_path = path
         if not path.exists():
             ends = np.load(self.folder / "ends.npy")
             start = np.concatenate(([0], ends[:-1]))
@@ -293,11 +294,81 @@ class SFTDataset(TokenDataset):
         return start, kept, report if shortened else []
 
 
+class DPODataset(TokenDataset):
+    """{"chosen": [messages], "rejected": [messages]}, the same prompt and two answers: only the answers are learned.
+
+    `max_seq_len` bounds each of the two. A row has twice as many positions and holds whole pairs; documents 2i and
+    2i + 1 of a batch are the two sides of its pair i. `units`: pairs. `reference`: what to hand on with each
+    document, [documents] in the order of the rows, or None.
+    """
+
+    masked, sides, reference = True, 2, None
+
+    def documents(self, row: dict) -> list[list[Piece]]:
+        pair = {side: messages_of(row, side, '{"chosen": [messages], "rejected": [messages]}')
+                for side in ("chosen", "rejected")}
+        if pair["chosen"][:-1] != pair["rejected"][:-1]:
+            raise ValueError("the prompts of chosen and rejected differ; only their last messages may")
+        thinks = any(messages[-1].get("reasoning_content") for messages in pair.values())
+        return [answer_pieces(messages, side, thinks) for side, messages in pair.items()]
+
+    def arrange(self, start, questions, packing):
+        kept = np.minimum(questions, self.max_seq_len)
+        answered = np.array([n == whole or bool(self.mask[s + 1:s + n + 1].any())
+                             for s, n, whole in zip(start.tolist(), kept.tolist(), questions.tolist(), strict=True)])
+        pairs = np.flatnonzero(answered.reshape(-1, 2).all(1))
+        if not len(pairs):
+            raise UserError(f"{self.path}: every prompt fills --max_seq_len {self.max_seq_len}, no answer is left")
+        rows = pack(pairs, kept.reshape(-1, 2)[pairs].sum(1), self.row_length, packing)
+        documents = (2 * rows.start[:, None] + [0, 1]).ravel()
+        cut, total = int((kept < questions).reshape(-1, 2).any(1)[pairs].sum()), len(start) // 2
+        report = [f"{cut:,} of {total:,} pairs have a side of more than {self.max_seq_len} tokens, which is cut; "
+                  f"{total - len(pairs):,} more, whose prompt is that long, are left out"]
+        rows = Rows(start[documents], kept[documents].astype(np.int32), 2 * rows.first)
+        return rows, report if cut or len(pairs) < total else []
+
+    @property
+    def units(self) -> np.ndarray:
+        return np.diff(self.rows.first) // 2
+
+    def batch(self, wanted):
+        """As ever, and of the D documents: `ends` [D], the flat index of the last position of each; `document` [M],
+        which of them each of `logits_at` belongs to; `reference` [D], if it is set."""
+        batch, first = super().batch(wanted), self.rows.first
+        documents = [np.arange(first[row], first[row + 1]) if row >= 0 else np.arange(0) for row in wanted.tolist()]
+        ends = np.concatenate([b * self.row_length + np.cumsum(self.rows.length[inside], dtype=np.int64)
+                               for b, inside in enumerate(documents)])
+        batch |= {"ends": torch.from_numpy(ends - 1),
+                  "document": torch.from_numpy(np.searchsorted(ends, batch["logits_at"].numpy(), side="right"))}
+        if self.reference is not None:
+            batch["reference"] = self.reference[torch.from_numpy(np.concatenate(documents))]
+        return batch
+
+
+def answer_pieces(messages: list[dict], side: str, thinks: bool) -> list[Piece]:
+    """A conversation of which only the last message is learned. Raises ValueError when that is no answer.
+
+    Where one side of a pair `thinks`, the other side's empty think block is a choice of its answer too.
+    """
+    if len(messages) < 2 or messages[-1].get("role") != "assistant":
+        raise ValueError(f"{side} is not a prompt and an answer of the assistant's")
+    prompt, whole = render(messages[:-1]), render(messages)
+    start, answer, end = whole[:len(prompt) + 2], whole[len(prompt) + 2:-1], whole[-1:]
+    if not any(said and isinstance(piece, str) and piece.strip() for piece, said in answer):
+        raise ValueError(f"the answer of {side} is empty")
+    return [(piece, False) for piece, _ in start] + [(piece, said or thinks) for piece, said in answer] + end
+
+
 def conversation_of(row: dict) -> list[dict]:
     """The messages of a row. Raises ValueError when there are none."""
-    messages = row.get("conversations")
+    return messages_of(row, "conversations", '{"conversations": [messages]}')
+
+
+def messages_of(row: dict, name: str, form: str) -> list[dict]:
+    """The messages in field `name` of a row, which has `form`. Raises ValueError when there are none."""
+    messages = row.get(name)
     if not isinstance(messages, list) or not messages:
-        raise ValueError('a row is {"conversations": [messages]}' + ("" if messages is None else ", one or more"))
+        raise ValueError(f"a row is {form}" + ("" if messages is None else ", one or more"))
     if not all(isinstance(message, dict) for message in messages):
         raise ValueError("a message is an object with role and content")
     return messages

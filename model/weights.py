@@ -94,8 +94,8 @@ def find_weight(name: str, save_dir: Path, hidden_size: int | None = None, use_m
 
 def load_weight(name: str, save_dir: Path = OUT_DIR, hidden_size: int | None = None, use_moe: bool | None = None,
                 tokenizer: ChatTokenizer | None = None, inference_rope_scaling: bool = False,
-                **overrides) -> tuple[MiniMindForCausalLM, dict]:
-    """Weight `name` as an fp32 model on the CPU, and its card ({} where no .json lies beside it).
+                kind: type[nn.Module] = MiniMindForCausalLM, **overrides) -> tuple[nn.Module, dict]:
+    """Weight `name` as an fp32 model of class `kind` on the CPU, and its card ({} where no .json lies beside it).
 
     Sizes come from the card; without one from the tensors' shapes and the published constants.
     Raises UserError when the file is absent, unreadable, of another shape or for another tokenizer.
@@ -114,7 +114,9 @@ def load_weight(name: str, save_dir: Path = OUT_DIR, hidden_size: int | None = N
         raise UserError(f"{path} was trained with another tokenizer ({card['tokenizer']}, not {tokenizer.hash} of "
                         f"{tokenizer.folder}); name its folder with --tokenizer")
     sizes = (card.get("config") or published_sizes(state, path)) | overrides
-    model = MiniMindForCausalLM(MiniMindConfig(**sizes, inference_rope_scaling=inference_rope_scaling))
+    if "score.weight" in state and kind is MiniMindForCausalLM:
+        raise UserError(f"{path} is a reward model: it scores and does not talk; name another weight")
+    model = kind(MiniMindConfig(**sizes, inference_rope_scaling=inference_rope_scaling))
     load_state(model, state, path)
     return model, card
 

@@ -20,7 +20,7 @@ from torch import nn
 from dataset.lm_dataset import TokenDataset
 from model.chat import ChatTokenizer
 from model.errors import Failure, UserError, first_line
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.weights import file_stem, load_state, load_weight, save_weight
 from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
 from trainer.distributed import World, joined, wrap
@@ -144,7 +144,8 @@ class Run:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """`model` on the device, its blocks compiled if asked for."""
-        if self.args.use_compile and model.model.layers[0]._compiled_call_impl is None:
+        ours = isinstance(model, MiniMindPreTrainedModel)
+        if self.args.use_compile and ours and model.model.layers[0]._compiled_call_impl is None:
             compile_blocks(model, self.device, self.say)
         return model.to(self.device)
 
