@@ -24,6 +24,9 @@ from trainer.losses import answer_log_probs, dpo_loss, preference_losses, reward
 USER, THINKING = {"role": "user", "content": "1 + 2?"}, {"reasoning_content": "1 + 2 = 3"}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 def said(text: str, **more) -> dict:
     return {"role": "assistant", "content": text, **more}
 

@@ -60,7 +60,7 @@ def main() -> None:
         raise UserError("--temperature 0 leaves no distribution to learn from; give more than 0")
     extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
-        teacher, model = load_teacher(run), run.load_model()
+        model, teacher = run.load_model(), load_teacher(run)  # in this order the seed gives a student of any teacher
         data = run.dataset(SFTDataset, args.data_path, **extras)
         val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
         how = {"alpha": args.alpha, "temperature": args.temperature, "reverse": bool(args.reverse_kl)}
