@@ -165,6 +165,7 @@ def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, 
     """Write `model` as a Qwen3 folder with its tokenizer, for transformers' AutoModelFor{kind}, in fp32."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     name = f"{'Qwen3Moe' if model.config.use_moe else 'Qwen3'}For{kind}"
     theirs = getattr(transformers, name)(qwen3_config(model.config, **options))
     theirs.load_state_dict(model.state_dict())
@@ -177,7 +178,9 @@ def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, 
 def load_folder(folder: str | Path, **overrides) -> tuple[nn.Module, ChatTokenizer]:
     """A model and its tokenizer from a folder in transformers' format (Qwen3, or MiniMind's class); no remote code."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"--load_from {folder}: not a transformers folder (no config.json), nor the word 'model'")
     register()

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 import transformers
 from lab import DEADLINE, TOKENIZER, small_model
 from torch.testing import assert_close
-from trl import DPOTrainer
-from trl.experimental.cpo import CPOTrainer
 
 from dataset.lm_dataset import DPODataset
 from model.model_reward import MiniMindForSequenceClassification, rewards
@@ -133,6 +131,7 @@ def losses_of_trl(kind: str, log_p: torch.Tensor, reference: torch.Tensor, count
     inputs = {"completion_mask": mask.long(), "input_ids": mask.long(), "attention_mask": mask.long(),
               "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
 
+    DPOTrainer = pytest.importorskip("trl", reason="trl needs python 3.11").DPOTrainer
     return float(DPOTrainer._compute_loss(trainer, lambda **_: other, inputs, False))
 
 
@@ -149,6 +148,7 @@ def test_smoothing_and_simpo_are_those_of_trl(kind, smoothing):
     chosen, rejected = -3 * torch.rand(2, 7)
     trainer = SimpleNamespace(loss_type=kind, alpha=0.0, beta=2.0, simpo_gamma=0.7, label_smoothing=smoothing,
                               accelerator=SimpleNamespace(device="cpu"))
+    CPOTrainer = pytest.importorskip("trl.experimental.cpo", reason="trl needs python 3.11").CPOTrainer
     theirs, *_ = CPOTrainer.cpo_loss(trainer, chosen, rejected)
     assert_close(preference_losses(chosen, rejected, kind, 2.0, smoothing, 0.7), theirs)
 

@@ -1,6 +1,7 @@
 """DPO: prefer the chosen answer to the rejected one, without leaving the reference, the weight it starts from."""
 
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +29,8 @@ def reference_log_probs(run: Run, model: nn.Module, base: str, data: DPODataset)
     name = f"{data.plan_path.stem}_{base}_{run.device.type}_{str(run.dtype)[6:]}.pt"
     path, world, B = data.plan_path.with_name(name), run.world, run.args.batch_size
     if world.any(not path.exists()):
-        run.say(f"reference: {int(data.units.sum()):,} pairs of {data.path.name}")
         run.prepare(model)
-        mine = {}
+        began, mine = time.perf_counter(), {}
         for begin in range(world.rank * B, len(data), world.size * B):
             rows = np.arange(begin, begin + B)
             rows[rows >= len(data)] = -1
@@ -40,6 +40,8 @@ def reference_log_probs(run: Run, model: nn.Module, base: str, data: DPODataset)
         if world.local_rank == 0:
             save_atomically(torch.cat([parts[begin] for begin in sorted(parts)]), path)
         world.gather(None)  # the others wait until it is there
+        seconds = time.perf_counter() - began
+        run.say(f"reference: {int(data.real.sum()):,} tokens of {data.path.name} in {seconds:.1f} s")
     return torch.load(path, weights_only=True)
 
 
