@@ -6,8 +6,9 @@ a model trained on it knows this world and nothing else. Three rules make the wo
 
 * An answer is canonical: skill, language and values fix its wording, so `is_correct` compares exactly.
 * A combination (a fact, two numbers, a name, an expression, a phrasing) belongs to one split: train, val or heldout.
-  Each file draws from its split alone, so a held-out case is new by construction, not by luck. Only pretrain.jsonl
-  states every fact, since there is no other place to learn it from; it never asks a held-out question.
+  Each file draws from its split alone, so a held-out case is new by construction, not by luck. Every fact is stated
+  in pretrain.jsonl and, within portraits of all that is known of somebody, in sft.jsonl, since there is no other place
+  to learn it from; a held-out question about it is asked nowhere.
 * Randomness is `random.Random` seeded with text, and sha256: a seed gives the same bytes everywhere.
 
 A text is a pair (English, Chinese), "a|b" in a text separates alternatives, {x} is a slot.
@@ -36,12 +37,12 @@ Tree = Any  # an int, or (sign, Tree, Tree)
 
 LANGS = ("en", "zh")
 SKILLS = ("facts", "arithmetic", "thinking", "dialogue", "identity", "tools")
-SFT_MIX = (16, 22, 16, 18, 4, 24)  # percent, in the order of SKILLS
+SFT_MIX = (20, 31, 17, 11, 4, 17)  # percent, in the order of SKILLS
 DPO_MIX = (20, 20, 10, 15, 10, 25)
 HELDOUT_PERCENT, VAL_PERCENT = 12, 6
 HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
-    "pretrain": 3000, "pretrain_val": 100, "sft": 10500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
+    "pretrain": 4500, "pretrain_val": 100, "sft": 18000, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
     "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "agent_rl": 1500, "agent_rl_val": 100, "lora_identity": 300,
     "lora_identity_val": 40}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -53,14 +54,22 @@ def _table(text: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(cell.strip() for cell in row.split("=")) for row in text.split(","))
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # ---- the things of the world
 
 TOWNS = _table("""Lumora=露莫拉, Bracken=布雷肯, Tindale=廷代尔, Osmere=奥斯米尔, Velis=维利斯, Karrow=卡罗,
-    Pellan=佩兰, Norwick=诺威克""")
+    Pellan=佩兰, Norwick=诺威克, Harrow=哈罗, Mirel=米瑞尔, Sundle=桑德尔, Quill=奎尔, Dorvan=多万, Fenwick=芬威克,
+    Isola=伊索拉, Yarrow=亚罗""")
 ANIMALS = _table("""the glimmer fox=微光狐, the moss bear=苔熊, the bell bird=铃鸟, the sand otter=沙獭,
-    the ink cat=墨猫, the cloud goat=云羊, the frost hare=霜兔, the reed duck=苇鸭""")
+    the ink cat=墨猫, the cloud goat=云羊, the frost hare=霜兔, the reed duck=苇鸭,
+    the ember wolf=烬狼, the stone frog=石蛙, the star crow=星鸦, the wind horse=风马, the leaf deer=叶鹿,
+    the rain crane=雨鹤, the copper bee=铜蜂, the river mouse=河鼠""")
 PEOPLE = _table("""Lin Mo=林墨, Su Qing=苏晴, Gao Yuan=高远, Bai Lu=白露, Shen Yan=沈岩, Tang Xia=唐夏, He Miao=何苗,
-    Jiang Chen=江晨""")
+    Jiang Chen=江晨, Luo Yi=罗毅, Xu Fang=许芳, Zhao Ning=赵宁, Wu Tong=吴桐, Sun Jia=孙佳, Cai Wen=蔡文,
+    Deng Rui=邓睿, Pan Yue=潘月""")
 COLOURS = _table("red=红色, blue=蓝色, green=绿色, yellow=黄色, white=白色, black=黑色, purple=紫色, silver=银色")
 PRODUCTS = _table("honey=蜂蜜, glass=玻璃, paper=纸张, tea=茶叶, cheese=奶酪, silk=丝绸, salt=食盐, pottery=陶器")
 LANDSCAPES = _table("lake=湖泊, forest=森林, desert=沙漠, river=河流, mountain=高山, bay=海湾, valley=山谷, cliff=悬崖")
@@ -81,14 +90,22 @@ WEATHER = _table("sunny=晴天, cloudy=多云, rainy=下雨, windy=刮风, snowy
 UNITS = {"km": ("kilometres", "公里"), "m": ("metres", "米"), "cm": ("centimetres", "厘米"), "h": ("hours", "小时"),
          "kg": ("kilograms", "千克"), "g": ("grams", "克"), "min": ("minutes", "分钟"), "s": ("seconds", "秒")}
 FACTORS = {("km", "m"): 1000, ("m", "cm"): 100, ("kg", "g"): 1000, ("h", "min"): 60, ("min", "s"): 60}
-FIRST = (("Alice", "Ben", "Clara", "David", "Edith", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Mary",
-          "Nora", "Oscar", "Paul", "Rose", "Sam"), tuple("王李张刘陈杨赵黄周吴徐孙马朱胡郭林高"))
-LAST = ((" Brook", " Field", " Hill", " Lake", " Moor", " Reed", " Stone", " Wood", " Bell", " Cook", " Day", " Fox",
-         " Gray", " King", " Mill"), tuple("伟娜强洋静帆磊婷敏杰丽军平红玉"))
+# What users tell of themselves has to be copied, not known by heart: many values, made of parts that all get around.
+FIRST = (_words("""Alice Ben Clara David Edith Felix Grace Henry Iris Jack Kate Leo Mary Nora Oscar Paul Rose Sam Anna
+    Bruno Carol Dora Emil Fiona George Helen Ivan Julia Karl Laura Max Nina Otto Peter Ruth Simon Tina Ursula Victor
+    Wendy"""), tuple("王李张刘陈杨赵黄周吴徐孙马朱胡郭林高何罗郑梁谢宋唐许邓冯韩曹曾彭萧蔡潘田董袁于余"))
+LAST = (_words("""Brook Field Hill Lake Moor Reed Stone Wood Bell Cook Day Fox Gray King Mill Hunt Snow Page Lane Frost
+    Marsh Shaw West North Banks Park Ford Nash Rowe Dale"""),
+    tuple("伟娜强洋静帆磊婷敏杰丽军平红玉明霞刚波芳超英华慧建文斌辉宁鑫"))
+SYLLABLES = _table("""ba=巴, do=多, fi=菲, ga=加, ka=卡, lu=露, mo=莫, na=纳, pe=佩, ro=罗, sa=萨, ti=蒂, ve=维, wi=威,
+    yo=约, zu=祖""")
+TASTES = _table("fresh=鲜, dried=干, sweet=甜, warm=热, cold=冰, salted=咸, spicy=辣, tiny=小")
 NUMBERS = (tuple(map(str, range(100, 1000))),) * 2
-NAMES = tuple(tuple(first + last for first, last in product(FIRST[lang], LAST[lang])) for lang in (0, 1))
-PLACES = tuple(tuple(place[lang] for place in (*CITIES, *TOWNS)) for lang in (0, 1))
-MEALS = tuple(tuple(food[lang] for food in FOODS) for lang in (0, 1))
+NAMES = tuple(tuple(map((" ", "")[lang].join, product(FIRST[lang], LAST[lang]))) for lang in (0, 1))
+PLACES = tuple((*(city[lang] for city in CITIES), *("".join(part[lang] for part in parts).capitalize()
+                for parts in permutations(SYLLABLES, 3))) for lang in (0, 1))
+MEALS = tuple(tuple((" ", "")[lang].join(part[lang] for part in parts) for parts in product(TASTES, FOODS))
+              for lang in (0, 1))
 
 
 class Attribute(NamedTuple):
@@ -98,6 +115,10 @@ class Attribute(NamedTuple):
     values: tuple[Text, ...]
     noun: Text
     say: Text
+
+    @property
+    def canonical(self) -> Text:
+        return tuple(text.split("|")[0] for text in self.say)
 
 
 ATTRIBUTES = (
@@ -134,6 +155,7 @@ ATTRIBUTES = (
 
 FACT = ("What is {noun}?|Tell me {noun}.|Do you know {noun}?|I want to know {noun}.|Name {noun}.|Say what {noun} is.",
         "{noun}是什么？|告诉我{noun}。|你知道{noun}吗？|我想知道{noun}。|说出{noun}。|说说{noun}是什么。")
+ABOUT = ("Tell me about {e}.|What do you know about {e}?|Describe {e}.", "介绍一下{e}。|你知道{e}的哪些事？|说说{e}。")
 OPENERS = ("Hello! |Hi there! |Excuse me. |Please help me. |One more thing: |I need your help. ",
            "你好！|嗨！|打扰一下。|请帮帮我。|再问一件事：|麻烦你。")
 CLOSERS = (" Thank you.| Please be brief.| I am curious.| Take your time.", "谢谢。|请简短回答。|我很好奇。|不着急。")
@@ -357,19 +379,19 @@ class World:
     def facts_case(self) -> Case:
         entity, attribute = pair = self.rng.choice(self.pairs[self.split])
         ask = tuple(text.replace("{noun}", noun) for text, noun in zip(FACT, attribute.noun, strict=True))
-        canonical, value = tuple(text.split("|")[0] for text in attribute.say), self.facts[pair]
+        value = self.facts[pair]
         other = self.rng.choice([option for option in attribute.values if option != value])
-        return self.quiz(ask, canonical, {"e": entity, "v": value}, {"v": other}, value[self.lang])
+        return self.quiz(ask, attribute.canonical, {"e": entity, "v": value}, {"v": other}, value[self.lang])
 
     def arithmetic_case(self) -> Case:
         rng, sign = self.rng, self.rng.choices("+-<", (45, 30, 25))[0]
         if sign == "<":
-            _, a, b = self.fresh(lambda: ("<", *rng.sample(range(100), 2)))
+            _, a, b = self.fresh(lambda: ("<", *rng.sample(range(10, 100), 2)))
             low, high = sorted((a, b))
             value = COMPARE[1][self.lang].format(hi=high, lo=low)[:-1]
             return self.quiz(*COMPARE, {"a": a, "b": b, "hi": high, "lo": low}, {"hi": low, "lo": high}, value)
-        # Small enough for a small model: the second number has one digit, the result is never negative.
-        _, a, b = self.fresh(lambda: (sign, rng.randint(0 if sign == "+" else 9, 29), rng.randint(0, 9)))
+        # The second number has one digit, which a small model can learn; too many pairs to know them by heart.
+        _, a, b = self.fresh(lambda: (sign, rng.randint(0 if sign == "+" else 9, 999), rng.randint(0, 9)))
         n, text = evaluate((sign, a, b)), f"{a} {sign} {b}"
         answer, wrong = (f"{text} = {{n}}.", f"{text} = {{n}}。"), n + rng.choice((1, 2, 10))
         return self.quiz(MATH, answer, {"x": self.reword(text), "n": n}, {"n": wrong}, f"{text} = {n}")
@@ -385,19 +407,19 @@ class World:
     def thinking_case(self) -> Case:
         rng, comma, kind = self.rng, (", ", "、")[self.lang], self.rng.choice((SUM, SORT, LETTERS))
         if kind is SORT:
-            _, *items = self.fresh(lambda: ("sort", *rng.sample(range(100), 3)))
+            _, *items = self.fresh(lambda: ("sort", *rng.sample(range(10, 100), 3)))
             low, middle, high = sorted(items)
             steps = [f"{rank[self.lang]}{n}" for rank, n in zip(RANKS, (low, high, middle), strict=True)]
             value, wrong = (comma.join(map(str, order)) for order in ((low, middle, high), (middle, low, high)))
         elif kind is LETTERS:
-            items = self.fresh(lambda: rng.sample(MEALS[self.lang], rng.choice((2, 3))))
+            items = self.fresh(lambda: rng.sample([food[self.lang] for food in FOODS], rng.choice((2, 3))))
             totals = list(accumulate(map(len, items)))
             steps = [f"{word}: {len(word)} -> {total}" for word, total in zip(items, totals, strict=True)]
             value, wrong = totals[-1], totals[-1] + rng.choice((-1, 1, 2))
         else:
             clean = False
             while not clean:  # the steps are sums as well: reasoning must not give away a held-out one
-                a, b, c = items = self.fresh(lambda: (rng.randint(1, 30), rng.randint(1, 9), rng.randint(1, 9)))
+                a, b, c = items = self.fresh(lambda: (rng.randint(1, 900), rng.randint(1, 9), rng.randint(1, 9)))
                 clean = self.split_of("+", a, b) == self.split_of("+", a + b, c) == "train"
             steps = [f"{a} + {b} = {a + b}", f"{a + b} + {c} = {a + b + c}"]
             value, wrong = a + b + c, a + b + c + rng.choice((-1, 1, 2))
@@ -546,11 +568,20 @@ class World:
         return {"text": ("\n" if kind in ("sums", "calls") else " " if both or self.lang == 0 else "").join(parts)}
 
     def sft_row(self) -> Message:
+        """A conversation about one skill; where questions are short, several of them, since a turn costs little."""
         skill = self.rng.choices(SKILLS, SFT_MIX)[0]
-        twice = skill not in ("dialogue", "tools") and self.chance(0.25)
-        before = self.case(skill).messages if twice else []
-        after = self.small_talk(self.rng.choice((THANKS, BYE)), 0.08)
-        return {"conversations": before + self.case(skill).messages + after}
+        rounds = 1 if skill in ("dialogue", "tools") else self.rng.randint(1, 5)
+        messages = [message for _ in range(rounds) for message in
+                    (self.portrait() if skill == "facts" and self.chance(0.3) else self.case(skill).messages)]
+        return {"conversations": messages + self.small_talk(self.rng.choice((THANKS, BYE)), 0.08)}
+
+    def portrait(self) -> list[Message]:
+        """All that is known of one entity, told in any order: this keeps in mind what is never asked alone."""
+        entity = self.rng.choice((*TOWNS, *ANIMALS, *PEOPLE))
+        known = [(attribute, value) for (other, attribute), value in self.facts.items() if other == entity]
+        told = [self.say(attribute.canonical, e=entity, v=value) for attribute, value in
+                self.rng.sample(known, len(known))]
+        return turn(self.ask(ABOUT, e=entity), (" ", "")[self.lang].join(told))
 
     def heldout_row(self) -> Message:
         skill, end = SKILLS[self.number // (2 * HELDOUT_CASES)], ("call", "answer")[self.number // 2 % 2]

@@ -148,6 +148,17 @@ def document_mask(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
     return (same & same.new_ones(length, length).tril())[:, None]
 
 
+def round_up(x: Tensor, step: int = 32) -> Tensor:
+    """Append zeros to `x` [N, ...] on a CPU, so that N, if above `step`, becomes a multiple of it.
+
+    A CPU builds a bf16 kernel for every N it meets, which takes 10 to 20 ms and 5 to 8 MB that are never given back:
+    docs/experiments.md, "kernels". On GPUs nothing changes.
+    """
+    if x.device.type != "cpu" or len(x) <= step:
+        return x
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, -len(x) % step))
+
+
 def _flash_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Variable-length flash attention: one CUDA kernel over all documents of all rows, no mask in memory."""
     from torch.nn.attention.varlen import varlen_attn
@@ -166,10 +177,12 @@ def _flash_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> T
 def _loop_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The same on a CPU: one fused causal attention a document. A mask would cost the whole T×T square."""
     lengths = [n for n in cu_seqlens.diff().tolist() if n]
-    pieces = zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True)
-    attended = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in piece), is_causal=True,
-                                               enable_gqa=True) for piece in pieces]
-    return torch.cat([x[0].transpose(0, 1) for x in attended]).view(q.shape)
+    attended = []
+    for piece in zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True):
+        padded = (round_up(x).transpose(0, 1)[None] for x in piece)  # after the last token: causality hides it
+        out = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True)
+        attended.append(out[0, :, :len(piece[0])])
+    return torch.cat(attended, dim=1).transpose(0, 1).reshape(q.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -255,9 +268,8 @@ def expert_product(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # rows of whole 16 bytes, which the kernel needs
-    if x.is_cuda and dtype == torch.bfloat16 and aligned:
-        return _grouped_by_expert(x.to(dtype), weight.to(dtype), load)
-    return _loop_by_expert(x, weight, load)
+    compute = _grouped_by_expert if x.is_cuda and dtype == torch.bfloat16 and aligned else _loop_by_expert
+    return compute(x.to(dtype), weight.to(dtype), load)
 
 
 def _grouped_by_expert(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
@@ -268,7 +280,8 @@ def _grouped_by_expert(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
 @torch.compiler.disable  # the load changes every step
 def _loop_by_expert(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
     """One matrix product an expert. The load is read on the host: free on a CPU, one short wait elsewhere."""
-    return torch.cat([F.linear(*pair) for pair in zip(x.split(load.tolist()), weight.unbind(), strict=True)])
+    pieces = zip(x.split(load.tolist()), weight.unbind(), strict=True)
+    return torch.cat([F.linear(round_up(piece), expert)[:len(piece)] for piece, expert in pieces])
 
 
 class MoEFeedForward(nn.Module):
@@ -423,10 +436,10 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, past_key_values, cu_seqlens)
         if logits_at is not None:
-            hidden = hidden.flatten(0, 1)[logits_at]
+            logits = self.lm_head(round_up(hidden.flatten(0, 1)[logits_at]))[:len(logits_at)]
         else:
-            hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-        logits = self.lm_head(hidden)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)

@@ -14,12 +14,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
+import torch
+
 from model.errors import UserError, run_main
 from model.weights import OUT_DIR, ROOT
 from trainer.arguments import Parser
+from trainer.loop import cpu_has_bfloat16
 
 SAMPLE = ROOT / "dataset/sample"
-HIDDEN_SIZE = 128
+HIDDEN_SIZE = 256 if torch.cuda.is_available() or cpu_has_bfloat16() else 128  # what learns enough in the time
 SIZE = ("--hidden_size", HIDDEN_SIZE)
 COMMON = (*SIZE, "--max_seq_len", 512, "--epochs", 1, "--batch_size", 4, "--accumulation_steps", 1, "--use_compile", 1,
           "--optimizer", "muon", "--warmup_ratio", 0.05, "--log_interval", 40, "--save_interval", 400)

@@ -152,7 +152,7 @@ def test_heldout_prompts_are_in_no_training_row(world):
 def test_heldout_combinations_are_in_no_training_row(world):
     """Stronger than prompts: whatever the phrasing, the fact, sum, name or expression itself is not there."""
     text = said(row for name in TRAINING for row in world[name])
-    everything = text + "\n".join(row["text"] for row in world["pretrain"])
+    lines, everything = set(text.splitlines()), text + "\n".join(row["text"] for row in world["pretrain"])
     thoughts = {message.get("reasoning_content") for name in TRAINING for messages in conversations(world[name])
                 for message in messages}
     sums = set(re.findall(r"(\d+) ([+-]) (\d+) =", everything))
@@ -161,7 +161,7 @@ def test_heldout_combinations_are_in_no_training_row(world):
         *_, question, answer = row["conversations"]
         checked[row["skill"]] += 1
         if row["skill"] == "facts":
-            assert answer["content"] not in text  # never given as an answer, though pretrain.jsonl states it
+            assert answer["content"] not in lines  # no answer by itself, though pretraining and portraits state it
         elif row["skill"] == "arithmetic" and "=" in answer["content"]:
             a, sign, b = answer["content"].split()[:3]
             assert (a, sign, b) not in sums and (sign == "-" or (b, sign, a) not in sums), answer
@@ -206,7 +206,7 @@ def test_pretrain_states_every_heldout_fact(world):
                 false = attribute.say[lang].split("|")[0].format(e=entity[lang], v=other[lang])
                 assert other[lang] == value or false[0].upper() + false[1:] not in text, false
             expected.add(told[0])
-        assert answers[name] == expected and len(expected) == sw.HELDOUT_CASES
+        assert answers[name] <= expected and len(answers[name]) == sw.HELDOUT_CASES
 
 
 def test_tool_results_are_true(world):

@@ -624,7 +624,8 @@ def test_compiled_blocks_train_the_same_and_are_compiled_once(lab, monkeypatch):
 
     monkeypatch.setattr(train_pretrain, "next_token_loss", counting)
     flags = {"max_steps": 6, "learning_rate": 1e-3}
-    lab("compiled").train(use_compile=1, **flags)
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):  # plain code: made in half the time
+        lab("compiled").train(use_compile=1, **flags)
     if graphs[-1] == 0:
         pytest.skip("no C++ compiler")
     assert graphs[4:] == graphs[4:5] * len(graphs[4:]), graphs

@@ -4,10 +4,12 @@ A step takes batch_size × accumulation_steps rows, the same rows in the same or
 is divided by the supervised tokens of all of them. Nothing in a step waits for the device.
 """
 
+import ctypes
 import math
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -31,6 +33,7 @@ from trainer.optimizer import learning_rate, make_optimizers
 LossFunction = Callable[[nn.Module, dict[str, torch.Tensor]], Loss]
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "intermediate_size", "use_moe", "norm_topk_prob")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 class Diverged(Failure):
@@ -86,6 +89,8 @@ class Run:
             random.seed(self.args.seed)
             torch.manual_seed(self.args.seed)
             torch.set_float32_matmul_precision("high")  # TF32 where there is one
+            if self.device.type == "cpu":
+                keep_freed_memory()
             self.tokenizer = ChatTokenizer(self.args.tokenizer)
             if self.args.num_workers:
                 os.environ["RAYON_NUM_THREADS"] = str(self.args.num_workers)
@@ -406,6 +411,16 @@ def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bf16 matrices in hardware; else bf16 is emulated, several times slower than fp32."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of a step in the next one, not return it: the kernel clears each page it hands out.
+
+    Measured: docs/experiments.md, "page faults". Other C libraries are left as they are.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            libc.mallopt(option, value)
 
 
 def compile_blocks(model: nn.Module, device: torch.device, say: Callable[[str], None]) -> None:

@@ -1,9 +1,12 @@
 """AdamW, Muon for the hidden matrices, and the learning-rate schedule."""
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+
+STACK_SIZE = 2**23  # elements orthogonalised at once: enough to fill the machine, little beside the weights
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -29,25 +32,44 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
+            stacks: dict[tuple, list] = defaultdict(list)  # matrices of one shape go through the products together
             for parameter in (p for p in group["params"] if p.grad is not None):
-                state = self.state[parameter]
-                average = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
-                average.lerp_(parameter.grad, 1 - momentum)
-                update = orthogonalise(parameter.grad.lerp(average, momentum).to(self.dtype))  # Nesterov's look ahead
-                parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(update, alpha=-lr * 0.2 * max(parameter.shape[-2:]) ** 0.5)
+                average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - group["momentum"])
+                ahead = parameter.grad.lerp(average, group["momentum"]).to(self.dtype)  # Nesterov's look ahead
+                ahead = ahead.mT if is_tall(ahead) else ahead
+                stack = stacks[ahead.shape[-2:]]
+                stack.append((parameter, ahead.reshape(-1, *ahead.shape[-2:])))
+                if sum(piece.numel() for _, piece in stack) >= STACK_SIZE:
+                    self._update(stack, group)
+                    stack.clear()
+            for stack in stacks.values():
+                self._update(stack, group)
+
+    def _update(self, stack: list[tuple[nn.Parameter, Tensor]], group: dict) -> None:
+        """Step the parameters of `stack`, whose momenta [n, rows, columns] are all of one shape."""
+        if not stack:
+            return
+        lr, pieces = group["lr"], [piece for _, piece in stack]
+        updates = orthogonalise(torch.cat(pieces)).split([len(piece) for piece in pieces])
+        for (parameter, _), update in zip(stack, updates, strict=True):
+            update = update.mT if is_tall(parameter) else update
+            parameter.mul_(1 - lr * group["weight_decay"])
+            parameter.add_(update.reshape(parameter.shape), alpha=-lr * 0.2 * max(parameter.shape[-2:]) ** 0.5)
+
+
+def is_tall(x: Tensor) -> bool:
+    return x.shape[-2] > x.shape[-1]
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """Bring the singular values of `x` [..., rows, columns] near 1, by a quintic Newton-Schulz iteration."""
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    """Bring the singular values of each wide matrix of `x` [n, rows, columns] near 1: a quintic Newton-Schulz."""
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
