@@ -190,6 +190,18 @@ def test_the_branches_may_be_compiled(lab, monkeypatch):
     assert_close(lab("compiled").losses("lora_identity_64"), lab("eager").losses("lora_identity_64"), rtol=0, atol=1e-4)
 
 
+def test_a_run_validates_without_dropout_and_trains_with_it(lab, monkeypatch):
+    lab, modes = lab().with_base(), []
+    training, validation = train_lora.next_token_loss, loop.Training._text_loss
+    monkeypatch.setattr(train_lora, "next_token_loss", lambda model, batch: (
+        modes.append(("train", model.training)), training(model, batch))[1])
+    monkeypatch.setattr(loop.Training, "_text_loss", lambda self, model, batch: (
+        modes.append(("validate", model.training)), validation(self, model, batch))[1])
+    lab.train(train_lora, from_weight="full_sft", max_steps=2, eval_interval=1, val_data_path=lab.data / "sft.jsonl")
+    assert set(modes) == {("train", True), ("validate", False)} and modes[-1][0] == "validate"
+    assert modes.index(("validate", False)) < max(i for i, (kind, _) in enumerate(modes) if kind == "train")
+
+
 def test_dropout_is_of_training_only(tmp_path):
     saved_pair(tmp_path, {}, DENSE, dropout=0.5)
     model, ids = load_weight("full_sft", tmp_path)[0], torch.randint(3, 6400, (1, 9))

@@ -57,6 +57,8 @@ def main() -> None:
     args = read(parser)
     if not args.beta:
         raise UserError("--beta 0 learns nothing; give more than 0")
+    if args.label_smoothing and args.loss_type == "ipo":
+        raise UserError("--label_smoothing is not defined for --loss_type ipo; leave it out")
     with Run(args) as run:
         model = run.load_model()
         base = fingerprint(model)
