@@ -62,7 +62,7 @@ STAGES = (
         "--optimizer", "adamw", "--epochs", 10, "--batch_size", 1, "--learning_rate", "1e-3", "--lora_alpha", 16,
         "--empty_think_ratio", 1, "--system_prompt_ratio", 0), False,
         ("--weight", "full_sft", "--lora_weight", "lora_identity")),
-    Stage("dpo", "trainer/train_dpo.py", (*PAIRS, "--learning_rate", "1e-4"), False),
+    Stage("dpo", "trainer/train_dpo.py", (*PAIRS, "--learning_rate", "2e-5"), False),
     Stage("reward", "trainer/train_reward.py", (*PAIRS, "--epochs", 2, "--learning_rate", "3e-4"), False, None),
     Stage("small_sft", "trainer/train_full_sft.py", (*SMALL, "--save_weight", "small_sft"), False, SMALL[:2], 64),
     Stage("full_dist", "trainer/train_distillation.py", (*SMALL, "--teacher_hidden_size", HIDDEN_SIZE), False,
