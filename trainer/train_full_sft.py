@@ -31,7 +31,9 @@ def main() -> None:
         model = run.load_model()
         data = run.dataset(SFTDataset, args.data_path, **extras)
         val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
-        run.fit(model, data, partial(next_token_loss, tag_weight=args.tag_loss_weight), val_data)
+        weighted = args.tag_loss_weight != 1
+        loss = partial(next_token_loss, tag_weight=args.tag_loss_weight) if weighted else next_token_loss
+        run.fit(model, data, loss, val_data, **({"tag_loss_weight": args.tag_loss_weight} if weighted else {}))
 
 
 if __name__ == "__main__":
