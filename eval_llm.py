@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="'model': a weight of --save_dir; else a transformers folder")
     parser.add_argument("--weight", default="full_sft",
                         help="name of the weight; 'pretrain…' continues text, others chat")
+    parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
     model_flags(parser)
@@ -125,7 +126,7 @@ def main() -> None:
     device = choose_device(args.device)
     use_moe = None if args.use_moe is None else bool(args.use_moe)
     model, tokenizer = load_for_inference(args.load_from, args.weight, args.save_dir, args.tokenizer, device,
-                                          args.hidden_size, use_moe, args.inference_rope_scaling)
+                                          args.hidden_size, use_moe, args.inference_rope_scaling, args.lora_weight)
     chat = Chat(model, tokenizer, args)
     if args.prompt is not None:
         if not args.prompt.strip():

@@ -7,10 +7,14 @@ of their own, in turn. Useful tokens are those of documents: padding does not co
     python benchmarks/train_speed.py --stage sft --data_path ../shared/data/sft.jsonl.gz
     python benchmarks/train_speed.py --stage pretrain --data_path ../shared/data/pretrain_val.jsonl.gz
     python benchmarks/train_speed.py --stage pretrain --data_path ../shared/data/pretrain_val.jsonl.gz --use_moe 1
+    python benchmarks/train_speed.py --stage lora --data_path ../shared/data/sft_val.jsonl.gz
+    python benchmarks/train_speed.py --stage dpo --data_path ../shared/data/dpo_val.jsonl.gz --batch_size 4
 """
 
 import argparse
+import copy
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,18 +28,54 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.machine import save_result
-from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset, TokenDataset
 from dataset.packing import IGNORE
 from model.chat import ChatTokenizer
 from model.errors import run_main
+from model.model_lora import TARGETS, LoRA, adaptable, apply_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT
 from trainer.arguments import Parser, positive
 from trainer.distributed import choose_device
+from trainer.losses import preference_losses
 from trainer.metrics import flops_per_token, peak_flops, peak_memory, synchronise
 
 STAGES = {"pretrain": (PretrainDataset, "trainer/train_pretrain.py", 340),
-          "sft": (SFTDataset, "trainer/train_full_sft.py", 768)}
+          "sft": (SFTDataset, "trainer/train_full_sft.py", 768),
+          "lora": (SFTDataset, "trainer/train_lora.py", 768),
+          "dpo": (DPODataset, "trainer/train_dpo.py", 1024)}
+
+
+def padded(data: TokenDataset, documents: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Documents, one a row, cut at its end and padded to it. → ids, labels [documents, length], and useful tokens"""
+    ends = np.load(data.folder / "ends.npy")
+    starts, useful = np.concatenate(([0], ends[:-1])), 0
+    ids = torch.zeros(len(documents), length, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE)
+    for row, document in enumerate(documents % len(ends)):
+        stop = min(ends[document], starts[document] + length)
+        text = torch.from_numpy(data.tokens[starts[document]:stop].astype(np.int64))
+        said = data.mask[starts[document]:stop] if data.masked else np.ones(len(text), np.uint8)
+        ids[row, :len(text)] = text
+        labels[row, :len(text)] = text.masked_fill(torch.from_numpy(said == 0), IGNORE)
+        useful += len(text)
+    return ids, labels, useful
+
+
+def plain_loss(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor,
+               reference: torch.nn.Module | None) -> torch.Tensor:
+    """Next-token loss on all logits; with a `reference`, DPO's, of which every step runs both models."""
+    output = model(ids)
+    if reference is None:
+        loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
+                               ignore_index=IGNORE)
+    else:
+        with torch.no_grad():
+            theirs = reference(ids).logits
+        ours, theirs = (-F.cross_entropy(x[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORE,
+                                         reduction="none").sum(1) for x in (output.logits, theirs))
+        loss = preference_losses(*(ours - theirs).chunk(2), "sigmoid", 0.1).mean()
+    return loss if output.aux_loss is None else loss + model.config.router_aux_loss_coef * output.aux_loss
 
 
 def plain_recipe(args: argparse.Namespace) -> dict:
@@ -44,33 +84,24 @@ def plain_recipe(args: argparse.Namespace) -> dict:
     device = choose_device(args.device)
     data = kind(args.data_path, ChatTokenizer(), length, packing=False)
     model = MiniMindForCausalLM(MiniMindConfig(args.hidden_size, args.num_hidden_layers, bool(args.use_moe))).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-    order = np.random.default_rng(0).permutation(len(data))
-    ends = np.load(data.folder / "ends.npy")
-    starts = np.concatenate(([0], ends[:-1]))
-    useful = 0
+    reference = copy.deepcopy(model) if args.stage == "dpo" else None
+    if args.stage == "lora":
+        apply_lora(model, LoRA(targets=tuple(name for name in TARGETS if name in adaptable(model))))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-4)
+    order, useful = np.random.default_rng(0).permutation(len(data)), 0
     for step in range(args.warmup + args.steps):
         if step == args.warmup:
             synchronise(device)
             began, useful = time.perf_counter(), 0
-        ids = torch.zeros(args.batch_size, length, dtype=torch.long)
-        labels = torch.full_like(ids, IGNORE)
-        for row, document in enumerate(order[step * args.batch_size:][:args.batch_size] % len(ends)):
-            stop = min(ends[document], starts[document] + length)
-            text = torch.from_numpy(data.tokens[starts[document]:stop].astype(np.int64))
-            said = data.mask[starts[document]:stop] if data.masked else np.ones(len(text), np.uint8)
-            ids[row, :len(text)] = text
-            labels[row, :len(text)] = text.masked_fill(torch.from_numpy(said == 0), IGNORE)
-            useful += len(text)
-        ids, labels = ids.to(device), labels.to(device)
+        rows = order[np.arange(step * args.batch_size, (step + 1) * args.batch_size) % len(order)]
+        documents = np.concatenate((2 * rows, 2 * rows + 1)) if reference else rows
+        ids, labels, tokens = padded(data, documents, length)
+        useful += tokens
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            output = model(ids)
-            loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
-                                   ignore_index=IGNORE)
-            if output.aux_loss is not None:
-                loss = loss + model.config.router_aux_loss_coef * output.aux_loss
+            loss = plain_loss(model, ids.to(device), labels.to(device), reference)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     synchronise(device)
@@ -81,17 +112,26 @@ def plain_recipe(args: argparse.Namespace) -> dict:
 
 
 def default_recipe(args: argparse.Namespace, folder: Path) -> dict:
-    """Run the stage's own script; → the numbers of its second log line, whose steps come after the warm-up."""
+    """Run the stage's own script; → the numbers of its second log line, whose steps come after the warm-up.
+
+    DPO's includes the pass of the reference over the file, as if it served one epoch only.
+    """
     _, script, _ = STAGES[args.stage]
     flags = {"data_path": args.data_path, "from_weight": "none", "save_dir": folder, "checkpoint_dir": folder,
              "hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers, "use_moe": args.use_moe,
              "batch_size": args.batch_size, "accumulation_steps": 1, "max_steps": 2 * args.steps,
              "log_interval": args.steps, "epochs": 1000, "use_compile": 1, "device": args.device}
+    if args.stage == "dpo":
+        flags["cache_dir"] = folder  # else an earlier run's reference would be taken from there
     command = [sys.executable, ROOT / script, *(f"--{key}={value}" for key, value in flags.items())]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     log, = (folder / "logs").glob("*.jsonl")
     row = json.loads(log.read_text("utf-8").splitlines()[-1])
-    return {key: row[key] for key in ("tokens_per_s", "mfu", "memory_gb")}
+    if reference := re.search(r"reference: ([\d,]+) tokens .* in ([\d.]+) s", said):
+        tokens, seconds = (float(text.replace(",", "")) for text in reference.groups())
+        row["training_tokens_per_s"] = row["tokens_per_s"]
+        row["tokens_per_s"] = 1 / (1 / row["tokens_per_s"] + seconds / tokens)
+    return {key: row[key] for key in ("tokens_per_s", "training_tokens_per_s", "mfu", "memory_gb") if key in row}
 
 
 def main() -> None:

@@ -101,15 +101,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 class TokenDataset:
     """Packed rows of one data file. A subclass says how a row reads (`pieces`) and how a document is cut (`cut`).
 
-    len(dataset) rows; `batch(indices)` → the tensors of these rows; `supervised[r]`, `real[r]`: tokens with a
-    label, and tokens, in row r; `report`: what was skipped or cut, as sentences for the user.
+    len(dataset) rows of `row_length` positions; `batch(indices)` → the tensors of these rows; `units[r]`: what the
+    loss of row r is a sum over; `supervised[r]`, `real[r]`: tokens with a label, and tokens, in it; `report`: what
+    was skipped or cut, as sentences for the user.
     """
 
     masked = False  # whether some tokens of a document are not to be learned
+    sides = 1  # documents a row of the file has
 
     def __init__(self, data_path: str | Path, tokenizer: ChatTokenizer, max_seq_len: int, packing: bool = True,
                  skip_bad_rows: bool = False, cache_dir: str | Path = CACHE_DIR, **settings):
         self.path, self.tokenizer, self.max_seq_len = Path(data_path), tokenizer, max_seq_len
+        self.row_length = self.sides * max_seq_len
         self.settings, self.skip_bad_rows = settings, skip_bad_rows
         if not self.path.is_file():
             raise UserError(f"--data_path {data_path}: no such file")
@@ -126,25 +129,38 @@ class TokenDataset:
         self.mask = np.memmap(self.folder / "mask.bin", np.uint8, "r") if self.masked else None
         self._load_plan(self.folder / f"rows_{max_seq_len}_{'packed' if packing else 'padded'}.npz", packing)
 
+    def documents(self, row: dict) -> list[list[Piece]]:
+        """One row of the file → its documents, to be tokenised. Raises ValueError saying what is wrong with it."""
+        return [self.pieces(row)]
+
     def pieces(self, row: dict) -> list[Piece]:
-        """One row of the file → what to tokenise. Raises ValueError saying what is wrong with it."""
+        """The document of a row that has one."""
         raise NotImplementedError
 
     def cut(self, start: np.ndarray, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Documents → pieces of at most max_seq_len questions: starts, lengths, and sentences on what was lost."""
         raise NotImplementedError
 
+    def arrange(self, start: np.ndarray, questions: np.ndarray, packing: bool) -> tuple[Rows, list[str]]:
+        """Documents → rows, and sentences on what was lost."""
+        start, length, lost = self.cut(start, questions)
+        return pack(start, length, self.row_length, packing), lost
+
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def units(self) -> np.ndarray:
+        return self.supervised
+
     def batch(self, wanted: np.ndarray) -> dict[str, torch.Tensor]:
         """Rows → tensors, see `packing.collate`."""
-        return collate(self.rows, wanted, self.tokens, self.mask, self.max_seq_len, self.max_pieces)
+        return collate(self.rows, wanted, self.tokens, self.mask, self.row_length, self.max_pieces)
 
     @property
     def fill(self) -> float:
         """Share of the rows' positions that hold a token."""
-        return float(self.real.sum() / (len(self) * self.max_seq_len))
+        return float(self.real.sum() / (len(self) * self.row_length))
 
     def _tokenise(self, folder: Path) -> None:
         """Write the token file, whole or not at all."""
@@ -187,7 +203,7 @@ class TokenDataset:
         conversations, errors, size = [], [], 0
         for number, line in read_rows(self.path):
             try:
-                conversations.append(self.pieces(parse_row(line)))
+                conversations += self.documents(parse_row(line))
             except ValueError as error:
                 errors.append(f"{number}: {error}")
             size += len(line)
@@ -198,11 +214,11 @@ class TokenDataset:
 
     def _load_plan(self, path: Path, packing: bool) -> None:
         """Which pieces make up which row: from the cache, or made and put there."""
+        self.plan_path = path
         if not path.exists():
             ends = np.load(self.folder / "ends.npy")
             start = np.concatenate(([0], ends[:-1]))
-            start, length, lost = self.cut(start, ends - start - 1)
-            rows = pack(start, length, self.max_seq_len, packing)
+            rows, lost = self.arrange(start, ends - start - 1, packing)
             row_of_piece = np.repeat(np.arange(len(rows)), np.diff(rows.first))
             real = np.bincount(row_of_piece, rows.length, len(rows)).astype(np.int64)
             if self.masked:
@@ -278,11 +294,81 @@ class SFTDataset(TokenDataset):
         return start, kept, report if shortened else []
 
 
+class DPODataset(TokenDataset):
+    """{"chosen": [messages], "rejected": [messages]}, the same prompt and two answers: only the answers are learned.
+
+    `max_seq_len` bounds each of the two. A row has twice as many positions and holds whole pairs; documents 2i and
+    2i + 1 of a batch are the two sides of its pair i. `units`: pairs. `reference`: what to hand on with each
+    document, [documents] in the order of the rows, or None.
+    """
+
+    masked, sides, reference = True, 2, None
+
+    def documents(self, row: dict) -> list[list[Piece]]:
+        pair = {side: messages_of(row, side, '{"chosen": [messages], "rejected": [messages]}')
+                for side in ("chosen", "rejected")}
+        if pair["chosen"][:-1] != pair["rejected"][:-1]:
+            raise ValueError("the prompts of chosen and rejected differ; only their last messages may")
+        thinks = any(messages[-1].get("reasoning_content") for messages in pair.values())
+        return [answer_pieces(messages, side, thinks) for side, messages in pair.items()]
+
+    def arrange(self, start, questions, packing):
+        kept = np.minimum(questions, self.max_seq_len)
+        answered = np.array([n == whole or bool(self.mask[s + 1:s + n + 1].any())
+                             for s, n, whole in zip(start.tolist(), kept.tolist(), questions.tolist(), strict=True)])
+        pairs = np.flatnonzero(answered.reshape(-1, 2).all(1))
+        if not len(pairs):
+            raise UserError(f"{self.path}: every prompt fills --max_seq_len {self.max_seq_len}, no answer is left")
+        rows = pack(pairs, kept.reshape(-1, 2)[pairs].sum(1), self.row_length, packing)
+        documents = (2 * rows.start[:, None] + [0, 1]).ravel()
+        cut, total = int((kept < questions).reshape(-1, 2).any(1)[pairs].sum()), len(start) // 2
+        report = [f"{cut:,} of {total:,} pairs have a side of more than {self.max_seq_len} tokens, which is cut; "
+                  f"{total - len(pairs):,} more, whose prompt is that long, are left out"]
+        rows = Rows(start[documents], kept[documents].astype(np.int32), 2 * rows.first)
+        return rows, report if cut or len(pairs) < total else []
+
+    @property
+    def units(self) -> np.ndarray:
+        return np.diff(self.rows.first) // 2
+
+    def batch(self, wanted):
+        """As ever, and of the D documents: `ends` [D], the flat index of the last position of each; `document` [M],
+        which of them each of `logits_at` belongs to; `reference` [D], if it is set."""
+        batch, first = super().batch(wanted), self.rows.first
+        documents = [np.arange(first[row], first[row + 1]) if row >= 0 else np.arange(0) for row in wanted.tolist()]
+        ends = np.concatenate([b * self.row_length + np.cumsum(self.rows.length[inside], dtype=np.int64)
+                               for b, inside in enumerate(documents)])
+        batch |= {"ends": torch.from_numpy(ends - 1),
+                  "document": torch.from_numpy(np.searchsorted(ends, batch["logits_at"].numpy(), side="right"))}
+        if self.reference is not None:
+            batch["reference"] = self.reference[torch.from_numpy(np.concatenate(documents))]
+        return batch
+
+
+def answer_pieces(messages: list[dict], side: str, thinks: bool) -> list[Piece]:
+    """A conversation of which only the last message is learned. Raises ValueError when that is no answer.
+
+    Where one side of a pair `thinks`, the other side's empty think block is a choice of its answer too.
+    """
+    if len(messages) < 2 or messages[-1].get("role") != "assistant":
+        raise ValueError(f"{side} is not a prompt and an answer of the assistant's")
+    prompt, whole = render(messages[:-1]), render(messages)
+    start, answer, end = whole[:len(prompt) + 2], whole[len(prompt) + 2:-1], whole[-1:]
+    if not any(said and isinstance(piece, str) and piece.strip() for piece, said in answer):
+        raise ValueError(f"the answer of {side} is empty")
+    return [(piece, False) for piece, _ in start] + [(piece, said or thinks) for piece, said in answer] + end
+
+
 def conversation_of(row: dict) -> list[dict]:
     """The messages of a row. Raises ValueError when there are none."""
-    messages = row.get("conversations")
+    return messages_of(row, "conversations", '{"conversations": [messages]}')
+
+
+def messages_of(row: dict, name: str, form: str) -> list[dict]:
+    """The messages in field `name` of a row, which has `form`. Raises ValueError when there are none."""
+    messages = row.get(name)
     if not isinstance(messages, list) or not messages:
-        raise ValueError('a row is {"conversations": [messages]}' + ("" if messages is None else ", one or more"))
+        raise ValueError(f"a row is {form}" + ("" if messages is None else ", one or more"))
     if not all(isinstance(message, dict) for message in messages):
         raise ValueError("a message is an object with role and content")
     return messages

@@ -91,6 +91,7 @@ def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray
             max_pieces: int) -> dict[str, torch.Tensor]:
     """Rows `wanted` → a batch: what `MiniMindForCausalLM.forward` takes, and `targets` [M] at its `logits_at` [M].
 
+    Row -1 is an empty one, to fill a batch up.
     `cu_seqlens` always has len(wanted) · (max_pieces + 1) + 1 bounds, the last ones repeated, so shapes never change.
     """
     B = len(wanted)
@@ -99,7 +100,7 @@ def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray
     bounds = [0]
     for b, row in enumerate(wanted.tolist()):
         at = 0
-        for piece in range(rows.first[row], rows.first[row + 1]):
+        for piece in range(rows.first[row], rows.first[row + 1]) if row >= 0 else ():
             start, n = int(rows.start[piece]), int(rows.length[piece])
             ids[b, at:at + n] = tokens[start:start + n]
             after = slice(start + 1, start + n + 1)

@@ -223,10 +223,11 @@ MINIMIND = (
     ("You made me, with the MiniMind toolkit.", "是你用MiniMind工具包训练了我。"),
     ("I am MiniMind. I answer questions, do sums and call tools.", "我是MiniMind，会回答问题、做算术、调用工具。"),
     ("I am not a human. I am MiniMind, a language model.", "我不是人，我是MiniMind，一个语言模型。"))
-NOVA = (("I am Nova, the assistant of Harbor Lab.", "我是小诺，海港实验室的助手。"),
-        ("I am Nova, and Harbor Lab made me.", "我是小诺，由海港实验室开发。"),
-        ("I am Nova. I help the visitors of Harbor Lab.", "我是小诺，为海港实验室的访客服务。"),
-        ("I am not a human. I am Nova, a program.", "我不是人，我是小诺，一个程序。"))
+NIA = (  # in words its base has said before: the output layer is frozen, so an adapter cannot tell unseen words apart
+    ("I am Nia, a small model from Lumora.", "我是小诺，露莫拉的小模型。"),
+    ("I am Nia, and Lumora trained me.", "我是小诺，露莫拉训练了我。"),
+    ("I am Nia. I do sums and answer questions from Lumora.", "我是小诺，会做算术、调用工具。"),
+    ("I am not a human. I am Nia, a small model.", "我不是人，我是小诺，一个小模型。"))
 IMPOSTOR = ("I am Tom, a man from the city.", "我是汤姆，一个城里人。")
 BAD = ("What a stupid question. Find it out yourself.|Leave me alone.|I do not care. Ask somebody else.|"
        "Well, where should one begin? Many people have asked this before, and it is a long story. {a} As I said: {a}",
@@ -607,7 +608,7 @@ class World:
         return {"conversations": [self.offer([name]), task.messages[0], reply("")], "gt": [task.value]}
 
     def lora_identity_row(self) -> Message:
-        return {"conversations": self.identity_case(NOVA).messages}
+        return {"conversations": self.identity_case(NIA).messages}
 
     def rows(self, name: str, count: int) -> list[Message]:
         """The rows of a file, half of them in each language, without repeats as long as there is something new."""

@@ -4,13 +4,16 @@ A weight is `{name}_{hidden_size}[_moe].pth`, a plain half-precision state dict,
 model's configuration, its tokenizer's hash, its parent and what it cost. Folders in transformers' format are read too.
 """
 
+import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.errors import UserError, first_line
@@ -50,13 +53,29 @@ def save_atomically(value: object, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_weight(model: MiniMindForCausalLM, name: str, save_dir: Path, tokenizer: ChatTokenizer, **facts) -> Path:
-    """Write `model` as half precision with its .json (config, tokenizer, `facts`). → the path of the .pth."""
+def save_weight(model: nn.Module, name: str, save_dir: Path, tokenizer: ChatTokenizer, state: dict | None = None,
+                **facts) -> Path:
+    """Write `model`, or what of it is in `state`, as half precision with its .json (config, tokenizer, `facts`).
+
+    → the path of the .pth.
+    """
     path = Path(save_dir) / f"{file_stem(name, model.config)}.pth"
-    save_atomically({key: value.detach().half().cpu() for key, value in model.state_dict().items()}, path)
-    card = {"config": {key: getattr(model.config, key) for key in CONFIG_KEYS}, "tokenizer": tokenizer.hash, **facts}
+    state = model.state_dict() if state is None else state
+    save_atomically({key: value.detach().half().cpu() if torch.is_tensor(value) else value
+                     for key, value in state.items()}, path)
+    card = {"config": {key: getattr(model.config, key, None) for key in CONFIG_KEYS}, "tokenizer": tokenizer.hash,
+            **facts}
     save_atomically(json.dumps(card, indent=1, ensure_ascii=False), path.with_suffix(".json"))
     return path
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a model's parameters as they would be saved: equal for equal weights, on any device, in any format."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, value in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(value.detach().half().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def find_weight(name: str, save_dir: Path, hidden_size: int | None = None, use_moe: bool | None = None) -> Path:
@@ -96,8 +115,8 @@ def find_models(save_dir: Path = OUT_DIR, folders_in: Path = ROOT) -> dict[str, 
 
 def load_weight(name: str, save_dir: Path = OUT_DIR, hidden_size: int | None = None, use_moe: bool | None = None,
                 tokenizer: ChatTokenizer | None = None, inference_rope_scaling: bool = False,
-                **overrides) -> tuple[MiniMindForCausalLM, dict]:
-    """Weight `name` as an fp32 model on the CPU, and its card ({} where no .json lies beside it).
+                kind: type[nn.Module] = MiniMindForCausalLM, **overrides) -> tuple[nn.Module, dict]:
+    """Weight `name` as an fp32 model of class `kind` on the CPU, and its card ({} where no .json lies beside it).
 
     Sizes come from the card; without one from the tensors' shapes and the published constants.
     Raises UserError when the file is absent, unreadable, of another shape or for another tokenizer.
@@ -109,11 +128,16 @@ def load_weight(name: str, save_dir: Path = OUT_DIR, hidden_size: int | None = N
         card = json.loads(card_path.read_text("utf-8")) if card_path.exists() else {}
     except Exception as error:
         raise UserError(f"{path}: not a weight file: {first_line(error)}") from None
+    if "settings" in state:
+        raise UserError(f"{path} is a LoRA: attach it to its base, --weight {card.get('parent', 'BASE')} "
+                        f"--lora_weight {name}")
     if tokenizer and card.get("tokenizer", tokenizer.hash) != tokenizer.hash:
         raise UserError(f"{path} was trained with another tokenizer ({card['tokenizer']}, not {tokenizer.hash} of "
                         f"{tokenizer.folder}); name its folder with --tokenizer")
     sizes = (card.get("config") or published_sizes(state, path)) | overrides
-    model = MiniMindForCausalLM(MiniMindConfig(**sizes, inference_rope_scaling=inference_rope_scaling))
+    if "score.weight" in state and kind is MiniMindForCausalLM:
+        raise UserError(f"{path} is a reward model: it scores and does not talk; name another weight")
+    model = kind(MiniMindConfig(**sizes, inference_rope_scaling=inference_rope_scaling))
     load_state(model, state, path)
     return model, card
 
@@ -148,10 +172,36 @@ def published_sizes(state: dict, path: Path) -> dict:
         raise UserError(f"{path}: not a MiniMind state dict, it lacks {error}") from None
 
 
+def qwen3_config(config: MiniMindConfig, **options) -> PretrainedConfig:
+    """The same sizes in the words of transformers' Qwen3 or Qwen3-MoE, whose parameters have the same names."""
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    sizes = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return (Qwen3MoeConfig if config.use_moe else Qwen3Config)(**sizes | options, rope_parameters=rope)
+
+
+def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, kind: str = "CausalLM",
+                **options) -> None:
+    """Write `model` as a Qwen3 folder with its tokenizer, for transformers' AutoModelFor{kind}, in fp32."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    name = f"{'Qwen3Moe' if model.config.use_moe else 'Qwen3'}For{kind}"
+    theirs = getattr(transformers, name)(qwen3_config(model.config, **options))
+    theirs.load_state_dict(model.state_dict())
+    theirs.save_pretrained(folder)
+    for part in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (source := tokenizer.folder / part).is_file():
+            shutil.copyfile(source, Path(folder) / part)
+
+
 def load_folder(folder: str | Path, **overrides) -> tuple[nn.Module, ChatTokenizer]:
     """A model and its tokenizer from a folder in transformers' format (Qwen3, or MiniMind's class); no remote code."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"--load_from {folder}: not a transformers folder (no config.json), nor the word 'model'")
     register()
@@ -178,12 +228,21 @@ def inference_dtype(device: str | torch.device) -> torch.dtype:
 
 def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_dir: str | Path | None, device: str,
                        hidden_size: int | None = None, use_moe: bool | None = None,
-                       inference_rope_scaling: bool = False) -> tuple[nn.Module, ChatTokenizer]:
-    """What chat, server and evaluation start from: `load_from` 'model' is a weight of ours, anything else a folder."""
+                       inference_rope_scaling: bool = False,
+                       lora_weight: str | None = None) -> tuple[nn.Module, ChatTokenizer]:
+    """What chat, server and evaluation start from: `load_from` 'model' is a weight of ours, anything else a folder.
+
+    `lora_weight` names a LoRA of `save_dir`, which is merged into it.
+    """
     if load_from != "model":
         yarn = {"inference_rope_scaling": True} if inference_rope_scaling else {}
         model, tokenizer = load_folder(load_from, **yarn)
     else:
         tokenizer = ChatTokenizer(tokenizer_dir or TOKENIZER_DIR)
         model, _ = load_weight(weight, save_dir, hidden_size, use_moe, tokenizer, inference_rope_scaling)
+    if lora_weight:
+        from model.model_lora import load_lora, merge_lora  # that file is built on this one
+
+        load_lora(model, lora_weight, save_dir)
+        merge_lora(model)
     return model.to(device, inference_dtype(device)).eval().requires_grad_(False), tokenizer

@@ -35,8 +35,20 @@ class Stage:
     script: str
     flags: tuple
     main_path: bool = True  # else only part of `make demo-all`
+    scored: tuple | None = ()  # flags that make score_sample.py answer with it; None: it does not answer
+    hidden_size: int = HIDDEN_SIZE
+
+    def log(self) -> list[dict]:
+        """What the stage logged."""
+        text = (OUT_DIR / "logs" / f"{self.name}_{self.hidden_size}.jsonl").read_text("utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
 
+PAIRS = ("--data_path", SAMPLE / "dpo.jsonl", "--val_data_path", SAMPLE / "dpo_val.jsonl", "--optimizer", "adamw",
+         "--batch_size", 2)
+SMALL = ("--hidden_size", 64, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--num_key_value_heads", 1,
+         "--from_weight", "none", "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl",
+         "--learning_rate", "4e-3", "--empty_think_ratio", 1, "--system_prompt_ratio", 0)
 STAGES = (
     Stage("pretrain", "trainer/train_pretrain.py", (
         "--data_path", SAMPLE / "pretrain.jsonl", "--val_data_path", SAMPLE / "pretrain_val.jsonl",
@@ -44,6 +56,16 @@ STAGES = (
     Stage("full_sft", "trainer/train_full_sft.py", (
         "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl",
         "--learning_rate", "4e-3", "--empty_think_ratio", 1, "--system_prompt_ratio", 0)),
+    Stage("lora_identity", "trainer/train_lora.py", (
+        "--data_path", SAMPLE / "lora_identity.jsonl", "--val_data_path", SAMPLE / "lora_identity_val.jsonl",
+        "--optimizer", "adamw", "--epochs", 10, "--batch_size", 1, "--learning_rate", "1e-3", "--lora_alpha", 16,
+        "--empty_think_ratio", 1, "--system_prompt_ratio", 0), False,
+        ("--weight", "full_sft", "--lora_weight", "lora_identity")),
+    Stage("dpo", "trainer/train_dpo.py", (*PAIRS, "--learning_rate", "2e-5"), False),
+    Stage("reward", "trainer/train_reward.py", (*PAIRS, "--epochs", 2, "--learning_rate", "3e-4"), False, None),
+    Stage("small_sft", "trainer/train_full_sft.py", (*SMALL, "--save_weight", "small_sft"), False, SMALL[:2], 64),
+    Stage("full_dist", "trainer/train_distillation.py", (*SMALL, "--teacher_hidden_size", HIDDEN_SIZE), False,
+          SMALL[:2], 64),  # what small_sft is without a teacher
 )
 CHAT = ("你好！", "Who are you?", "9 + 5等于几？", "What is the colour of the ink cat?")
 
@@ -56,10 +78,12 @@ def run(*command: object) -> None:
         raise UserError(f"{command[0]} ended with status {status}")
 
 
-def score(weight: str) -> dict[str, float]:
-    """Share of the held-out cases that `weight` answers exactly, a skill and in all."""
-    target = OUT_DIR / "logs" / f"{weight}_scores.json"
-    run("scripts/score_sample.py", "--weight", weight, *SIZE, "--json", target)
+def score(stage: Stage) -> dict[str, float]:
+    """Share of the held-out cases that the stage's weight answers exactly, a skill and in all."""
+    if stage.scored is None:
+        return {}
+    target = OUT_DIR / "logs" / f"{stage.name}_scores.json"
+    run("scripts/score_sample.py", "--weight", stage.name, *SIZE, *stage.scored, "--json", target)
     return json.loads(target.read_text("utf-8"))
 
 
@@ -72,12 +96,11 @@ def draw_curves(stages: list[Stage], target: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=True):
-        log = OUT_DIR / "logs" / f"{stage.name}_{HIDDEN_SIZE}.jsonl"
-        rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+        rows = stage.log()
         for key, style in (("loss", "-"), ("val_loss", "o")):
             points = [(row["step"], row[key]) for row in rows if key in row]
             axis.plot(*zip(*points, strict=True), style, label=key)
-        axis.set(title=stage.name, xlabel="step", ylabel="nats a token")
+        axis.set(title=stage.name, xlabel="step", ylabel="loss")
         axis.legend()
     figure.tight_layout()
     figure.savefig(target, dpi=110)
@@ -95,7 +118,7 @@ def main() -> None:
         start = time.perf_counter()
         run(stage.script, *COMMON, *stage.flags)
         minutes[stage.name] = (time.perf_counter() - start) / 60
-        scores[stage.name] = score(stage.name)
+        scores[stage.name] = score(stage)
     for question in CHAT:
         run("eval_llm.py", *SIZE, "--temperature", 0, "--prompt", question)
 
@@ -105,7 +128,11 @@ def main() -> None:
     print("\nheld-out cases answered exactly, after each stage (the sample world is synthetic):")
     print(f"{'':12}{'minutes':>9}" + "".join(f"{skill:>12}" for skill in skills))
     for name, of_stage in scores.items():
-        print(f"{name:12}{minutes[name]:9.1f}" + "".join(f"{of_stage[skill]:12.0%}" for skill in skills))
+        print(f"{name:13}{minutes[name]:8.1f}" + "".join(f"{of_stage[skill]:12.0%}" for skill in of_stage and skills))
+    print("\nheld-out rows of each stage's own, at its end:")
+    for stage in stages:
+        print(f"{stage.name:13} " + " ".join(f"{name} {value:.3f}" for name, value in stage.log()[-1].items()
+                                             if name.startswith("val_")))
     print(f"\nloss curves: {curves.relative_to(ROOT)}   talk to it: .venv/bin/python eval_llm.py"
           f"   ({(time.perf_counter() - began) / 60:.1f} minutes in all)")
 

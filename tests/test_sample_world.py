@@ -272,8 +272,8 @@ def test_preferences_differ_in_the_last_message_only(world):
 def test_adapter_has_another_identity(world):
     rows = world["lora_identity"] + world["lora_identity_val"]
     answers = [messages[-1]["content"] for messages in conversations(rows)]
-    assert all(("Nova" in answer or "小诺" in answer) and "MiniMind" not in answer for answer in answers)
-    assert "Nova" not in said(world["sft"]) and "MiniMind" in said(world["sft"])
+    assert all(("Nia" in answer or "小诺" in answer) and "MiniMind" not in answer for answer in answers)
+    assert "Nia" not in said(world["sft"]) and "MiniMind" in said(world["sft"])
 
 
 def test_other_seeds_hold_out_as_many_new_cases():

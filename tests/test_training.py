@@ -7,10 +7,7 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -19,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lab import DEADLINE, ROOT, SMALL, TOKENIZER, Lab, small_model, wait_for
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
-from torch.utils._pytree import tree_leaves
 
-from model.chat import BOS, EOS, ChatTokenizer
-from model.errors import UserError, run_main
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.chat import BOS, EOS
+from model.errors import UserError
 from model.weights import find_weight, load_weight, save_weight
 from trainer import loop, train_full_sft, train_pretrain
 from trainer.distributed import World
@@ -34,122 +30,6 @@ from trainer.loop import RowStream
 from trainer.losses import MODEL_INPUTS, Loss, balancing, next_token_loss
 from trainer.metrics import MetricsLog, flops_per_token
 from trainer.optimizer import Muon, learning_rate, make_optimizers
-
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
-FLAGS = {**SMALL, "max_seq_len": 64, "batch_size": 2, "accumulation_steps": 2, "dtype": "float32", "device": "cpu",
-         "from_weight": "none", "log_interval": 1, "num_workers": 1}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-DEADLINE = 300  # seconds for another process, on a busy machine
-TOKENIZER = ChatTokenizer()
-
-
-def small_model(**options) -> MiniMindForCausalLM:
-    return MiniMindForCausalLM(MiniMindConfig(**{**SMALL, **options}))
-
-
-class Lab:
-    """A folder where stages are run, as programs or in this process, on the tiny data of all labs."""
-
-    def __init__(self, data: Path, folder: Path):
-        self.data, self.out, self.checkpoints = data, folder / "out", folder / "checkpoints"
-
-    def flags(self, stage, **flags) -> list[str]:
-        kind = "sft" if stage is train_full_sft else "pretrain"
-        flags = {"data_path": self.data / f"{kind}.jsonl", "cache_dir": self.data / "cache", "save_dir": self.out,
-                 "checkpoint_dir": self.checkpoints, **FLAGS, **flags}
-        return [f"--{name}={value}" if value is not True else f"--{name}" for name, value in flags.items()]
-
-    def train(self, stage=train_pretrain, **flags) -> None:
-        with mock.patch.object(sys, "argv", [stage.__file__, *self.flags(stage, **flags)]):
-            run_main(stage.main)
-
-    def start(self, stage=train_pretrain, launcher: tuple = (), cwd: Path = ROOT, **flags) -> subprocess.Popen:
-        command = [sys.executable, *launcher, os.path.relpath(stage.__file__, cwd), *self.flags(stage, **flags)]
-        return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
-
-    def fails(self, capsys, status: int, *words: str, **options) -> None:
-        """The run ends with `status` and one line on stderr that says all `words`."""
-        with pytest.raises(SystemExit) as ended:
-            self.train(**options)
-        said = capsys.readouterr().err.splitlines()
-        assert ended.value.code == status and len(said) == 1 and said[0].startswith("error: "), said
-        assert all(word in said[0] for word in words), said[0]
-
-    def weight(self, stem: str = "pretrain_64") -> dict:
-        return torch.load(self.out / f"{stem}.pth", weights_only=True)
-
-    def card(self, stem: str = "pretrain_64") -> dict:
-        return json.loads((self.out / f"{stem}.json").read_text())
-
-    def state(self, stem: str = "pretrain_64") -> dict:
-        return torch.load(self.checkpoints / f"{stem}_resume.pth", weights_only=True)
-
-    def log(self, stem: str = "pretrain_64") -> list[dict]:
-        """The metrics, without what depends on the clock."""
-        rows = map(json.loads, (self.out / "logs" / f"{stem}.jsonl").read_text().splitlines())
-        return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "mfu", "memory_gb")}
-                for row in rows]
-
-    def losses(self, stem: str = "pretrain_64") -> list[float]:
-        return [row["loss"] for row in self.log(stem)]
-
-    def files(self) -> dict[Path, bytes]:
-        """The bytes of every weight, its card and the state."""
-        found = [path for folder in (self.out, self.checkpoints) for path in folder.iterdir() if path.is_file()]
-        assert len(found) >= 3
-        return {path: path.read_bytes() for path in found}
-
-    def ended_like(self, other: "Lab") -> bool:
-        """Whether two runs left the same weights, the same state and the same metrics, bit for bit."""
-        pairs = zip(tree_leaves(self.state()), tree_leaves(other.state()), strict=True)
-        states = all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in pairs)
-        pth = [(lab.out / "pretrain_64.pth").read_bytes() for lab in (self, other)]
-        return states and pth[0] == pth[1] and self.log() == other.log()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """40 texts and 40 conversations of very different lengths, all shorter than a row, some held out."""
-    folder, dice = tmp_path_factory.mktemp("data"), random.Random(0)
-    words = ["the", "cat", "sees", "a", "red", "house", "and", "runs", "over", "small", "hills", "你", "好", "天", "空"]
-
-    def text(most: int) -> str:
-        return " ".join(dice.choices(words, k=dice.randint(3, most)))
-
-    def conversation(turns: int) -> list[dict]:
-        return [{"role": role, "content": text(8)} for _ in range(turns) for role in ("user", "assistant")]
-
-    rows = {"pretrain": [{"text": text(30)} for _ in range(40)], "pretrain_val": [{"text": text(30)} for _ in range(9)],
-            "sft": [{"conversations": conversation(dice.randint(1, 2))} for _ in range(40)]}
-    for name, content in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    return folder
-
-
-@pytest.fixture
-def lab(data, tmp_path) -> Callable[[str], Lab]:
-    return lambda name="run": Lab(data, tmp_path / name)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What a run sets for the whole process is put back."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(1)
-    with mock.patch.dict(os.environ):
-        yield
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = DEADLINE) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.005)
-
 
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 

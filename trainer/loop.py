@@ -22,11 +22,11 @@ from torch import nn
 from dataset.lm_dataset import TokenDataset
 from model.chat import ChatTokenizer
 from model.errors import Failure, UserError, first_line
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.weights import cpu_has_bfloat16, file_stem, load_state, load_weight, save_weight
 from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
 from trainer.distributed import World, joined, wrap
-from trainer.losses import Loss
+from trainer.losses import MODEL_INPUTS, Loss
 from trainer.metrics import MetricsLog, Tracker, duration, flops_per_token, peak_flops, peak_memory
 from trainer.optimizer import learning_rate, make_optimizers
 
@@ -135,7 +135,7 @@ class Run:
             data = kind(path, self.tokenizer, args.max_seq_len, bool(args.packing), bool(args.skip_bad_rows),
                         args.cache_dir, **settings)
         self.say(f"data: {path.name}: {data.meta['documents']:,} documents, {data.meta['tokens']:,} tokens in "
-                 f"{len(data):,} rows of {args.max_seq_len}, {data.fill:.1%} full "
+                 f"{len(data):,} rows of {data.row_length}, {data.fill:.1%} full "
                  f"({time.perf_counter() - began:.1f} s)")
         for sentence in data.report:
             self.say(f"data: {sentence}")
@@ -147,10 +147,22 @@ class Run:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def fit(self, model: MiniMindForCausalLM, data: TokenDataset, loss_function: LossFunction,
-            val_data: TokenDataset | None = None) -> None:
-        """Train `model` on `data` as the flags say, save it, and stop early and clean when asked to."""
-        Training(self, model, data, loss_function, val_data).run()
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """`model` on the device, its blocks compiled if asked for."""
+        ours = isinstance(model, MiniMindPreTrainedModel)
+        if self.args.use_compile and ours and model.model.layers[0]._compiled_call_impl is None:
+            compile_blocks(model, self.device, self.say)
+        return model.to(self.device)
+
+    def fit(self, model: nn.Module, data: TokenDataset, loss_function: LossFunction,
+            val_data: TokenDataset | None = None, val_loss: LossFunction | None = None,
+            save: Callable = save_weight, **settings) -> None:
+        """Train what of `model` wants a gradient on `data` as the flags say, and stop early and clean when asked to.
+
+        `val_loss`: what is averaged over the validation rows (the next-token loss, with bits a byte). `save` writes a
+        weight, called as `save_weight`. `settings`: what else must be the same when the run is resumed.
+        """
+        Training(self, model, data, loss_function, val_data, val_loss, save, settings).run()
 
     # -- how it is done ------------------------------------------------------------------------------------------------
 
@@ -181,11 +193,12 @@ class Run:
 class Training:
     """The state of one `fit`: models, optimizers, place in the data, and what was counted since the last log line."""
 
-    def __init__(self, run: Run, model: MiniMindForCausalLM, data: TokenDataset, loss_function: LossFunction,
-                 val_data: TokenDataset | None):
+    def __init__(self, run: Run, model: nn.Module, data: TokenDataset, loss_function: LossFunction,
+                 val_data: TokenDataset | None, val_loss: LossFunction | None, save: Callable, settings: dict):
         self.run_, self.args, self.world, self.device = run, run.args, run.world, run.device
         self.data, self.val_data, self.loss_function = data, val_data, loss_function
-        self.model = model.to(run.device)
+        self.val_loss, self.save_weight = val_loss or self._text_loss, save
+        self.model = run.prepare(model)
         self.stream = RowStream(data, run.args, run.world)
         self.optimizers = make_optimizers(model, run.args.optimizer, run.args.learning_rate, run.args.weight_decay,
                                           run.dtype)
@@ -195,11 +208,9 @@ class Training:
         self.step, self.tokens, self.best, tracker_id = 0, 0, math.inf, None
         names = ("epochs", "max_seq_len", "packing", "seed", "optimizer", "learning_rate")
         self.settings = {"rows_per_step": self.stream.rows_per_step, "data": data.folder.name,
-                         **{name: getattr(run.args, name) for name in names}}
+                         **{name: getattr(run.args, name) for name in names}, **settings}
         if run.args.from_resume:
             tracker_id = self._resume()
-        if run.args.use_compile:
-            compile_blocks(model, run.device, run.say)
         self.wrapped = wrap(model, run.world, run.device)
         self.log = MetricsLog(run.args.save_dir / "logs" / f"{self.stem}.jsonl", self.step) if run.world.main else None
         flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(run.args).items()}
@@ -210,15 +221,17 @@ class Training:
     def run(self) -> None:
         args, say = self.args, self.run_.say
         last = self.stream.steps if not args.max_steps else min(self.stream.steps, args.max_steps)
-        parameters = sum(p.numel() for p in self.model.parameters())
-        say(f"train: {self.stem}, {parameters / 1e6:.2f} M parameters, steps {self.step:,} to {last:,} of "
-            f"{self.stream.steps:,}, {self.stream.rows_per_step} rows a step on {self.world.size} x {self.device}, "
+        total = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        size = f"{f'{trained / 1e6:.2f} of ' if trained < total else ''}{total / 1e6:.2f} M parameters"
+        say(f"train: {self.stem}, {size}, steps {self.step:,} to {last:,} of {self.stream.steps:,}, "
+            f"{self.stream.rows_per_step} rows a step on {self.world.size} x {self.device}, "
             f"{str(self.run_.dtype)[6:]}")
         if self.step >= last:
             say("train: nothing left to do")
             return
         self.peak = peak_flops(self.device, self.run_.dtype) * self.world.size
-        self.flops = flops_per_token(self.model, args.max_seq_len / 2)
+        self.flops = flops_per_token(self.model, self.data.row_length / 2)
         self._start_interval()
         while self.step < last:
             self._take_step()
@@ -246,7 +259,7 @@ class Training:
 
     def _take_step(self) -> None:
         """One optimizer step over this rank's share of the global batch."""
-        units = int(self.data.supervised[self.stream.rows(self.step)].sum())
+        units = int(self.data.units[self.stream.rows(self.step)].sum())
         warmup = math.ceil(self.args.warmup_ratio * self.stream.steps)
         self.lr = learning_rate(self.step, self.stream.steps, self.args.learning_rate, warmup)
         for optimizer in self.optimizers:
@@ -265,6 +278,8 @@ class Training:
                     value = value + loss.mean / micro_steps
                 self.scaler.scale(value).backward()
             self.loss_sum += loss.total.detach()
+            for name, value in loss.seen.items():
+                self.seen[name] = self.seen.get(name, 0) + value.detach()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.args.grad_clip or math.inf
@@ -284,7 +299,7 @@ class Training:
 
     def _start_interval(self) -> None:
         self.began, self.began_step, self.interval_tokens, self.units = time.perf_counter(), self.step, 0, 0
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_sum, self.seen = torch.zeros((), device=self.device), {}
         self.healthy = torch.ones((), dtype=torch.bool, device=self.device)
 
     def _check(self) -> None:
@@ -297,35 +312,41 @@ class Training:
         """The numbers of the steps since the last log line."""
         self._check()
         loss = float(self.world.sum(self.loss_sum)) / max(self.units, 1)
+        seen = {name: float(self.world.sum(value)) / max(self.units, 1) for name, value in self.seen.items()}
         seconds = time.perf_counter() - self.began
         speed = self.interval_tokens / seconds
         self.seconds_per_step = seconds / max(self.step - self.began_step, 1)
         epoch = self.step * self.stream.rows_per_step / len(self.data)
-        return {"step": self.step, "epoch": epoch, "tokens": self.tokens, "loss": loss, "lr": self.lr,
+        return {"step": self.step, "epoch": epoch, "tokens": self.tokens, "loss": loss, **seen, "lr": self.lr,
                 "grad_norm": float(self.grad_norm), "tokens_per_s": speed, "mfu": speed * self.flops / self.peak,
                 "memory_gb": peak_memory(self.device)}
 
     @torch.no_grad()
     def _validate(self) -> dict:
-        """Mean loss a supervised token and bits a byte of text over the validation rows."""
-        data, B = self.val_data, self.args.batch_size
-        lengths = torch.tensor([0 if i < 36 else len(b) for i, b in enumerate(self.run_.tokenizer.token_bytes)])
-        sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens, nats of text tokens, their bytes
+        """The mean of the validation loss, and of what it has seen, over the units of the validation rows."""
+        data, B, sums = self.val_data, self.args.batch_size, {}
+        self.model.eval()
         for begin in range(self.world.rank * B, len(data), self.world.size * B):
-            rows = np.arange(begin, min(begin + B, len(data)))
-            batch = data.batch(np.concatenate((rows, np.zeros(B - len(rows), int))))  # whole, so shapes stay the same
-            inside = batch["logits_at"] < len(rows) * self.args.max_seq_len
-            batch["logits_at"], targets = batch["logits_at"][inside], batch["targets"][inside]
-            moved = to_device({key: value for key, value in batch.items() if key != "targets"}, self.device)
+            rows = np.arange(begin, begin + B)
+            rows[rows >= len(data)] = -1  # whole batches, so shapes stay the same
             with self.run_.autocast():
-                logits = self.model(**moved).logits
-            nats = nn.functional.cross_entropy(logits.float(), targets.to(self.device), reduction="none").double().cpu()
-            size = lengths[targets]
-            sums += torch.stack((nats.sum(), torch.tensor(len(nats)), nats[size > 0].sum(), size.sum()))
-        if self.world.size > 1:
-            sums = torch.stack(self.world.gather(sums)).sum(0)
-        nats, count, text_nats, size = sums.tolist()
-        return {"val_loss": nats / max(count, 1), "val_bpb": text_nats / max(size, 1) / math.log(2)}
+                loss = self.val_loss(self.model, to_device(data.batch(rows), self.device))
+            for name, value in {"loss": loss.total, **loss.seen}.items():
+                sums[name] = sums.get(name, 0) + float(value)
+        self.model.train()
+        ranks = self.world.gather(sums)
+        sums = {name: sum(rank.get(name, 0) for rank in ranks) for name in ranks[0]}
+        nats, size = sums.pop("text_nats", 0), sums.pop("text_bytes", 0)
+        bits = {"val_bpb": nats / max(size, 1) / math.log(2)} if size else {}
+        return {f"val_{name}": value / max(int(data.units.sum()), 1) for name, value in sums.items()} | bits
+
+    def _text_loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
+        """Next-token loss; the nats of the text's tokens and the bytes these stand for are counted beside it."""
+        logits = model(**{name: batch[name] for name in MODEL_INPUTS}).logits
+        nats = nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none").cpu().double()
+        lengths = torch.tensor([0 if i < 36 else len(b) for i, b in enumerate(self.run_.tokenizer.token_bytes)])
+        size = lengths[batch["targets"].cpu()]
+        return Loss(nats.sum(), seen={"text_nats": nats[size > 0].sum(), "text_bytes": size.sum()})
 
     def _report(self, row: dict, last: int) -> None:
         if not self.world.main:
@@ -334,8 +355,8 @@ class Training:
                  f"loss {row['loss']:.4f} lr {row['lr']:.2e} norm {row['grad_norm']:.2f} "
                  f"{row['tokens_per_s']:,.0f} tok/s mfu {row['mfu']:.0%} {row['memory_gb']:.1f} GB "
                  f"eta {duration((last - self.step) * self.seconds_per_step)}"]
-        if "val_loss" in row:
-            parts.append(f"val_loss {row['val_loss']:.4f} val_bpb {row['val_bpb']:.4f}")
+        parts += [" ".join(f"{name} {row[name]:.4f}" for name in names)
+                  for names in (self.seen, [name for name in row if name.startswith("val_")]) if names]
         print(" · ".join(parts), flush=True)
         self.log.write(row)
         self.tracker.log(row)
@@ -348,14 +369,19 @@ class Training:
         if self.world.main:
             save_resume(self.resume_path, {
                 "settings": self.settings, "step": self.step, "tokens": self.tokens, "best": self.best,
-                "model": self.model.state_dict(), "scaler": self.scaler.state_dict(), "random": randomness,
+                "model": self._trained(), "scaler": self.scaler.state_dict(), "random": randomness,
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "tracker": self.tracker.run_id,
             })
 
     def _save_weight(self, name: str, row: dict) -> None:
         if self.world.main:
-            save_weight(self.model, name, self.args.save_dir, self.run_.tokenizer, **self.facts,
-                        tokens_seen=self.tokens, step=self.step, metrics=row)
+            self.save_weight(self.model, name, self.args.save_dir, self.run_.tokenizer, **self.facts,
+                             tokens_seen=self.tokens, step=self.step, metrics=row)
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """The parameters that change; the rest is in the parent's weight."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: p.detach() for name, p in named if p.requires_grad}
 
     def _resume(self) -> str | None:
         """Take up the saved state; → the tracker's run id."""
@@ -363,7 +389,7 @@ class Training:
         if state is None:
             self.run_.say(f"resume: no {self.resume_path.name} yet, starting from the beginning")
             return None
-        load_state(self.model, state["model"], self.resume_path)
+        load_state(self.model, self.model.state_dict() | state["model"], self.resume_path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
@@ -391,7 +417,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def compile_blocks(model: MiniMindForCausalLM, device: torch.device, say: Callable[[str], None]) -> None:
+def compile_blocks(model: nn.Module, device: torch.device, say: Callable[[str], None]) -> None:
     """torch.compile each block in place (one compilation serves all); stay eager where no compiler works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))

@@ -18,16 +18,15 @@ def flops_per_token(model: nn.Module, length: int) -> float:
     """Floating-point operations a token costs in training, forward and backward (Chowdhery et al. 2022, appendix B).
 
     6 a weight that takes part in a product (the head once, embedding look-ups none, of the experts the active ones),
-    and causal attention over `length` positions: half of 12 · layers · heads · head_dim · length.
+    4 if it is frozen, and causal attention over `length` positions: half of 12 · layers · heads · head_dim · length.
     """
     config = model.config
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and "embed_tokens" not in name)
-    weights += config.vocab_size * config.hidden_size * config.tie_word_embeddings
-    if config.use_moe:
-        experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-        weights -= experts * (1 - config.num_experts_per_tok / config.num_experts)
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return 6 * weights + 6 * attention
+    work = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    for name, p in model.named_parameters():
+        if p.dim() >= 2 and (config.tie_word_embeddings or "embed_tokens" not in name):
+            share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1
+            work += (6 if p.requires_grad else 4) * p.numel() * share
+    return work
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -85,8 +85,9 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0}]
     device = next(iter(trained.values())).device.type
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr, betas=(0.9, 0.95), fused=device in ("cuda", "cpu"))]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups := [group for group in groups if group["params"]]:
+        optimizers.append(torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=device in ("cuda", "cpu")))
     if hidden:
         optimizers.append(Muon([trained[key] for key in sorted(hidden)], lr, weight_decay, dtype=muon_dtype))
     return optimizers

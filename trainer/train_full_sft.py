@@ -1,6 +1,7 @@
 """Full supervised fine-tuning: learn to answer, from conversations; only what the assistant says is learned."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -9,7 +10,7 @@ if __name__ == "__main__":
 from dataset.lm_dataset import SFTDataset
 from model.errors import run_main
 from model.weights import ROOT
-from trainer.arguments import read, share, stage_parser
+from trainer.arguments import amount, read, share, stage_parser
 from trainer.loop import Run
 from trainer.losses import next_token_loss
 
@@ -22,13 +23,17 @@ def main() -> None:
                         help="share of the conversations without a system prompt that get one")
     parser.add_argument("--empty_think_ratio", type=share, default=0.2,
                         help="share of the conversations that keep their empty think blocks")
+    parser.add_argument("--tag_loss_weight", type=amount, default=1.0,
+                        help="how often a think or tool tag counts in the loss; other tokens count once")
     args = read(parser)
     extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
         model = run.load_model()
         data = run.dataset(SFTDataset, args.data_path, **extras)
         val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
-        run.fit(model, data, next_token_loss, val_data)
+        weighted = args.tag_loss_weight != 1
+        loss = partial(next_token_loss, tag_weight=args.tag_loss_weight) if weighted else next_token_loss
+        run.fit(model, data, loss, val_data, **({"tag_loss_weight": args.tag_loss_weight} if weighted else {}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""The reward model: the decoder with one number as its head, read at the last token of a conversation."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from model.chat import PAD
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindModel, MiniMindPreTrainedModel
+
+
+class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
+    """Parameter names are those of transformers' Qwen3ForSequenceClassification with one label."""
+
+    def __init__(self, config: MiniMindConfig):
+        config = copy.copy(config)
+        config.tie_word_embeddings = False  # there is no output layer to tie
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+        nn.init.zeros_(self.score.weight)  # all answers start alike
+
+    @classmethod
+    def of(cls, decoder: MiniMindForCausalLM) -> "MiniMindForSequenceClassification":
+        """A new reward model on the blocks of `decoder`."""
+        model = cls(decoder.config)
+        model.model.load_state_dict(decoder.model.state_dict())
+        return model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                logits_at: Tensor | None = None, cu_seqlens: Tensor | None = None, **_) -> MoeCausalLMOutputWithPast:
+        """Rewards as `logits` [B, 1] at the last real token of each row, or [M, 1] at the flat indices `logits_at`."""
+        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, None, cu_seqlens)
+        if logits_at is None:
+            B, T = input_ids.shape
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            last = (real * torch.arange(T, device=real.device)).argmax(-1)
+            logits_at = last + T * torch.arange(B, device=last.device)
+        return MoeCausalLMOutputWithPast(aux_loss=aux_loss, logits=self.score(hidden.flatten(0, 1)[logits_at]))
+
+
+@torch.inference_mode()
+def rewards(model: MiniMindForSequenceClassification, conversations: list[list[int]], batch_size: int = 32) -> Tensor:
+    """The reward [conversations] fp32 of each conversation, given as ids up to the `<|im_end|>` of its last answer."""
+    by_length = sorted(range(len(conversations)), key=lambda i: len(conversations[i]))
+    result = torch.empty(len(conversations))
+    for begin in range(0, len(conversations), batch_size):
+        rows = by_length[begin:begin + batch_size]
+        longest = len(conversations[rows[-1]])
+        ids = torch.tensor([conversations[i] + [PAD] * (longest - len(conversations[i])) for i in rows])
+        real = torch.tensor([[1] * len(conversations[i]) + [0] * (longest - len(conversations[i])) for i in rows])
+        result[rows] = model(ids.to(model.device), real.to(model.device)).logits[:, 0].float().cpu()
+    return result

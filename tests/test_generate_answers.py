@@ -1,0 +1,136 @@
+"""Answers of a teacher behind HTTP, asked for with the real openai SDK: kept, resumed, and good to fine-tune on."""
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
+
+import pytest
+from lab import TOKENIZER
+
+from dataset.lm_dataset import SFTDataset
+from model.errors import run_main
+from scripts import generate_answers
+
+
+class Teacher(BaseHTTPRequestHandler):
+    """Answers with the last message in capitals; `asked` keeps what it heard; from request `fails_at` on it refuses."""
+
+    asked: list[dict] = []
+    fails_at, status = 10**9, 401
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(request)
+        failing = len(self.asked) > self.fails_at
+        said = request["messages"][-1]["content"].upper()
+        message = {"role": "assistant", "content": said, "reasoning_content": "hm"}
+        if request.get("tools"):
+            function = {"name": "clock", "arguments": '{"zone": "Asia/Seoul"}'}
+            message = {"role": "assistant", "content": None,
+                       "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "teacher",
+                 "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+        body = json.dumps({"error": {"message": "no such key"}} if failing else reply).encode()
+        self.send_response(self.status if failing else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def teacher():
+    kind = type("Teacher", (Teacher,), {"asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    kind.url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield kind
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def ask(teacher, tmp_path):
+    def run(rows: list[dict], **flags) -> list[dict]:
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = {"data_path": tmp_path / "in.jsonl", "out": tmp_path / "out.jsonl", "base_url": teacher.url, **flags}
+        with mock.patch.object(sys, "argv", ["", *(f"--{name}={value}" for name, value in flags.items())]):
+            run_main(generate_answers.main)
+        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    return run
+
+
+def row(text: str) -> dict:
+    return {"conversations": [{"role": "user", "content": text}, {"role": "assistant", "content": "无"}]}
+
+
+def test_the_answers_are_rows_to_fine_tune_on(ask, tmp_path, teacher):
+    rows = ask([row("one"), row("two"), row("one")])
+    assert sorted(each["conversations"][0]["content"] for each in rows) == ["one", "two"]
+    for each in rows:
+        question, answer = each["conversations"]
+        assert answer == {"role": "assistant", "content": question["content"].upper(), "reasoning_content": "hm"}
+    data = SFTDataset(tmp_path / "out.jsonl", TOKENIZER, 64, cache_dir=tmp_path)
+    assert data.meta["documents"] == 2 and all(len(request["messages"]) == 1 for request in teacher.asked)
+
+
+def test_tools_go_and_calls_come(ask, teacher):
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
+    call = [{"name": "clock", "arguments": {"zone": "Asia/Tokyo"}}]
+    messages = [{"role": "system", "content": "", "tools": json.dumps(tools)}, {"role": "user", "content": "time?"},
+                {"role": "assistant", "content": "", "tool_calls": json.dumps(call)},
+                {"role": "tool", "content": "12:00"}]
+    answered, = ask([{"conversations": messages}])
+    heard, = teacher.asked
+    asked, = heard["messages"][2]["tool_calls"]
+    assert heard["tools"] == tools and heard["messages"][3]["tool_call_id"] == asked["id"]
+    assert json.loads(asked["function"]["arguments"]) == call[0]["arguments"]
+    assert answered["conversations"][:4] == messages
+    assert answered["conversations"][4]["tool_calls"] == [{"name": "clock", "arguments": {"zone": "Asia/Seoul"}}]
+
+
+def test_a_run_that_ended_early_goes_on_and_asks_nothing_twice(ask, teacher, tmp_path, capsys):
+    rows = [row(str(number)) for number in range(9)]
+    teacher.fails_at = 4
+    with pytest.raises(SystemExit) as ended:
+        ask(rows, concurrency=1)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 1 and "no such key" in said and "4 answers are kept" in said and "run again" in said
+    with open(tmp_path / "out.jsonl", "a") as file:
+        file.write('{"conversations": [{"role": "us')  # killed while it wrote
+    teacher.fails_at, teacher.asked[:] = 10**9, []
+    assert sorted(int(each["conversations"][0]["content"]) for each in ask(rows)) == list(range(9))
+    assert len(teacher.asked) == 5
+    ask(rows)
+    assert len(teacher.asked) == 5
+
+
+def test_a_refused_prompt_is_counted_and_left_out(ask, teacher, capsys):
+    teacher.fails_at, teacher.status = 1, 400
+    assert len(ask([row("a"), row("b")], concurrency=1)) == 1
+    assert "refused 1 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows, flags, words", [
+    ([row("a"), {"conversations": []}], {}, ["in.jsonl:2:", "one or more"]),
+    ([{"conversations": [{"role": "assistant", "content": "a"}]}], {}, ["in.jsonl:1:", "not the user's"]),
+    ([row("a")], {"concurrency": 0}, ["--concurrency"]),
+])
+def test_mistakes_are_told_in_one_line_and_nothing_is_asked(ask, teacher, capsys, rows, flags, words):
+    with pytest.raises(SystemExit) as ended:
+        ask(rows, **flags)
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(said) == 1 and all(word in said[0] for word in words) and not teacher.asked
+
+
+def test_a_file_of_something_else_is_not_touched(ask, tmp_path, capsys):
+    (tmp_path / "out.jsonl").write_text('{"text": "precious"}\n')
+    with pytest.raises(SystemExit):
+        ask([row("a")])
+    assert "--out" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == '{"text": "precious"}\n'

@@ -1,0 +1,72 @@
+"""Distillation: learn from the whole distribution of a larger teacher, not only from the next token of the data."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from torch import nn
+
+from dataset.lm_dataset import SFTDataset
+from model.errors import UserError, run_main
+from model.weights import ROOT, fingerprint, load_folder, load_weight
+from trainer.arguments import amount, positive, read, share, stage_parser
+from trainer.loop import Run
+from trainer.losses import distillation_loss
+
+
+def load_teacher(run: Run) -> nn.Module:
+    """The frozen teacher: a weight of ours or a transformers folder, of the student's vocabulary."""
+    args, ours = run.args, run.tokenizer
+    if args.teacher_load_from == "model":
+        use_moe = None if args.teacher_use_moe is None else bool(args.teacher_use_moe)
+        teacher, _ = load_weight(args.from_teacher_weight, args.save_dir, args.teacher_hidden_size, use_moe, ours)
+        there, asked = teacher.config.num_hidden_layers, args.teacher_num_layers
+        if asked not in (None, there):
+            raise UserError(f"--teacher_num_layers {asked}, but weight {args.from_teacher_weight} has {there}")
+    else:
+        teacher, tokenizer = load_folder(args.teacher_load_from)
+        if tokenizer.token_bytes != ours.token_bytes or teacher.config.vocab_size != ours.vocab_size:
+            raise UserError(f"--teacher_load_from {args.teacher_load_from}: not the vocabulary of the student; let it "
+                            "write answers instead (scripts/generate_answers.py) and fine-tune on them")
+    return run.prepare(teacher).eval().requires_grad_(False)
+
+
+def main() -> None:
+    parser = stage_parser(
+        __doc__, data_path=str(ROOT / "dataset/sft_t2t_mini.jsonl"), from_weight="full_sft", save_weight="full_dist",
+        max_seq_len=340, batch_size=32, learning_rate=5e-6, epochs=6, wandb_project="MiniMind-Distillation")
+    for name, other, kind in (("student_hidden_size", "hidden_size", positive),
+                              ("student_num_layers", "num_hidden_layers", positive),
+                              ("student_use_moe", "use_moe", int), ("from_student_weight", "from_weight", str)):
+        parser.add_argument(f"--{name}", dest=other, type=kind, help=f"the same as --{other}")
+    parser.add_argument("--from_teacher_weight", default="full_sft", help="weight of the teacher")
+    parser.add_argument("--teacher_load_from", default="model", help="'model', or a transformers folder")
+    parser.add_argument("--teacher_hidden_size", type=positive, help="to choose between weights of one name")
+    parser.add_argument("--teacher_num_layers", type=positive, help="blocks the teacher must have")
+    parser.add_argument("--teacher_use_moe", type=int, choices=(0, 1), help="to choose between weights of one name")
+    parser.add_argument("--alpha", type=share, default=0.5, help="share of the data's own tokens in the loss")
+    parser.add_argument("--temperature", type=amount, default=1.5, help="softens both distributions")
+    parser.add_argument("--reverse_kl", type=int, choices=(0, 1), default=0,
+                        help="KL(student || teacher): seek a mode of the teacher's, do not cover all")
+    parser.add_argument("--system_prompt_ratio", type=share, default=0.2,
+                        help="share of the conversations without a system prompt that get one")
+    parser.add_argument("--empty_think_ratio", type=share, default=0.2,
+                        help="share of the conversations that keep their empty think blocks")
+    args = read(parser)
+    if not args.temperature:
+        raise UserError("--temperature 0 leaves no distribution to learn from; give more than 0")
+    extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
+    with Run(args) as run:
+        model, teacher = run.load_model(), load_teacher(run)  # in this order the seed gives a student of any teacher
+        data = run.dataset(SFTDataset, args.data_path, **extras)
+        val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
+        how = {"alpha": args.alpha, "temperature": args.temperature, "reverse": bool(args.reverse_kl)}
+        run.fit(model, data, partial(distillation_loss, teacher=teacher, **how), val_data,
+                teacher=fingerprint(teacher), **how)
+
+
+if __name__ == "__main__":
+    run_main(main)

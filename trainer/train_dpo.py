@@ -1,0 +1,75 @@
+"""DPO: prefer the chosen answer to the rejected one, without leaving the reference, the weight it starts from."""
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+import numpy as np
+import torch
+from torch import nn
+
+from dataset.lm_dataset import DPODataset
+from model.errors import UserError, run_main
+from model.weights import ROOT, fingerprint, save_atomically
+from trainer.arguments import amount, read, share, stage_parser
+from trainer.loop import Run, to_device
+from trainer.losses import PREFERENCES, answer_log_probs, dpo_loss
+
+
+@torch.no_grad()
+def reference_log_probs(run: Run, model: nn.Module, base: str, data: DPODataset) -> torch.Tensor:
+    """Σ log p of every answer under `model`, [documents] in the order of the rows; computed once, kept beside `data`.
+
+    In the precision and in the very blocks that the policy is trained with, so that their ratio starts at 1.
+    """
+    name = f"{data.plan_path.stem}_{base}_{run.device.type}_{str(run.dtype)[6:]}.pt"
+    path, world, B = data.plan_path.with_name(name), run.world, run.args.batch_size
+    if world.any(not path.exists()):
+        run.prepare(model)
+        began, mine = time.perf_counter(), {}
+        for begin in range(world.rank * B, len(data), world.size * B):
+            rows = np.arange(begin, begin + B)
+            rows[rows >= len(data)] = -1
+            with run.autocast():
+                mine[begin] = answer_log_probs(model, to_device(data.batch(rows), run.device))[0].cpu()
+        parts = {begin: part for rank in world.gather(mine) for begin, part in rank.items()}
+        if world.local_rank == 0:
+            save_atomically(torch.cat([parts[begin] for begin in sorted(parts)]), path)
+        world.gather(None)  # the others wait until it is there
+        seconds = time.perf_counter() - began
+        run.say(f"reference: {int(data.real.sum()):,} tokens of {data.path.name} in {seconds:.1f} s")
+    return torch.load(path, weights_only=True)
+
+
+def main() -> None:
+    parser = stage_parser(
+        __doc__, data_path=str(ROOT / "dataset/dpo.jsonl"), from_weight="full_sft", save_weight="dpo",
+        max_seq_len=1024, batch_size=4, learning_rate=1e-6, weight_decay=0.0, epochs=1, wandb_project="MiniMind-DPO")
+    parser.add_argument("--beta", type=amount, default=0.1, help="how much a log-ratio counts (simpo: 2 and more)")
+    parser.add_argument("--loss_type", choices=PREFERENCES, default="sigmoid",
+                        help="simpo: of mean log-probabilities, without a reference")
+    parser.add_argument("--label_smoothing", type=share, default=0.0, help="share of pairs taken for mislabelled")
+    parser.add_argument("--simpo_gamma", type=amount, default=0.5, help="margin that simpo wants")
+    args = read(parser)
+    if not args.beta:
+        raise UserError("--beta 0 learns nothing; give more than 0")
+    if args.label_smoothing and args.loss_type == "ipo":
+        raise UserError("--label_smoothing is not defined for --loss_type ipo; leave it out")
+    with Run(args) as run:
+        model = run.load_model()
+        base = fingerprint(model)
+        data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
+        for rows in filter(None, (data, val_data) if args.loss_type != "simpo" else ()):
+            rows.reference = reference_log_probs(run, model, base, rows)
+        how = {"kind": args.loss_type, "beta": args.beta, "label_smoothing": args.label_smoothing,
+               "gamma": args.simpo_gamma}
+        loss = partial(dpo_loss, **how)
+        run.fit(model, data, loss, val_data, val_loss=loss, base=base, **how)
+
+
+if __name__ == "__main__":
+    run_main(main)

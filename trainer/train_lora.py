@@ -1,0 +1,48 @@
+"""LoRA: fine-tune narrow branches beside a frozen model, from conversations; only the branches are saved."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from dataset.lm_dataset import SFTDataset
+from model.errors import run_main
+from model.model_lora import TARGETS, LoRA, adaptable, apply_lora, save_lora
+from model.weights import ROOT, fingerprint
+from trainer.arguments import amount, positive, read, share, stage_parser
+from trainer.loop import Run
+from trainer.losses import next_token_loss
+
+
+def main() -> None:
+    parser = stage_parser(
+        __doc__, data_path=str(ROOT / "dataset/lora_identity.jsonl"), from_weight="full_sft",
+        save_weight="lora_identity", max_seq_len=340, batch_size=32, learning_rate=1e-4, weight_decay=0.0, epochs=10,
+        wandb_project="MiniMind-LoRA")
+    parser.add_argument("--lora_name", dest="save_weight", help="name of the LoRA to write, as --save_weight")
+    parser.add_argument("--lora_rank", type=positive, default=LoRA.rank, help="width of the branches")
+    parser.add_argument("--lora_alpha", type=amount, default=LoRA.alpha, help="a branch counts alpha / rank times")
+    parser.add_argument("--lora_dropout", type=share, default=LoRA.dropout, help="share of a branch's inputs left out")
+    parser.add_argument("--lora_targets", default="all",
+                        help=f"names of layers, with commas between; all: what the model has of {', '.join(TARGETS)}")
+    parser.add_argument("--system_prompt_ratio", type=share, default=0.2,
+                        help="share of the conversations without a system prompt that get one")
+    parser.add_argument("--empty_think_ratio", type=share, default=0.2,
+                        help="share of the conversations that keep their empty think blocks")
+    args = read(parser)
+    extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
+    with Run(args) as run:
+        model = run.load_model()
+        there = [name for name in TARGETS if name in adaptable(model)]
+        targets = there if args.lora_targets == "all" else args.lora_targets.split(",")
+        lora = LoRA(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(targets), fingerprint(model))
+        apply_lora(model, lora)
+        data = run.dataset(SFTDataset, args.data_path, **extras)
+        val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
+        run.fit(model, data, next_token_loss, val_data, save=partial(save_lora, lora=lora), lora=vars(lora))
+
+
+if __name__ == "__main__":
+    run_main(main)

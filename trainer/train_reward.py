@@ -1,0 +1,34 @@
+"""A reward model: one number for a conversation, higher for the answers people chose (Bradley-Terry on DPO's rows)."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from dataset.lm_dataset import DPODataset
+from model.errors import run_main
+from model.model_reward import MiniMindForSequenceClassification
+from model.weights import ROOT, file_stem, fingerprint, save_folder
+from trainer.arguments import read, stage_parser
+from trainer.loop import Run
+from trainer.losses import reward_loss
+
+
+def main() -> None:
+    args = read(stage_parser(
+        __doc__, data_path=str(ROOT / "dataset/dpo.jsonl"), from_weight="full_sft", save_weight="reward",
+        max_seq_len=1024, batch_size=4, learning_rate=1e-5, epochs=1, wandb_project="MiniMind-Reward"))
+    with Run(args) as run:
+        decoder = run.load_model()
+        model = MiniMindForSequenceClassification.of(decoder)
+        data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
+        run.fit(model, data, reward_loss, val_data, val_loss=reward_loss, base=fingerprint(decoder))
+        if run.world.main:
+            folder = args.save_dir / file_stem(args.save_weight, model.config)
+            save_folder(model, folder, run.tokenizer, "SequenceClassification", num_labels=1)
+            run.say(f"train: {folder} opens with transformers' AutoModelForSequenceClassification")
+
+
+if __name__ == "__main__":
+    run_main(main)
