@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.chat import ChatTokenizer
 from model.errors import UserError, first_line
-from model.model_minimind import Experts, expert_product
+from model.model_minimind import Experts, Linear, expert_product
 from model.weights import OUT_DIR, find_weight, fingerprint, save_weight
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -112,7 +112,8 @@ def merge_lora(model: nn.Module, weight: float = 1.0) -> None:
     """W ← W + weight · alpha/rank · B·A, and the branches go, in place."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            with torch.device("meta"):
+                plain = Linear(layer.in_features, layer.out_features)
             plain.weight, plain.bias = layer.weight, layer.bias
             pairs = [(layer.weight, layer.lora_A, layer.lora_B)]
         elif isinstance(layer, LoRAExperts):

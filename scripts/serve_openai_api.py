@@ -296,6 +296,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--load_from", default="model",
                         help="'model': a weight of --save_dir; else a transformers folder (%(default)s)")
     parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
+    parser.add_argument("--lora_weight", help="name of a LoRA to add")
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
     model_flags(parser)
@@ -324,7 +325,7 @@ def main() -> None:
         use_moe = None if args.use_moe is None else bool(args.use_moe)
         model, tokenizer = load_for_inference(args.load_from, args.weight, args.save_dir, args.tokenizer,
                                               choose_device(args.device), args.hidden_size, use_moe,
-                                              args.inference_rope_scaling)
+                                              args.inference_rope_scaling, args.lora_weight)
         service = EngineThread(partial(Engine, model, tokenizer, args.max_batch, args.max_cache_tokens), args.max_queue)
         defaults = Defaults(args.model_name, args.max_new_tokens, args.temperature, args.top_p,
                             bool(args.open_thinking))

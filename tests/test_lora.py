@@ -11,6 +11,7 @@ import transformers
 from lab import DEADLINE, TOKENIZER, small_model
 from torch.testing import assert_close
 
+from model import weights
 from model.errors import UserError, run_main
 from model.model_lora import LoRA, adaptable, apply_lora, load_lora, lora_state, merge_lora, read_lora, save_lora
 from model.weights import fingerprint, load_for_inference, load_weight, qwen3_config, save_weight
@@ -87,7 +88,13 @@ def test_a_peft_adapter_comes_back_to_the_bit(tmp_path, options, targets):
     assert_close(state2, state, rtol=0, atol=0)
 
 
-def test_an_adapter_made_by_peft_is_read(tmp_path):
+@pytest.fixture
+def in_fp32(monkeypatch):
+    """Inference in full precision, also where the machine is faster in half."""
+    monkeypatch.setattr(weights, "inference_dtype", lambda device: torch.float32)
+
+
+def test_an_adapter_made_by_peft_is_read(tmp_path, in_fp32):
     base, ids = saved_pair(tmp_path, {}, DENSE), torch.randint(3, 6400, (1, 12))
     theirs = transformers.Qwen3ForCausalLM(qwen3_config(base.config))
     theirs.load_state_dict(base.state_dict())
@@ -124,7 +131,7 @@ def test_several_loras_merge_at_given_weights(tmp_path):
 
 
 @pytest.mark.parametrize("use_moe", [0, 1], ids=["dense", "moe"])
-def test_only_the_branches_learn_and_only_they_are_kept(lab, monkeypatch, use_moe):
+def test_only_the_branches_learn_and_only_they_are_kept(lab, monkeypatch, use_moe, in_fp32):
     lab, seen = lab().with_base(use_moe=bool(use_moe)), {}
     stem, options = "lora_identity_64" + "_moe" * use_moe, {"use_moe": bool(use_moe)}
 
