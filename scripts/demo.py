@@ -18,6 +18,7 @@ import torch
 
 from model.errors import UserError, run_main
 from model.weights import OUT_DIR, ROOT, cpu_has_bfloat16
+from scripts.draw_curves import draw_curves, read_log
 from trainer.arguments import Parser
 
 SAMPLE = ROOT / "dataset/sample"
@@ -38,10 +39,9 @@ class Stage:
     scored: tuple | None = ()  # flags that make score_sample.py answer with it; None: it does not answer
     hidden_size: int = HIDDEN_SIZE
 
-    def log(self) -> list[dict]:
-        """What the stage logged."""
-        text = (OUT_DIR / "logs" / f"{self.name}_{self.hidden_size}.jsonl").read_text("utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+    @property
+    def log(self) -> Path:
+        return OUT_DIR / "logs" / f"{self.name}_{self.hidden_size}.jsonl"
 
 
 PAIRS = ("--data_path", SAMPLE / "dpo.jsonl", "--val_data_path", SAMPLE / "dpo_val.jsonl", "--optimizer", "adamw",
@@ -87,25 +87,6 @@ def score(stage: Stage) -> dict[str, float]:
     return json.loads(target.read_text("utf-8"))
 
 
-def draw_curves(stages: list[Stage], target: Path) -> None:
-    """The loss of each stage over its steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.5), squeeze=False)
-    for axis, stage in zip(axes[0], stages, strict=True):
-        rows = stage.log()
-        for key, style in (("loss", "-"), ("val_loss", "o")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points, strict=True), style, label=key)
-        axis.set(title=stage.name, xlabel="step", ylabel="loss")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(target, dpi=110)
-
-
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every stage, not only the way to a chatting model")
@@ -123,7 +104,7 @@ def main() -> None:
         run("eval_llm.py", *SIZE, "--temperature", 0, "--prompt", question)
 
     curves = OUT_DIR / "demo.png"
-    draw_curves(stages, curves)
+    draw_curves([stage.log for stage in stages], curves)
     skills = list(scores[stages[0].name])
     print("\nheld-out cases answered exactly, after each stage (the sample world is synthetic):")
     print(f"{'':12}{'minutes':>9}" + "".join(f"{skill:>12}" for skill in skills))
@@ -131,7 +112,7 @@ def main() -> None:
         print(f"{name:13}{minutes[name]:8.1f}" + "".join(f"{of_stage[skill]:12.0%}" for skill in of_stage and skills))
     print("\nheld-out rows of each stage's own, at its end:")
     for stage in stages:
-        print(f"{stage.name:13} " + " ".join(f"{name} {value:.3f}" for name, value in stage.log()[-1].items()
+        print(f"{stage.name:13} " + " ".join(f"{name} {value:.3f}" for name, value in read_log(stage.log)[-1].items()
                                              if name.startswith("val_")))
     print(f"\nloss curves: {curves.relative_to(ROOT)}   talk to it: .venv/bin/python eval_llm.py"
           f"   ({(time.perf_counter() - began) / 60:.1f} minutes in all)")
