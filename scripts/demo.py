@@ -67,7 +67,7 @@ STAGES = (
     Stage("full_dist", "trainer/train_distillation.py", (*SMALL, "--teacher_hidden_size", HIDDEN_SIZE), False,
           SMALL[:2], 64),  # what small_sft is without a teacher
 )
-CHAT = ("你好！", "Who are you?", "9 + 5等于几？", "What is the colour of the ink cat?")
+CHAT = ("你好！", "Who are you?", "217 + 8等于多少？", "What is the colour of the ink cat?")
 
 
 def run(*command: object) -> None:
