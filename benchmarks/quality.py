@@ -22,7 +22,8 @@ from model.weights import ROOT
 from trainer.arguments import Parser, positive
 
 CHOICES = {  # name → the flags of train_pretrain.py that make each choice
-    "router": {"raw": ("--use_moe=1", "--norm_topk_prob=0"), "normalised": ("--use_moe=1", "--norm_topk_prob=1")},
+    "router": {"raw": ("--use_moe=1", "--norm_topk_prob=0", "--optimizer=muon"),
+               "normalised": ("--use_moe=1", "--norm_topk_prob=1", "--optimizer=muon")},
     "optimizer": {"adamw 1e-3": ("--optimizer=adamw", "--learning_rate=1e-3"),
                   "adamw 3e-3": ("--optimizer=adamw", "--learning_rate=3e-3"),
                   "muon 1e-3": ("--optimizer=muon", "--learning_rate=1e-3"),
