@@ -72,7 +72,7 @@ class MiniMindConfig(PretrainedConfig):
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
-        # False by measurement: docs/experiments.md, "router weight". Published weights were trained with True.
+        # False by measurement: docs/experiments.md, "Router weight". Published weights were trained with True.
         self.norm_topk_prob = norm_topk_prob
         self.router_aux_loss_coef = router_aux_loss_coef
         self.initializer_range = initializer_range
