@@ -69,7 +69,7 @@ class PromptDataset:
 
 
 def truths_of(row: dict) -> list[str]:
-    """The values of `gt` as text: numbers stay as they are written. Raises ValueError when it is not a list of values."""
+    """The values of `gt` as text, numbers as they are written. Raises ValueError when it is not a list of values."""
     gt = row.get("gt", [])
     if not isinstance(gt, list) or not all(isinstance(value, (str, int, float)) for value in gt):
         raise ValueError('gt is a list of values, like ["42"]')

@@ -23,7 +23,7 @@ class Trajectory:
     prompt: Prompt
     ids: list[int] = field(default_factory=list)  # after the prompt
     sampled: list[bool] = field(default_factory=list)  # of each of `ids`: drawn from the policy, so to be trained
-    logprobs: list[float] = field(default_factory=list)  # nats, under the distribution each was drawn from; 0: not drawn
+    logprobs: list[float] = field(default_factory=list)  # nats, as each was drawn; 0 where nothing was
     finish_reason: str = ""  # "stop" or "length"
     answer: Answer = field(default_factory=Answer)  # the last turn, taken apart
 
