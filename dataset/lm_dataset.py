@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.packing import Rows, collate, cut_at_answers, pack, split_long
+from dataset.packing import Rows, collate, cut_at_answers, layout, pack, split_long
 from model.chat import BOS, EOS, ChatTokenizer, Piece, read_json, render
 from model.errors import UserError
 
@@ -334,14 +334,13 @@ class DPODataset(TokenDataset):
     def batch(self, wanted):
         """As ever, and of the D documents: `ends` [D], the flat index of the last position of each; `document` [M],
         which of them each of `logits_at` belongs to; `reference` [D], if it is set."""
-        batch, first = super().batch(wanted), self.rows.first
-        documents = [np.arange(first[row], first[row + 1]) if row >= 0 else np.arange(0) for row in wanted.tolist()]
-        ends = np.concatenate([b * self.row_length + np.cumsum(self.rows.length[inside], dtype=np.int64)
-                               for b, inside in enumerate(documents)])
+        batch = super().batch(wanted)
+        documents, begins = layout(self.rows, wanted, self.row_length)
+        ends = begins + self.rows.length[documents]
         batch |= {"ends": torch.from_numpy(ends - 1),
                   "document": torch.from_numpy(np.searchsorted(ends, batch["logits_at"].numpy(), side="right"))}
         if self.reference is not None:
-            batch["reference"] = self.reference[torch.from_numpy(np.concatenate(documents))]
+            batch["reference"] = self.reference[torch.from_numpy(documents)]
         return batch
 
 

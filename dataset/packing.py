@@ -87,6 +87,14 @@ def cut_at_answers(start: np.ndarray, questions: np.ndarray, mask: np.ndarray, c
     return kept, answers_cut
 
 
+def layout(rows: Rows, wanted: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pieces in rows `wanted` (-1: an empty one), and where in the flattened [len(wanted), capacity] each begins."""
+    inside = [np.arange(rows.first[row], rows.first[row + 1]) if row >= 0 else np.arange(0) for row in wanted.tolist()]
+    begins = [b * capacity + np.cumsum(rows.length[pieces], dtype=np.int64) - rows.length[pieces]
+              for b, pieces in enumerate(inside)]
+    return np.concatenate(inside), np.concatenate(begins)
+
+
 def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray | None, capacity: int,
             max_pieces: int) -> dict[str, torch.Tensor]:
     """Rows `wanted` → a batch: what `MiniMindForCausalLM.forward` takes, and `targets` [M] at its `logits_at` [M].

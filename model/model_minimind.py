@@ -331,7 +331,7 @@ class MoEFeedForward(nn.Module):
             weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
         chosen_NE = torch.zeros_like(probability_NE).scatter(1, expert_NK, 1.0)
         share = torch.ones_like(chosen_NE[:, 0]) if real is None else real.reshape(-1).to(chosen_NE.dtype)
-        share = share / share.sum()
+        share = share / share.sum().clamp(min=1)  # a row may be all padding
         balance = torch.stack((share @ chosen_NE, share @ probability_NE))
         return self.experts(x_ND, expert_NK, weight_NK).view_as(x).to(x.dtype), balance
 

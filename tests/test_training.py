@@ -26,10 +26,10 @@ from model.errors import UserError
 from model.weights import find_weight, load_weight, save_weight
 from trainer import loop, train_full_sft, train_pretrain
 from trainer.distributed import World
-from trainer.loop import RowStream
 from trainer.losses import MODEL_INPUTS, Loss, balancing, next_token_loss
 from trainer.metrics import MetricsLog, flops_per_token
 from trainer.optimizer import Muon, learning_rate, make_optimizers
+from trainer.stream import RowStream
 
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 
@@ -274,6 +274,8 @@ def test_two_ranks_are_one_rank(lab, rows, micro_steps):
 class Rows:
     """A data set whose batches are the numbers of their rows."""
 
+    row_length, folder, units, real = 4, Path("rows"), np.ones(10), np.ones(10)
+
     def __len__(self):
         return 10
 
@@ -282,14 +284,15 @@ class Rows:
 
 
 def row_stream(ranks: int, rank: int = 0, **settings) -> RowStream:
-    args = SimpleNamespace(**{"seed": 3, "batch_size": 2, "accumulation_steps": 4, "epochs": 4, **settings})
+    args = SimpleNamespace(**{"seed": 3, "batch_size": 2, "accumulation_steps": 4, "epochs": 4, "packing": 1,
+                              **settings})
     return RowStream(Rows(), args, World(rank, ranks))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(ranks):
     for step in range(5):
-        shares = [list(row_stream(ranks, rank).batches(step)) for rank in range(ranks)]
+        shares = [list(row_stream(ranks, rank).take(step).batches) for rank in range(ranks)]
         assert [len(share) for share in shares] == [4 // ranks] * ranks
         together = [row for micro_step in zip(*shares, strict=True) for batch in micro_step for row in batch]
         assert together == row_stream(1).rows(step).tolist()
@@ -314,7 +317,7 @@ def test_micro_batches_are_never_larger_than_batch_size():
     for batch_size, accumulation, ranks in itertools.product((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 4)):
         if batch_size * accumulation % ranks == 0:
             stream = row_stream(ranks, batch_size=batch_size, accumulation_steps=accumulation)
-            assert max(map(len, stream.batches(0))) <= batch_size
+            assert max(map(len, stream.take(0).batches)) <= batch_size
 
 
 # -- the optimizers ----------------------------------------------------------------------------------------------------

@@ -54,19 +54,23 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
                        help="MoE: weights of the chosen experts sum to 1 (0 for a new model, 1 in the published ones)")
 
 
-def stage_parser(description: str, **defaults) -> Parser:
-    """The flags of a training stage; `defaults` are the stage's own values for them."""
+def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
+    """The flags of a training stage; `defaults` are the stage's own values for them.
+
+    `packs`: whether it learns from rows of a file, tokenised once and packed (online RL samples its rows).
+    """
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", help="training rows, .jsonl or .jsonl.gz")
     data.add_argument("--val_data_path", help="rows to validate on; the best weights are kept as {save_weight}_best")
     data.add_argument("--max_seq_len", type=positive, help="tokens in a row")
-    data.add_argument("--packing", type=int, choices=(0, 1), default=1,
-                      help="fill rows with several documents (else pad)")
+    if packs:
+        data.add_argument("--packing", type=int, choices=(0, 1), default=1,
+                          help="fill rows with several documents (else pad)")
+        data.add_argument("--num_workers", type=natural, default=0, help="threads that tokenise (0: one a core)")
+        data.add_argument("--cache_dir", default=str(CACHE_DIR), help="folder of tokenised data")
     data.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0,
                       help="leave bad rows out instead of stopping")
-    data.add_argument("--num_workers", type=natural, default=0, help="threads that tokenise (0: one a core)")
-    data.add_argument("--cache_dir", default=str(CACHE_DIR), help="folder of tokenised data")
     data.add_argument("--tokenizer", default=str(TOKENIZER_DIR), help="folder of the tokenizer")
 
     model_flags(parser)
@@ -108,9 +112,30 @@ def stage_parser(description: str, **defaults) -> Parser:
     return parser
 
 
+def rl_parser(description: str, **defaults) -> Parser:
+    """The flags of an online RL stage."""
+    parser = stage_parser(description, packs=False, **defaults)
+    group = parser.add_argument_group("rollouts (batch_size x accumulation_steps prompts each)")
+    group.add_argument("--max_gen_len", type=positive, default=1024, help="longest answer, in tokens")
+    group.add_argument("--num_generations", type=positive, default=6, help="answers to a prompt")
+    group.add_argument("--temperature", type=amount, default=1.0, help="of sampling, and of every log-probability")
+    group.add_argument("--thinking_ratio", type=share, default=0.9, help="share of the prompts that ask for thinking")
+    group.add_argument("--update_epochs", type=positive, default=1, help="times a rollout is learned from")
+    group.add_argument("--mini_batches", type=positive, default=1, help="optimizer steps in each of these")
+    group.add_argument("--target_kl", type=amount, default=0.0,
+                       help="stop learning from a rollout once the policy has moved so far, in nats a token (0: never)")
+    group.add_argument("--is_cap", type=amount, default=0.0,
+                       help="weigh a token by what the sampler's rounding did to it, at most so much (0: do not)")
+    group.add_argument("--show_samples", type=natural, default=0, help="print so many answers a rollout, coloured by "
+                       "the advantage of each token")
+    return parser
+
+
 def read(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse, and make the paths absolute, so that nothing depends on the current directory later."""
     args = parser.parse_args(argv)
+    if getattr(args, "temperature", 1.0) == 0:
+        parser.error("--temperature 0 leaves no distribution to learn from; give more than 0")
     for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir"):
         value = getattr(args, name, None)
         setattr(args, name, Path(value).expanduser().absolute() if value else None)

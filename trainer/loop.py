@@ -20,15 +20,17 @@ import torch
 from torch import nn
 
 from dataset.lm_dataset import TokenDataset
+from dataset.prompts import PromptDataset
 from model.chat import ChatTokenizer
 from model.errors import Failure, UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.weights import cpu_has_bfloat16, file_stem, load_state, load_weight, save_weight
 from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
-from trainer.distributed import World, joined, wrap
+from trainer.distributed import joined, wrap
 from trainer.losses import MODEL_INPUTS, Loss
 from trainer.metrics import MetricsLog, Tracker, duration, flops_per_token, peak_flops, peak_memory
 from trainer.optimizer import learning_rate, make_optimizers
+from trainer.stream import RowStream
 
 LossFunction = Callable[[nn.Module, dict[str, torch.Tensor]], Loss]
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -38,40 +40,6 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 class Diverged(Failure):
     """The loss or a gradient is not a number any more."""
-
-
-class RowStream:
-    """The order of a data set's rows: one random permutation an epoch after the other, cut into steps.
-
-    Step s takes rows [s·G, (s+1)·G) of that stream, whatever the number of ranks, and every step is whole.
-    """
-
-    def __init__(self, dataset: TokenDataset, args, world: World):
-        self.dataset, self.seed, self.world = dataset, args.seed, world
-        self.rows_per_step = args.batch_size * args.accumulation_steps
-        if self.rows_per_step % world.size:
-            raise UserError(f"a step of {self.rows_per_step} rows (--batch_size x --accumulation_steps) cannot be "
-                            f"shared evenly by {world.size} ranks")
-        rows = self.rows_per_step // world.size
-        self.micro_steps = next(n for n in range(-(-rows // args.batch_size), rows + 1) if rows % n == 0)
-        self.steps = math.ceil(args.epochs * len(dataset) / self.rows_per_step)
-        self._epoch, self._order = -1, None
-
-    def rows(self, step: int) -> np.ndarray:
-        """The rows of step `step`, of all ranks."""
-        stream = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
-        epochs, places = np.divmod(stream, len(self.dataset))
-        return np.concatenate([self._permutation(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
-
-    def batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """This rank's micro-batches of step `step`."""
-        for rows in self.rows(step).reshape(self.micro_steps, self.world.size, -1)[:, self.world.rank]:
-            yield self.dataset.batch(rows)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        return self._order
 
 
 class Run:
@@ -92,7 +60,7 @@ class Run:
             if self.device.type == "cpu":
                 keep_freed_memory()
             self.tokenizer = ChatTokenizer(self.args.tokenizer)
-            if self.args.num_workers:
+            if getattr(self.args, "num_workers", 0):
                 os.environ["RAYON_NUM_THREADS"] = str(self.args.num_workers)
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
             self._exit = stack.pop_all()
@@ -141,6 +109,22 @@ class Run:
             self.say(f"data: {sentence}")
         return data
 
+    def prompts(self, path: Path | None) -> PromptDataset | None:
+        """The prompts of `path` for online RL; None without a path."""
+        if path is None:
+            return None
+        args = self.args
+        found = PromptDataset(path, self.tokenizer, args.max_seq_len, bool(args.skip_bad_rows), args.thinking_ratio,
+                              args.seed)
+        self.say(f"data: {path.name}: {len(found):,} prompts")
+        for sentence in found.report:
+            self.say(f"data: {sentence}")
+        return found
+
+    def frozen(self, model: nn.Module) -> nn.Module:
+        """`model` on the device, in evaluation mode, without gradients."""
+        return self.prepare(model).eval().requires_grad_(False)
+
     def autocast(self):
         """The context of a forward pass: half precision where the machine has units for it."""
         if self.dtype == torch.float32:
@@ -154,15 +138,19 @@ class Run:
             compile_blocks(model, self.device, self.say)
         return model.to(self.device)
 
-    def fit(self, model: nn.Module, data: TokenDataset, loss_function: LossFunction,
+    def fit(self, model: nn.Module, data: TokenDataset | RowStream, loss_function: LossFunction,
             val_data: TokenDataset | None = None, val_loss: LossFunction | None = None,
-            save: Callable = save_weight, **settings) -> None:
+            validate: Callable[[], dict] | None = None, save: Callable = save_weight,
+            lr_scales: dict[str, float] | None = None, **settings) -> None:
         """Train what of `model` wants a gradient on `data` as the flags say, and stop early and clean when asked to.
 
-        `val_loss`: what is averaged over the validation rows (the next-token loss, with bits a byte). `save` writes a
-        weight, called as `save_weight`. `settings`: what else must be the same when the run is resumed.
+        `data`: rows, or what has the methods of `RowStream`. `val_loss`: what is averaged over the validation rows (the
+        next-token loss, with bits a byte); `validate`: what else to measure, "val_…". `save` writes a weight, called as
+        `save_weight`. `lr_scales`: factors on the learning rate, by the beginning of a parameter's name. `settings`:
+        what else must be the same when the run is resumed.
         """
-        Training(self, model, data, loss_function, val_data, val_loss, save, settings).run()
+        stream = RowStream(data, self.args, self.world) if isinstance(data, TokenDataset) else data
+        Training(self, model, stream, loss_function, val_data, val_loss, validate, save, lr_scales, settings).run()
 
     # -- how it is done ------------------------------------------------------------------------------------------------
 
@@ -193,22 +181,21 @@ class Run:
 class Training:
     """The state of one `fit`: models, optimizers, place in the data, and what was counted since the last log line."""
 
-    def __init__(self, run: Run, model: nn.Module, data: TokenDataset, loss_function: LossFunction,
-                 val_data: TokenDataset | None, val_loss: LossFunction | None, save: Callable, settings: dict):
+    def __init__(self, run: Run, model: nn.Module, stream: RowStream, loss_function: LossFunction,
+                 val_data: TokenDataset | None, val_loss: LossFunction | None, validate: Callable[[], dict] | None,
+                 save: Callable, lr_scales: dict[str, float] | None, settings: dict):
         self.run_, self.args, self.world, self.device = run, run.args, run.world, run.device
-        self.data, self.val_data, self.loss_function = data, val_data, loss_function
-        self.val_loss, self.save_weight = val_loss or self._text_loss, save
+        self.stream, self.val_data, self.loss_function = stream, val_data, loss_function
+        self.val_loss, self.validate, self.save_weight = val_loss or self._text_loss, validate, save
         self.model = run.prepare(model)
-        self.stream = RowStream(data, run.args, run.world)
         self.optimizers = make_optimizers(model, run.args.optimizer, run.args.learning_rate, run.args.weight_decay,
-                                          run.dtype)
+                                          run.dtype, lr_scales)
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self.stem = file_stem(run.args.save_weight, model.config)
         self.resume_path = run.args.checkpoint_dir / f"{self.stem}_resume.pth"
         self.step, self.tokens, self.best, tracker_id = 0, 0, math.inf, None
-        names = ("epochs", "max_seq_len", "packing", "seed", "optimizer", "learning_rate")
-        self.settings = {"rows_per_step": self.stream.rows_per_step, "data": data.folder.name,
-                         **{name: getattr(run.args, name) for name in names}, **settings}
+        names = ("epochs", "max_seq_len", "seed", "optimizer", "learning_rate")
+        self.settings = {**stream.settings, **{name: getattr(run.args, name) for name in names}, **settings}
         if run.args.from_resume:
             tracker_id = self._resume()
         self.wrapped = wrap(model, run.world, run.device)
@@ -225,48 +212,49 @@ class Training:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         size = f"{f'{trained / 1e6:.2f} of ' if trained < total else ''}{total / 1e6:.2f} M parameters"
         say(f"train: {self.stem}, {size}, steps {self.step:,} to {last:,} of {self.stream.steps:,}, "
-            f"{self.stream.rows_per_step} rows a step on {self.world.size} x {self.device}, "
+            f"{self.stream} on {self.world.size} x {self.device}, "
             f"{str(self.run_.dtype)[6:]}")
         if self.step >= last:
             say("train: nothing left to do")
             return
         self.peak = peak_flops(self.device, self.run_.dtype) * self.world.size
-        self.flops = flops_per_token(self.model, self.data.row_length / 2)
+        self.flops = flops_per_token(self.model, self.stream.length / 2)
         self._start_interval()
-        while self.step < last:
+        stopping = ending = save_due = False
+        while not ending:
             self._take_step()
-            stopping = self.world.any(self.run_.stop_signal is not None)
-            ending = stopping or self.step == last
-            validating = self.val_data is not None and (
+            whole = self.stream.at_boundary
+            stopping |= self.world.any(self.run_.stop_signal is not None)
+            ending = whole and (stopping or self.step >= last)
+            validating = self._can_validate and (
                 ending or (args.eval_interval and self.step % args.eval_interval == 0))
             row = self._measure() if ending or validating or self.step % args.log_interval == 0 else {}
             if validating:
                 row |= self._validate()
             if row:
                 self._report(row, last)
-            if row.get("val_loss", math.inf) < self.best:
-                self.best = row["val_loss"]
+            if self._is_best(row):
                 self._save_weight(f"{args.save_weight}_best", row)
-            if ending or self.step % args.save_interval == 0:
+            save_due |= ending or self.step % args.save_interval == 0
+            if save_due and whole:
                 self._save(row)
+                save_due = False
             if row:
                 self._start_interval()
-            if stopping:
-                say(f"train: stopped by signal {self.run_.stop_signal or ''} after step {self.step:,}; "
-                    "--from_resume 1 goes on")
-                break
+        if stopping:
+            say(f"train: stopped by signal {self.run_.stop_signal or ''} after step {self.step:,}; "
+                "--from_resume 1 goes on")
         self.tracker.close()
 
     def _take_step(self) -> None:
         """One optimizer step over this rank's share of the global batch."""
-        units = int(self.data.units[self.stream.rows(self.step)].sum())
+        batches, micro_steps, units, tokens, noted = self.stream.take(self.step)
         warmup = math.ceil(self.args.warmup_ratio * self.stream.steps)
         self.lr = learning_rate(self.step, self.stream.steps, self.args.learning_rate, warmup)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.lr
-        micro_steps = self.stream.micro_steps
-        for number, batch in enumerate(self.stream.batches(self.step), 1):
+                group["lr"] = self.lr * group["lr_scale"]
+        for number, batch in enumerate(batches, 1):
             batch = to_device(batch, self.device)
             silent = nullcontext() if number == micro_steps or self.world.size == 1 else self.wrapped.no_sync()
             with silent:
@@ -293,13 +281,14 @@ class Training:
         self.scaler.update()
         self.step += 1
         self.units += units
-        tokens = int(self.data.real[self.stream.rows(self.step - 1)].sum())
+        for name, value in noted.items():
+            self.noted.setdefault(name, []).append(value)
         self.tokens += tokens
         self.interval_tokens += tokens
 
     def _start_interval(self) -> None:
         self.began, self.began_step, self.interval_tokens, self.units = time.perf_counter(), self.step, 0, 0
-        self.loss_sum, self.seen = torch.zeros((), device=self.device), {}
+        self.loss_sum, self.seen, self.noted = torch.zeros((), device=self.device), {}, {}
         self.healthy = torch.ones((), dtype=torch.bool, device=self.device)
 
     def _check(self) -> None:
@@ -314,15 +303,30 @@ class Training:
         loss = float(self.world.sum(self.loss_sum)) / max(self.units, 1)
         seen = {name: float(self.world.sum(value)) / max(self.units, 1) for name, value in self.seen.items()}
         seconds = time.perf_counter() - self.began
+        seen |= {name: sum(values) / len(values) for name, values in self.noted.items()}
         speed = self.interval_tokens / seconds
         self.seconds_per_step = seconds / max(self.step - self.began_step, 1)
-        epoch = self.step * self.stream.rows_per_step / len(self.data)
-        return {"step": self.step, "epoch": epoch, "tokens": self.tokens, "loss": loss, **seen, "lr": self.lr,
-                "grad_norm": float(self.grad_norm), "tokens_per_s": speed, "mfu": speed * self.flops / self.peak,
-                "memory_gb": peak_memory(self.device)}
+        return {"step": self.step, "epoch": self.stream.epoch(self.step), "tokens": self.tokens, "loss": loss, **seen,
+                "lr": self.lr, "grad_norm": float(self.grad_norm), "tokens_per_s": speed,
+                "mfu": speed * self.flops / self.peak, "memory_gb": peak_memory(self.device)}
+
+    @property
+    def _can_validate(self) -> bool:
+        return self.val_data is not None or self.validate is not None
+
+    def _validate(self) -> dict:
+        """What held-out rows say of the model."""
+        return (self._validate_rows() if self.val_data is not None else {}) | (self.validate() if self.validate else {})
+
+    def _is_best(self, row: dict) -> bool:
+        """Whether this row's validation is the best so far: the highest val_reward, or the lowest val_loss."""
+        score = -row["val_reward"] if "val_reward" in row else row.get("val_loss", math.inf)
+        better = score < self.best
+        self.best = min(score, self.best)
+        return better
 
     @torch.no_grad()
-    def _validate(self) -> dict:
+    def _validate_rows(self) -> dict:
         """The mean of the validation loss, and of what it has seen, over the units of the validation rows."""
         data, B, sums = self.val_data, self.args.batch_size, {}
         self.model.eval()
@@ -356,7 +360,7 @@ class Training:
                  f"{row['tokens_per_s']:,.0f} tok/s mfu {row['mfu']:.0%} {row['memory_gb']:.1f} GB "
                  f"eta {duration((last - self.step) * self.seconds_per_step)}"]
         parts += [" ".join(f"{name} {row[name]:.4f}" for name in names)
-                  for names in (self.seen, [name for name in row if name.startswith("val_")]) if names]
+                  for names in ([*self.seen, *self.noted], [name for name in row if name.startswith("val_")]) if names]
         print(" · ".join(parts), flush=True)
         self.log.write(row)
         self.tracker.log(row)
@@ -369,7 +373,8 @@ class Training:
         if self.world.main:
             save_resume(self.resume_path, {
                 "settings": self.settings, "step": self.step, "tokens": self.tokens, "best": self.best,
-                "model": self._trained(), "scaler": self.scaler.state_dict(), "random": randomness,
+                "stream": self.stream.state_dict(), "model": self._trained(), "scaler": self.scaler.state_dict(),
+                "random": randomness,
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "tracker": self.tracker.run_id,
             })
 
@@ -393,6 +398,7 @@ class Training:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
+        self.stream.load_state_dict(state["stream"])
         self.step, self.tokens, self.best = state["step"], state["tokens"], state["best"]
         if len(state["random"]) == self.world.size:
             restore_random_state(state["random"][self.world.rank])
@@ -403,7 +409,8 @@ class Training:
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """Copy without waiting: from pinned memory on CUDA."""
     if device.type == "cuda":
-        return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
+        return {key: value if value.is_cuda else value.pin_memory().to(device, non_blocking=True)
+                for key, value in batch.items()}
     return {key: value.to(device) for key, value in batch.items()}
 
 

@@ -128,3 +128,117 @@ def reward_loss(model: nn.Module, batch: dict[str, Tensor]) -> Loss:
     margin = reward[0::2] - reward[1::2]
     return Loss(-F.logsigmoid(margin).sum(), balancing(model, output.aux_loss),
                 {"accuracy": wins(margin), "margin": margin.sum()})
+
+
+# -- policy gradients: what was sampled is made likelier or less likely by its advantage -------------------------------
+# Per token of a batch [M]: `advantage`, `weight` (1, or 1 / length for means over sequences) and `sampled_logp`, the
+# log-probability it was drawn with; `old` and `reference`, log-probabilities before this rollout's updates and of the
+# reference, where they are needed. All at the temperature of sampling, over the whole vocabulary.
+
+POLICIES = ("grpo", "cispo", "gspo", "spo")
+
+
+def token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log p of each target [M] under softmax(logits / temperature), logits [M, V]."""
+    return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
+
+
+def group_advantages(rewards: Tensor, normalise: bool) -> Tensor:
+    """A = r - mean(r), and / std(r) if `normalise`, over the n answers to each prompt: rewards [G, n] → [G, n].
+
+    GRPO (Shao et al. 2024, section 4.1.2); without the division: Dr. GRPO (Liu et al. 2025).
+    """
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    return advantages / (rewards.std(1, keepdim=True) + 1e-4) if normalise else advantages
+
+
+def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
+    """Advantages [T] of one trajectory from the rewards and values [T] of its tokens; nothing follows the last.
+
+    A_t = δ_t + γλ·A_{t+1}, δ_t = r_t + γ·V_{t+1} - V_t (Schulman et al. 2016, eq. 16).
+    """
+    deltas = (rewards + gamma * F.pad(values[1:], (0, 1)) - values).tolist()
+    after = 0.0
+    for t in reversed(range(len(deltas))):
+        deltas[t] = after = deltas[t] + gamma * lam * after
+    return values.new_tensor(deltas)
+
+
+def k3(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Unbiased, never negative estimate of KL(p ‖ q) from samples of p: q/p - log(q/p) - 1 (Schulman 2020)."""
+    difference = log_q - log_p
+    return difference.exp() - difference - 1
+
+
+def policy_losses(new: Tensor, old: Tensor, advantage: Tensor, kind: str, low: float, high: float,
+                  document: Tensor | None = None) -> Tensor:
+    """The loss of each sampled token [M] from its log-probabilities now and before the update, with r = exp(new - old).
+
+    grpo, spo and PPO: -min(r·A, clip(r, 1 - low, 1 + high)·A) (Schulman et al. 2017, eq. 7; high ≠ low: DAPO, Yu et al.
+    2025, eq. 8). gspo: the same where r is the geometric mean of its sequence, `document` [M] (Zheng et al. 2025, eq.
+    5-7). cispo: -sg(min(r, high))·A·new: the weight is clipped, no token loses its gradient (MiniMax-M1 2025, eq. 4-5).
+    """
+    log_ratio = new - old
+    if kind == "cispo":
+        return -log_ratio.exp().clamp(max=high).detach() * advantage * new
+    if kind == "gspo":
+        count = document.bincount()
+        total = log_ratio.new_zeros(len(count)).index_add(0, document, log_ratio)
+        log_ratio = (total / count.clamp(min=1))[document]
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def policy_terms(new: Tensor, batch: dict[str, Tensor], kind: str, low: float, high: float, beta: float,
+                 is_cap: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ weight · (policy loss + beta · KL to the reference), and what to log, from the log-probabilities `new` [M].
+
+    Without `old` the policy has not moved since it sampled, so new is old. `is_cap`: the policy loss of a token is
+    multiplied by min(old / sampled, is_cap), which mends the sampler's rounding (Yao et al. 2025; 0: it is not).
+    """
+    old, weight = batch.get("old", new.detach()), batch["weight"]
+    losses = policy_losses(new, old, batch["advantage"], kind, low, high, batch["document"])
+    drift = old - batch["sampled_logp"]
+    if is_cap:
+        losses = losses * drift.exp().clamp(max=is_cap)
+    ratio = (new - old).detach().exp()
+    seen = {"entropy": -weight * new.detach(), "mismatch": weight * drift.abs(),
+            "approx_kl": weight * k3(old, new.detach()),
+            "clipped": weight * ((ratio > 1 + high) | (ratio < 1 - low) if kind != "cispo" else ratio > high)}
+    if "reference" in batch:
+        kl = k3(new, batch["reference"])
+        losses = losses + beta * kl
+        seen["kl"] = weight * kl.detach()
+    return (weight * losses).sum(), {name: value.sum() for name, value in seen.items()}
+
+
+def policy_loss(model: nn.Module, batch: dict[str, Tensor], kind: str, low: float, high: float, beta: float,
+                is_cap: float, temperature: float) -> Loss:
+    """One of POLICIES over the sampled tokens of a batch."""
+    output = model(**{name: batch[name] for name in MODEL_INPUTS})
+    new = token_log_probs(output.logits, batch["targets"], temperature)
+    total, seen = policy_terms(new, batch, kind, low, high, beta, is_cap)
+    return Loss(total, balancing(model, output.aux_loss), seen)
+
+
+def value_losses(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """½ max((V - R)², (clip(V, V_old ± clip) - R)²) of each token [M], as in OpenAI's baselines; clip 0: ½ (V - R)²."""
+    losses = (values - returns) ** 2
+    if clip:
+        losses = torch.maximum(losses, (old + (values - old).clamp(-clip, clip) - returns) ** 2)
+    return losses / 2
+
+
+def ppo_loss(model: nn.Module, batch: dict[str, Tensor], epsilon: float, value_clip: float, value_coef: float,
+             is_cap: float, temperature: float) -> Loss:
+    """PPO of an actor and its critic (Schulman et al. 2017, eq. 9): Σ policy loss + value_coef · value loss.
+
+    `model` gives logits and values [M]; of each token `value` was the critic's before the update, `returns` its target.
+    The KL to the reference is part of the rewards, so here it is only logged.
+    """
+    output, values = model(**{name: batch[name] for name in MODEL_INPUTS})
+    new = token_log_probs(output.logits, batch["targets"], temperature)
+    total, seen = policy_terms(new, batch, "ppo", epsilon, epsilon, 0.0, is_cap)
+    of_value = (batch["weight"] * value_losses(values, batch["value"], batch["returns"], value_clip)).sum()
+    seen["value_loss"] = of_value.detach()
+    return Loss(total + value_coef * of_value, balancing(model, output.aux_loss), seen)

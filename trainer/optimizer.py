@@ -73,21 +73,28 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
-                    muon_dtype: torch.dtype = torch.bfloat16) -> list[torch.optim.Optimizer]:
+                    muon_dtype: torch.dtype = torch.bfloat16,
+                    lr_scales: dict[str, float] | None = None) -> list[torch.optim.Optimizer]:
     """`adamw`: one fused AdamW (Loshchilov & Hutter 2019), decay on matrices only.
 
-    `muon`: Muon for the matrices of the blocks, AdamW for embeddings, router and norms.
+    `muon`: Muon for the matrices of the blocks, AdamW for embeddings, router and norms. A parameter whose name begins
+    with a key of `lr_scales` learns so many times as fast; each group's factor is its "lr_scale".
     """
+    def scale_of(name: str) -> float:
+        return next((scale for start, scale in (lr_scales or {}).items() if name.startswith(start)), 1.0)
+
     trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
     hidden = {key for key, p in trained.items()
               if name == "muon" and p.dim() >= 2 and ".layers." in key and not key.endswith("mlp.gate.weight")}
-    matrices = [p for key, p in trained.items() if key not in hidden and p.dim() >= 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay},
-              {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0}]
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = defaultdict(list)
+    for key, p in trained.items():
+        groups[key in hidden, weight_decay if p.dim() >= 2 else 0.0, scale_of(key)].append(p)
+    plain, orthogonal = ([{"params": parameters, "weight_decay": decay, "lr_scale": scale}
+                          for (muon, decay, scale), parameters in groups.items() if muon == of] for of in (False, True))
     device = next(iter(trained.values())).device.type
     optimizers: list[torch.optim.Optimizer] = []
-    if groups := [group for group in groups if group["params"]]:
-        optimizers.append(torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=device in ("cuda", "cpu")))
-    if hidden:
-        optimizers.append(Muon([trained[key] for key in sorted(hidden)], lr, weight_decay, dtype=muon_dtype))
+    if plain:
+        optimizers.append(torch.optim.AdamW(plain, lr, betas=(0.9, 0.95), fused=device in ("cuda", "cpu")))
+    if orthogonal:
+        optimizers.append(Muon(orthogonal, lr, weight_decay, dtype=muon_dtype))
     return optimizers

@@ -31,7 +31,7 @@ def load_teacher(run: Run) -> nn.Module:
         if tokenizer.token_bytes != ours.token_bytes or teacher.config.vocab_size != ours.vocab_size:
             raise UserError(f"--teacher_load_from {args.teacher_load_from}: not the vocabulary of the student; let it "
                             "write answers instead (scripts/generate_answers.py) and fine-tune on them")
-    return run.prepare(teacher).eval().requires_grad_(False)
+    return run.frozen(teacher)
 
 
 def main() -> None:
@@ -56,8 +56,6 @@ def main() -> None:
     parser.add_argument("--empty_think_ratio", type=share, default=0.2,
                         help="share of the conversations that keep their empty think blocks")
     args = read(parser)
-    if not args.temperature:
-        raise UserError("--temperature 0 leaves no distribution to learn from; give more than 0")
     extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
         model, teacher = run.load_model(), load_teacher(run)  # in this order the seed gives a student of any teacher
