@@ -17,10 +17,11 @@ from torch import Tensor
 from dataset.prompts import Prompt
 from model.chat import CALL, END_CALL, END_THINK, EOS, ChatTokenizer
 from model.errors import Failure, UserError, first_line
+from trainer.reward_models import ForeignModel, Judge, OwnModel
 from trainer.rollout_engine import Trajectory
 
 Rule = Callable[[Prompt, Trajectory], float]
-Component = Callable[[list[Prompt], list[Trajectory]], list[float]]
+Component = Callable[[list[Prompt], list[Trajectory]], Tensor | list[float]]
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)\]])-)?(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?)")
 LENGTH_WINDOW = (4, 256)  # tokens of content that are neither too few nor too many
 REPEATED = 4  # tokens in a row that are a repetition when they come again
@@ -48,7 +49,7 @@ def exact(prompt: Prompt, trajectory: Trajectory) -> float:
     return hits / max(len(wanted), 1)
 
 
-def format_(prompt: Prompt, trajectory: Trajectory) -> float:
+def well_formed(prompt: Prompt, trajectory: Trajectory) -> float:
     """1 for an answer that ended by itself, whose thinking (if asked for) is closed and not empty and followed by
     content or calls, with no marker out of place and no call that cannot be read; else 0."""
     turn, answer = last_turn(trajectory), trajectory.answer
@@ -116,7 +117,7 @@ class Rewards:
         columns = torch.empty(len(prompts), len(self.components))
         for column, (name, component) in enumerate(self.components.items()):
             try:
-                columns[:, column] = torch.tensor(component(prompts, trajectories), dtype=torch.float32)
+                columns[:, column] = torch.as_tensor(component(prompts, trajectories), dtype=torch.float32)
             except Exception as error:
                 where, error = culprit(component, prompts, trajectories, error)
                 raise Failure(f"reward {name} failed on {where}: {first_line(error)}") from error
@@ -141,7 +142,7 @@ def culprit(component: Component, prompts: list[Prompt], trajectories: list[Traj
     return f"{prompts[0].where} and {len(prompts) - 1} others together", error
 
 
-def each(rule: Rule) -> Component:
+def one_by_one(rule: Rule) -> Component:
     return lambda prompts, trajectories: [rule(*pair) for pair in zip(prompts, trajectories, strict=True)]
 
 
@@ -149,12 +150,24 @@ def reward_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rewards")
     group.add_argument("--reward_mix", default="exact=1,format=0.5,length=0.1,repetition=0.5",
                        help="how much each component counts; those not named count 1")
+    group.add_argument("--reward_weight", help="add a reward weight of ours, by its name in --save_dir")
+    group.add_argument("--reward_model_path", help="add a reward model of transformers': a folder or a hub name")
+    group.add_argument("--trust_remote_code", type=int, choices=(0, 1), default=0,
+                       help="let that model run the code it brings")
+    group.add_argument("--judge_url", help="add a judge: an OpenAI-compatible endpoint, its key in OPENAI_API_KEY")
+    group.add_argument("--judge_model", default="minimind", help="name of the judge's model there")
 
 
 def make_rewards(args: argparse.Namespace, tokenizer: ChatTokenizer, device: torch.device) -> Rewards:
-    """The components that the flags ask for. Raises UserError for a --reward_mix that is none of them."""
-    rules = {"exact": exact, "format": format_, "length": length_rule(tokenizer), "repetition": repetition}
-    components = {name: each(rule) for name, rule in rules.items()}
+    """The components that the flags ask for: the rules, and `weight`, `model`, `judge`. Raises UserError."""
+    rules = {"exact": exact, "format": well_formed, "length": length_rule(tokenizer), "repetition": repetition}
+    components = {name: one_by_one(rule) for name, rule in rules.items()}
+    if args.reward_weight:
+        components["weight"] = OwnModel(args, tokenizer, device)
+    if args.reward_model_path:
+        components["model"] = ForeignModel(args.reward_model_path, bool(args.trust_remote_code), device)
+    if args.judge_url:
+        components["judge"] = Judge(args.judge_url, args.judge_model)
     return Rewards(components, read_mix(args.reward_mix, components))
 
 
