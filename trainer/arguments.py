@@ -131,6 +131,46 @@ def rl_parser(description: str, **defaults) -> Parser:
     return parser
 
 
+# of each loss: how far below and above 1 the ratio is clipped (cispo: the largest ratio), and how its paper averages
+POLICY_DEFAULTS = {"grpo": (0.2, 0.2, "sequence"), "gspo": (3e-4, 4e-4, "sequence"), "cispo": (0.0, 5.0, "token"),
+                   "spo": (0.2, 0.28, "token")}
+
+
+def policy_parser(description: str, **defaults) -> Parser:
+    """The flags of an online RL stage without a critic."""
+    parser = rl_parser(description, **defaults)
+    group = parser.add_argument_group("loss")
+    group.add_argument("--loss_type", choices=POLICY_DEFAULTS, default="grpo", help="spo takes one answer to a prompt")
+    group.add_argument("--beta", type=amount, default=0.1, help="of the KL to the weight it started from (0: no KL)")
+    group.add_argument("--epsilon", type=amount, help="clip the ratio at 1 - this (each loss has its own default)")
+    group.add_argument("--epsilon_high", type=amount, help="clip the ratio at 1 + this; cispo: at this")
+    group.add_argument("--aggregation", choices=("token", "sequence"),
+                       help="mean over all tokens, or over answers of the mean over their tokens (as published)")
+    group.add_argument("--scale_rewards", type=int, choices=(0, 1), default=1,
+                       help="divide by the spread of a prompt's rewards")
+    group.add_argument("--resample", type=int, choices=(0, 1), default=0,
+                       help="draw further prompts for those whose answers all score alike")
+    group.add_argument("--spo_half_life", type=amount, default=0.06,
+                       help="spo: KL a token after which a prompt's past rewards count half")
+    return parser
+
+
+def read_policy(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """As `read`, with what the chosen loss asks for."""
+    args = read(parser, argv)
+    low, high, aggregation = POLICY_DEFAULTS[args.loss_type]
+    args.epsilon = low if args.epsilon is None else args.epsilon
+    args.epsilon_high = high if args.epsilon_high is None else args.epsilon_high
+    args.aggregation = args.aggregation or aggregation
+    if args.loss_type == "spo":
+        args.num_generations = 1
+        if args.resample:
+            parser.error("--resample compares the answers to one prompt, of which --loss_type spo has one")
+    elif args.num_generations < 2:
+        parser.error(f"--num_generations {args.num_generations}: an answer is compared with others; give 2 or more")
+    return args
+
+
 def read(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse, and make the paths absolute, so that nothing depends on the current directory later."""
     args = parser.parse_args(argv)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.packing import collate, layout, pack
-from dataset.prompts import Prompt, PromptDataset
+from dataset.prompts import PromptDataset
 from model.chat import ChatTokenizer
 from model.errors import UserError
 from model.sampling import Sampling
@@ -24,23 +24,21 @@ from trainer.losses import MODEL_INPUTS, Loss, gae, group_advantages, k3, token_
 from trainer.rollout_engine import Trajectory, full_distribution
 from trainer.stream import Step, places
 
-Sampler = Callable[[list[Prompt], list[Sampling]], list[Trajectory]]
 MOST_DRAWS = 4  # of prompts, when groups without a difference are drawn again
 
 
 class Experience:
-    """Has the methods of `RowStream`. `sample` answers prompts, `rewards` scores the answers (see rewards.py).
+    """Has the methods of `RowStream`. `engine` answers prompts, `rewards` scores the answers.
 
     `reference`: the frozen model that KL is measured to, or None. `critic`: whether `model` is an actor with a critic,
     whose advantages go by token; `tracker`: SPO's memory. With neither, advantages are relative to the group's mean.
     """
 
-    def __init__(self, run, model: nn.Module, prompts: PromptDataset, sample: Sampler, rewards, max_length: int,
-                 reference: nn.Module | None = None, critic: bool = False, tracker: "ValueTracker | None" = None,
-                 after_update: Callable[[], None] | None = None):
+    def __init__(self, run, model: nn.Module, prompts: PromptDataset, engine, rewards,
+                 reference: nn.Module | None = None, critic: bool = False, tracker: "ValueTracker | None" = None):
         self.run, self.args, self.world, self.model = run, run.args, run.world, model
-        self.prompts, self.sample, self.rewards, self.reference = prompts, sample, rewards, reference
-        self.critic, self.tracker, self.after_update = critic, tracker, after_update
+        self.prompts, self.engine, self.rewards, self.reference = prompts, engine, rewards, reference
+        self.critic, self.tracker = critic, tracker
         args = self.args
         self.prompts_per_rollout = args.batch_size * args.accumulation_steps
         if self.prompts_per_rollout % self.world.size:
@@ -48,7 +46,7 @@ class Experience:
                             f"cannot be shared evenly by {self.world.size} ranks")
         if self.prompts_per_rollout * args.num_generations < args.mini_batches:
             raise UserError(f"--mini_batches {args.mini_batches}: a rollout has fewer answers")
-        self.length = max_length
+        self.length = args.max_seq_len + args.max_gen_len
         self.steps = (math.ceil(args.epochs * len(prompts) / self.prompts_per_rollout)
                       * args.update_epochs * args.mini_batches)
         self.settings = {name: getattr(args, name) for name in (
@@ -110,8 +108,7 @@ class Experience:
         args, began = self.args, time.perf_counter()
         if self.tracker:
             self.tracker.drift += self._drift()
-        if self.after_update:
-            self.after_update()
+        self.engine.update()
         groups = self._draw()
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         sampled = time.perf_counter()
@@ -152,7 +149,7 @@ class Experience:
         # a seed of its own for each place of the stream and each answer, on any number of ranks
         how = [full_distribution(args.max_gen_len, args.temperature, (args.seed * 1_000_003 + begin + i) * n + k)
                for i in mine for k in range(n)]
-        trajectories = self.sample(asked, how)
+        trajectories = self.engine.generate(asked, how)
         scores = self.rewards.score(asked, trajectories)
         self._own_tokens = sum(len(trajectory.ids) for trajectory in trajectories)
         groups = [Group(int(order[i]), trajectories[at * n:at * n + n], scores[at * n:at * n + n],
@@ -274,7 +271,7 @@ class Experience:
             "rollout_s": sampling, "scoring_s": preparing, "rollout_tokens_per_s": self._own_tokens / sampling,
         }
         for name, of_one in zip(self.rewards.names, scores.unbind(1), strict=True):
-            self._noted |= {name: float(of_one.mean()), f"{name}_std": float(of_one.std())}
+            self._noted |= {f"reward_{name}": float(of_one.mean()), f"reward_{name}_std": float(of_one.std())}
         if self.args.show_samples and self.world.main:
             for batch in self._minis[0][0][:1]:
                 for number in range(min(self.args.show_samples, int(batch["document"].max()) + 1)):
@@ -329,11 +326,15 @@ class ValueTracker:
             setattr(self, name, value)
 
 
-def held_out(run, model: nn.Module, prompts: PromptDataset, sample: Sampler, rewards) -> Callable[[], dict]:
+def held_out(run, prompts: PromptDataset | None, engine, rewards) -> Callable[[], dict] | None:
     """A validation: → {"val_reward", "val_…" of each component}, means over greedy answers to `prompts`."""
+    if prompts is None:
+        return None
+
     def validate() -> dict:
+        engine.update()
         mine = prompts.prompts[run.world.rank::run.world.size]
-        answers = sample(mine, [Sampling(run.args.max_gen_len, temperature=0)] * len(mine)) if mine else []
+        answers = engine.generate(mine, [Sampling(run.args.max_gen_len, temperature=0)] * len(mine)) if mine else []
         scores = rewards.score(mine, answers) if mine else torch.zeros(0, len(rewards.names))
         every = torch.cat(run.world.gather(scores))
         means = dict(zip(rewards.names, every.mean(0).tolist(), strict=True))

@@ -135,8 +135,6 @@ def reward_loss(model: nn.Module, batch: dict[str, Tensor]) -> Loss:
 # log-probability it was drawn with; `old` and `reference`, log-probabilities before this rollout's updates and of the
 # reference, where they are needed. All at the temperature of sampling, over the whole vocabulary.
 
-POLICIES = ("grpo", "cispo", "gspo", "spo")
-
 
 def token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log p of each target [M] under softmax(logits / temperature), logits [M, V]."""
@@ -214,7 +212,7 @@ def policy_terms(new: Tensor, batch: dict[str, Tensor], kind: str, low: float, h
 
 def policy_loss(model: nn.Module, batch: dict[str, Tensor], kind: str, low: float, high: float, beta: float,
                 is_cap: float, temperature: float) -> Loss:
-    """One of POLICIES over the sampled tokens of a batch."""
+    """`policy_terms` of the sampled tokens of a batch."""
     output = model(**{name: batch[name] for name in MODEL_INPUTS})
     new = token_log_probs(output.logits, batch["targets"], temperature)
     total, seen = policy_terms(new, batch, kind, low, high, beta, is_cap)

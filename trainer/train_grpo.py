@@ -1,0 +1,44 @@
+"""GRPO, CISPO, GSPO and SPO: learn from one's own answers; how much better than expected each was is its advantage."""
+
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from model.errors import run_main
+from model.weights import ROOT
+from trainer.arguments import policy_parser, read_policy
+from trainer.experience import Experience, ValueTracker, held_out
+from trainer.loop import Run
+from trainer.losses import policy_loss
+from trainer.rewards import make_rewards, reward_flags
+from trainer.rollout_engine import engine_flags, make_rollout_engine
+
+
+def main() -> None:
+    parser = policy_parser(
+        __doc__, data_path=str(ROOT / "dataset/rlaif.jsonl"), from_weight="full_sft", save_weight="grpo",
+        max_seq_len=768, batch_size=2, learning_rate=3e-7, weight_decay=0.0, epochs=1, log_interval=1,
+        save_interval=10, wandb_project="MiniMind-GRPO")
+    reward_flags(parser)
+    engine_flags(parser)
+    args = read_policy(parser)
+    with Run(args) as run:
+        model = run.prepare(run.load_model())
+        reference = run.frozen(copy.deepcopy(model)) if args.beta else None
+        prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
+        engine = make_rollout_engine(args, model, run.tokenizer, run.autocast())
+        rewards = make_rewards(args, run.tokenizer, run.device)
+        tracker = ValueTracker(len(prompts), args.spo_half_life) if args.loss_type == "spo" else None
+        rollouts = Experience(run, model, prompts, engine, rewards, reference, tracker=tracker)
+        how = {"kind": args.loss_type, "low": args.epsilon, "high": args.epsilon_high, "beta": args.beta,
+               "is_cap": args.is_cap}
+        loss = rollouts.watched(partial(policy_loss, **how, temperature=args.temperature))
+        run.fit(model, rollouts, loss, validate=held_out(run, val_prompts, engine, rewards), **how)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,82 @@
+"""PPO: an actor that answers, a critic that foresees the reward of each token, and steps that are not too large."""
+
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from torch import Tensor, nn
+
+from model.errors import run_main
+from model.model_minimind import MiniMindForCausalLM
+from model.model_reward import MiniMindForSequenceClassification
+from model.weights import ROOT, save_weight
+from trainer.arguments import amount, read, rl_parser, share
+from trainer.experience import Experience, held_out
+from trainer.loop import Run
+from trainer.losses import ppo_loss
+from trainer.rewards import make_rewards, reward_flags
+from trainer.rollout_engine import engine_flags, make_rollout_engine
+
+
+class ActorCritic(nn.Module):
+    """Two networks that are trained, wrapped and resumed as one. The critic starts on the actor's blocks."""
+
+    def __init__(self, actor: MiniMindForCausalLM):
+        super().__init__()
+        self.config, self.actor = actor.config, actor
+        self.critic = MiniMindForSequenceClassification.of(actor)
+
+    def forward(self, **inputs) -> tuple[object, Tensor]:
+        """The actor's output, and the value [M] of what is to come after each of `logits_at`."""
+        output, values = self.actor(**inputs), self.critic(**inputs)
+        if output.aux_loss is not None:
+            output.aux_loss = output.aux_loss + values.aux_loss
+        return output, values.logits.float()[:, 0]
+
+
+def save_actor(model: ActorCritic, *where, **facts) -> Path:
+    return save_weight(model.actor, *where, **facts)
+
+
+def main() -> None:
+    parser = rl_parser(
+        __doc__, data_path=str(ROOT / "dataset/rlaif.jsonl"), from_weight="full_sft", save_weight="ppo_actor",
+        max_seq_len=768, batch_size=4, num_generations=1, update_epochs=2, mini_batches=2, target_kl=0.25,
+        learning_rate=3e-7, weight_decay=0.0, epochs=1, log_interval=1, save_interval=10, wandb_project="MiniMind-PPO")
+    group = parser.add_argument_group("loss")
+    group.add_argument("--critic_learning_rate", type=amount, default=5e-7, help="peak, on the schedule of the actor's")
+    group.add_argument("--clip_epsilon", type=amount, default=0.2, help="clip the ratio at 1 +- this")
+    group.add_argument("--cliprange_value", type=amount, default=0.2, help="largest move of a value (0: no limit)")
+    group.add_argument("--vf_coef", type=amount, default=0.5, help="how much the value loss counts")
+    group.add_argument("--kl_coef", type=amount, default=0.02, help="of the KL to the start, which lowers the rewards")
+    group.add_argument("--gamma", type=share, default=1.0, help="discount a token")
+    group.add_argument("--lam", type=share, default=0.95, help="lambda of generalised advantage estimation")
+    reward_flags(parser)
+    engine_flags(parser)
+    parser.set_defaults(aggregation="token", resample=0)
+    args = read(parser)
+    if not args.learning_rate:
+        parser.error("--learning_rate 0 learns nothing; give more than 0")
+    with Run(args) as run:
+        actor = run.load_model()
+        reference = run.frozen(copy.deepcopy(actor)) if args.kl_coef else None
+        model = ActorCritic(actor)
+        run.prepare(model.actor), run.prepare(model.critic)
+        prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
+        engine = make_rollout_engine(args, actor, run.tokenizer, run.autocast())
+        rewards = make_rewards(args, run.tokenizer, run.device)
+        rollouts = Experience(run, model, prompts, engine, rewards, reference, critic=True)
+        how = {"epsilon": args.clip_epsilon, "value_clip": args.cliprange_value, "value_coef": args.vf_coef,
+               "is_cap": args.is_cap}
+        loss = rollouts.watched(partial(ppo_loss, **how, temperature=args.temperature))
+        run.fit(model, rollouts, loss, validate=held_out(run, val_prompts, engine, rewards), save=save_actor,
+                lr_scales={"critic.": args.critic_learning_rate / args.learning_rate}, **how,
+                **{name: getattr(args, name) for name in ("kl_coef", "gamma", "lam", "target_kl")})
+
+
+if __name__ == "__main__":
+    run_main(main)
