@@ -39,12 +39,13 @@ LANGS = ("en", "zh")
 SKILLS = ("facts", "arithmetic", "thinking", "dialogue", "identity", "tools")
 SFT_MIX = (20, 31, 17, 11, 4, 17)  # percent, in the order of SKILLS
 DPO_MIX = (20, 20, 10, 15, 10, 25)
+RLAIF_MIX = (10, 25, 0, 60, 5, 0)
 HELDOUT_PERCENT, VAL_PERCENT = 12, 6
 HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
     "pretrain": 4200, "pretrain_val": 100, "sft": 16500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
-    "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "agent_rl": 1500, "agent_rl_val": 100, "lora_identity": 300,
-    "lora_identity_val": 40}
+    "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "rlaif_val": 100, "agent_rl": 1500, "agent_rl_val": 100,
+    "lora_identity": 300, "lora_identity_val": 40}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 dumps = partial(json.dumps, ensure_ascii=False)
 
@@ -598,7 +599,8 @@ class World:
         return {"chosen": [*prompt, right], "rejected": [*prompt, bad]}
 
     def rlaif_row(self) -> Message:
-        case = self.case(self.rng.choice([skill for skill in SKILLS if skill != "tools"]))
+        """Mostly what fine-tuning leaves unfinished in a small model."""
+        case = self.case(self.rng.choices(SKILLS, RLAIF_MIX)[0])
         return {"conversations": [*case.messages[:-1], reply("无")], "gt": [case.value]}
 
     def agent_rl_row(self) -> Message:

@@ -30,7 +30,7 @@ def main() -> None:
         model = run.prepare(run.load_model())
         reference = run.frozen(copy.deepcopy(model)) if args.beta else None
         prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
-        engine = make_rollout_engine(args, model, run.tokenizer, run.autocast())
+        engine = make_rollout_engine(args, model, run.tokenizer, run.autocast(), run.world)
         rewards = make_rewards(args, run.tokenizer, run.device)
         tracker = ValueTracker(len(prompts), args.spo_half_life) if args.loss_type == "spo" else None
         rollouts = Experience(run, model, prompts, engine, rewards, reference, tracker=tracker)

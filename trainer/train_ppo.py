@@ -67,7 +67,7 @@ def main() -> None:
         model = ActorCritic(actor)
         run.prepare(model.actor), run.prepare(model.critic)
         prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
-        engine = make_rollout_engine(args, actor, run.tokenizer, run.autocast())
+        engine = make_rollout_engine(args, actor, run.tokenizer, run.autocast(), run.world)
         rewards = make_rewards(args, run.tokenizer, run.device)
         rollouts = Experience(run, model, prompts, engine, rewards, reference, critic=True)
         how = {"epsilon": args.clip_epsilon, "value_clip": args.cliprange_value, "value_coef": args.vf_coef,
