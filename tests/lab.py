@@ -25,13 +25,15 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "n
 FLAGS = {**SMALL, "max_seq_len": 64, "batch_size": 2, "accumulation_steps": 2, "dtype": "float32", "device": "cpu",
          "from_weight": "none", "log_interval": 1, "num_workers": 1}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+CLOCKS = ("tokens_per_s", "mfu", "memory_gb", "rollout_s", "scoring_s", "rollout_tokens_per_s")
 DEADLINE = 300  # seconds for another process, on a busy machine
 TOKENIZER = ChatTokenizer()
 
 
 def small_model(**options) -> MiniMindForCausalLM:
     return MiniMindForCausalLM(MiniMindConfig(**{**SMALL, **options}))
-KINDS = {"pretrain": "pretrain", "dpo": "dpo", "reward": "dpo"}  # of rows, by stage; the others take conversations
+KINDS = {"pretrain": "pretrain", "dpo": "dpo", "reward": "dpo", "grpo": "rlaif", "ppo": "rlaif",
+         "agent": "rlaif"}  # of rows, by stage; the others take conversations
 
 
 def write_rows(folder: Path) -> None:
@@ -51,7 +53,8 @@ def write_rows(folder: Path) -> None:
 
     rows = {"pretrain": [{"text": text(30)} for _ in range(40)], "pretrain_val": [{"text": text(30)} for _ in range(9)],
             "sft": [{"conversations": conversation(dice.randint(1, 2))} for _ in range(40)],
-            "dpo": [pair() for _ in range(40)]}
+            "dpo": [pair() for _ in range(40)],
+            "rlaif": [{"conversations": conversation(1), "gt": [str(dice.randrange(9))]} for _ in range(40)]}
     for name, content in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
 
@@ -66,6 +69,8 @@ class Lab:
         kind = KINDS.get(stage.__name__.removeprefix("trainer.train_"), "sft")
         flags = {"data_path": self.data / f"{kind}.jsonl", "cache_dir": self.data / "cache", "save_dir": self.out,
                  "checkpoint_dir": self.checkpoints, **FLAGS, **flags}
+        if kind == "rlaif":
+            flags = {name: value for name, value in flags.items() if name not in ("cache_dir", "num_workers")}
         return [f"--{name}={value}" if value is not True else f"--{name}" for name, value in flags.items()]
 
     def train(self, stage=train_pretrain, **flags) -> None:
@@ -97,7 +102,7 @@ class Lab:
     def log(self, stem: str = "pretrain_64") -> list[dict]:
         """The metrics, without what depends on the clock."""
         rows = map(json.loads, (self.out / "logs" / f"{stem}.jsonl").read_text().splitlines())
-        return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "mfu", "memory_gb")}
+        return [{key: value for key, value in row.items() if key not in CLOCKS}
                 for row in rows]
 
     def losses(self, stem: str = "pretrain_64") -> list[float]:

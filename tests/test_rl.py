@@ -1,0 +1,401 @@
+"""Online RL: losses against trl and by hand, rollouts → batches to the token, and whole stages on tiny models."""
+
+import itertools
+from collections import defaultdict
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from lab import DEADLINE, TOKENIZER, small_model
+from torch.testing import assert_close
+
+from dataset.prompts import Prompt, PromptDataset
+from model.chat import EOS
+from model.errors import UserError
+from trainer import losses, train_grpo, train_ppo
+from trainer.arguments import policy_parser, read_policy
+from trainer.distributed import World
+from trainer.experience import Experience, ValueTracker, coloured
+from trainer.losses import gae, group_advantages, k3, policy_losses, policy_terms, value_losses
+from trainer.rollout_engine import LocalEngine, Trajectory, full_distribution
+
+# -- the losses --------------------------------------------------------------------------------------------------------
+
+
+def random_case(documents: int = 5) -> tuple[dict, torch.Tensor]:
+    """A batch of what `policy_terms` reads, for documents of several lengths, and the new log-probabilities."""
+    count = torch.randint(1, 9, (documents,))
+    document = torch.arange(documents).repeat_interleave(count)
+    new = -3 * torch.rand(len(document), dtype=torch.float64)
+    batch = {"document": document, "old": new + 0.4 * torch.randn_like(new), "advantage": torch.randn_like(new),
+             "reference": new + 0.4 * torch.randn_like(new), "weight": torch.ones_like(new)}
+    batch["sampled_logp"] = batch["old"] + 0.2 * torch.randn_like(new)
+    batch["advantage"] = torch.randn(documents, dtype=torch.float64)[document]  # one a document
+    return batch, new.requires_grad_()
+
+
+def loss_of_trl(kind: str, level: str, batch: dict, new: torch.Tensor, low: float, high: float, beta: float,
+                is_cap: float) -> torch.Tensor:
+    """trl's GRPO loss on the same log-probabilities, padded."""
+    documents = int(batch["document"].max()) + 1
+    places = [(batch["document"] == d).nonzero()[:, 0] for d in range(documents)]
+    T = max(map(len, places))
+
+    def padded(flat: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.cat((flat[at], flat.new_zeros(T - len(at)))) for at in places])
+
+    mask = padded(torch.ones_like(new))
+    trainer = mock.MagicMock()
+    trainer.configure_mock(
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta,
+        loss_type=kind, epsilon_low=low, epsilon_high=high, use_vllm=bool(is_cap), aux_loss_enabled=False,
+        vllm_importance_sampling_correction=bool(is_cap), current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False, _metrics=defaultdict(lambda: defaultdict(list)),
+        model=SimpleNamespace(training=True))
+    trainer.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
+    trainer.accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (padded(new), mask, None)
+    correction = (batch["old"] - batch["sampled_logp"]).exp().clamp(max=is_cap or 1.0)
+    ids = torch.zeros_like(mask).long()
+    inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask,
+              "advantages": torch.stack([batch["advantage"][at[0]] for at in places]),
+              "old_per_token_logps": padded(batch["old"]), "ref_per_token_logps": padded(batch["reference"]),
+              "importance_sampling_ratio": padded(correction), "num_items_in_batch": mask.sum()}
+    GRPOTrainer = pytest.importorskip("trl", reason="trl needs python 3.11").GRPOTrainer
+    return GRPOTrainer._compute_loss(trainer, None, inputs)
+
+
+@pytest.mark.parametrize("beta, is_cap", [(0.0, 0.0), (0.3, 0.0), (0.3, 1.1)])
+@pytest.mark.parametrize("kind, theirs, level, low, high, by_sequence", [
+    ("grpo", "grpo", "token", 0.2, 0.28, True), ("grpo", "dapo", "token", 0.2, 0.2, False),
+    ("spo", "dapo", "token", 0.2, 0.28, False), ("cispo", "cispo", "token", 0.0, 1.3, False),
+    ("gspo", "grpo", "sequence", 0.1, 0.2, True)])
+def test_the_loss_and_its_gradient_are_those_of_trl(kind, theirs, level, low, high, by_sequence, beta, is_cap):
+    batch, new = random_case()
+    units = len(new)
+    if by_sequence:
+        batch["weight"], units = 1 / batch["document"].bincount()[batch["document"]].double(), 5
+    ours = policy_terms(new, batch, kind, low, high, beta, is_cap)[0] / units
+    expected = loss_of_trl(theirs, level, batch, new, low, high, beta, is_cap)
+    assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+    for one, other in itertools.pairwise(torch.autograd.grad(loss, new, retain_graph=True)[0]
+                                         for loss in (ours, expected)):
+        assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_a_clipped_token_has_no_gradient_in_grpo_and_one_in_cispo():
+    new = torch.tensor([0.5], requires_grad=True)
+    for kind, expected in (("grpo", 0.0), ("cispo", -1.2)):
+        loss = policy_losses(new, torch.zeros(1), torch.ones(1), kind, 0.2, 0.2 if kind == "grpo" else 1.2)
+        assert float(torch.autograd.grad(loss.sum(), new)[0]) == pytest.approx(expected)
+
+
+def test_advantages_of_a_group_worked_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
+    assert group_advantages(rewards, False).tolist() == [[-2, -1, 3], [0, 0, 0]]
+    assert_close(group_advantages(rewards, True)[0], torch.tensor([-2.0, -1.0, 3.0]) / (7**0.5 + 1e-4))
+
+
+def test_gae_is_the_discounted_sum_of_its_deltas():
+    rewards, values, gamma, lam = torch.randn(7).double(), torch.randn(7).double(), 0.9, 0.8
+    deltas = [rewards[t] + (gamma * values[t + 1] if t < 6 else 0) - values[t] for t in range(7)]
+    expected = [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, 7)) for t in range(7)]
+    assert_close(gae(rewards, values, gamma, lam), torch.stack(expected))
+    whole = gae(rewards, values, 1.0, 1.0) + values  # λ = γ = 1: returns are sums of rewards
+    assert_close(whole, rewards.flip(0).cumsum(0).flip(0))
+
+
+def test_values_move_no_further_than_the_clip_and_k3_estimates_the_kl():
+    values, old, returns = torch.tensor([1.0, 0.1, 3.0]), torch.zeros(3), torch.tensor([2.0, 2.0, 0.0])
+    assert_close(value_losses(values, old, returns, 0.2), torch.tensor([1.8**2, 1.9**2, 9.0]) / 2)
+    assert_close(value_losses(values, old, returns, 0.0), torch.tensor([1.0, 1.9**2, 9.0]) / 2)
+    p, q = torch.randn(2, 5).log_softmax(-1)
+    assert_close((p.exp() * k3(p, q)).sum(), (p.exp() * (p - q)).sum())  # in expectation under p
+
+
+def test_spo_forgets_as_far_as_the_policy_has_drifted():
+    tracker = ValueTracker(3, half_life=0.1, smallest=0.25, largest=1.0)
+    assert tracker.values([0, 1]).tolist() == [0, 0]
+    tracker.update([0], torch.tensor([1.0]))
+    assert tracker.values([0, 1]).tolist() == [1, 1]  # a prompt never seen is worth the mean
+    tracker.drift += 0.1  # half: v = 1 + (0 - 1) / (0.5 · 1 + 1), n = 1.5
+    tracker.update([0], torch.tensor([0.0]))
+    assert_close(tracker.values([0]), torch.tensor([1 / 3]))
+    tracker.drift += 10.0  # all but the smallest share: n = 0.25 · 1.5 + 1
+    tracker.update([0], torch.tensor([1.0]))
+    assert_close(tracker.values([0]), torch.tensor([1 / 3 + (2 / 3) / 1.375]))
+    other = ValueTracker(3, 0.1, 0.25, 1.0)
+    other.load_state_dict(tracker.state_dict())
+    assert other.values([0, 1, 2]).tolist() == tracker.values([0, 1, 2]).tolist()
+
+
+# -- rollouts → batches ------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """An engine whose answers are made up, with observations in them, and which remembers what it was asked."""
+
+    def __init__(self):
+        self.asked: list[tuple] = []
+
+    def update(self) -> None:
+        pass
+
+    def generate(self, prompts, samplings) -> list[Trajectory]:
+        self.asked += zip(prompts, samplings, strict=True)
+        answers = []
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            dice = np.random.default_rng(sampling.seed)
+            ids = dice.integers(40, 6400, dice.integers(2, 20)).tolist() + [EOS]
+            sampled = (dice.random(len(ids)) < 0.8).tolist()[:-1] + [True]
+            logprobs = [-dice.random() if drawn else 0.0 for drawn in sampled]
+            answers.append(Trajectory(prompt, ids, sampled, logprobs, "stop"))
+        return answers
+
+
+class Seeded:
+    """Rewards that depend on the answer alone."""
+
+    names, weights = ["odd", "short"], torch.tensor([1.0, 0.5])
+
+    def score(self, prompts, trajectories) -> torch.Tensor:
+        return torch.tensor([[t.ids[0] % 2, 1 / len(t.ids)] for t in trajectories])
+
+    def total(self, scores) -> torch.Tensor:
+        return scores @ self.weights
+
+
+def experience(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: tuple = (), **options) -> Experience:
+    defaults = {"--batch_size": 2, "--accumulation_steps": 2, "--num_generations": 3, "--max_seq_len": 24,
+                "--max_gen_len": 24, "--beta": 0, "--device": "cpu"}
+    flags = [str(part) for pair in defaults.items() for part in pair] + [str(flag) for flag in flags]
+    args = read_policy(policy_parser("", data_path="x", from_weight="x", save_weight="x"), flags)
+    dice = np.random.default_rng(0)
+    prompts = [Prompt(dice.integers(40, 6400, dice.integers(3, 20)).tolist(), [], where=f"rows:{i}") for i in range(10)]
+    run = SimpleNamespace(args=args, world=World(rank, size), device=torch.device("cpu"), autocast=nullcontext,
+                          tokenizer=TOKENIZER)
+    return Experience(run, small_model(), prompts, engine or Scripted(), rewards or Seeded(), **options)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_a_batch_trains_what_was_sampled_with_its_own_numbers(aggregation):
+    engine = Scripted()
+    rollouts = experience(engine=engine, flags=("--aggregation", aggregation))
+    with mock.patch.object(Scripted, "generate", autospec=True, side_effect=Scripted.generate) as spy:
+        step = rollouts.take(0)
+    answers = spy.side_effect(Scripted(), *map(list, zip(*engine.asked, strict=True)))
+    assert len(answers) == 12
+    rewards = torch.stack([Seeded().total(Seeded().score(None, [answer])) for answer in answers]).view(4, 3)
+    advantages = group_advantages(rewards, True).flatten().tolist()
+    expected = sorted((token, round(logp, 6), round(advantage, 5),
+                       round(1 / sum(answer.sampled) if aggregation == "sequence" else 1.0, 6))
+                      for answer, advantage in zip(answers, advantages, strict=True)
+                      for token, drawn, logp in zip(answer.ids, answer.sampled, answer.logprobs, strict=True) if drawn)
+    names, digits = ("targets", "sampled_logp", "advantage", "weight"), (0, 6, 5, 6)
+    found = sorted(tuple(round(number, d) for number, d in zip(row, digits, strict=True)) for batch in step.batches
+                   for row in zip(*(batch[name].tolist() for name in names), strict=True))
+    assert len(found) == len(expected) and np.allclose(found, expected, atol=2e-5)
+    assert sum(EOS in batch["targets"] for batch in step.batches)  # the stop token is trained
+    assert step.units == (12 if aggregation == "sequence" else len(expected))
+    assert step.units == pytest.approx(sum(float(batch["weight"].sum()) for batch in step.batches))
+
+
+def test_each_answer_has_a_seed_of_its_own_and_each_rollout_new_ones():
+    engine = Scripted()
+    rollouts = experience(engine=engine)
+    rollouts.take(0), rollouts.take(1)
+    seeds = [sampling.seed for _, sampling in engine.asked]
+    assert len(set(seeds)) == len(seeds) == 24
+    for _, how in engine.asked:  # the policy is the whole distribution
+        assert (how.top_p, how.top_k, how.min_p, how.penalises, how.temperature) == (1, 0, 0, False, 1)
+    by_rank = []
+    for rank in range(2):
+        engine = Scripted()
+        alone = experience(2, rank, engine)
+        with mock.patch.object(World, "gather", lambda _, value: [value, value]):
+            alone.take(0)
+        by_rank.append({sampling.seed for _, sampling in engine.asked})
+    assert not by_rank[0] & by_rank[1] and by_rank[0] | by_rank[1] == set(seeds[:12])
+
+
+def test_what_is_known_before_the_update_is_exactly_what_the_update_starts_from():
+    rollouts = experience(flags=("--mini_batches", 2, "--update_epochs", 2), reference=small_model())
+    rollouts.reference.load_state_dict(rollouts.model.state_dict())
+    for number in range(4):
+        step = rollouts.take(number)
+        assert rollouts.at_boundary == (number == 3)
+        for batch in step.batches:
+            loss = losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.1, 0.0, 1.0)
+            assert float(loss.seen["approx_kl"]) == float(loss.seen["kl"]) == float(loss.seen["clipped"]) == 0
+    assert len(rollouts.engine.asked) == 12
+
+
+def test_groups_that_teach_nothing_are_counted_and_drawn_again():
+    class Often(Seeded):
+        def score(self, prompts, trajectories):
+            scores = super().score(prompts, trajectories)
+            return scores * torch.tensor([[int(p.where[-1]) % 2] for p in prompts])  # half of the prompts: all 0
+
+    rollouts = experience(rewards=Often(), flags=("--batch_size", 5))
+    assert 0.2 < rollouts.take(0).seen["alike"] < 0.8 and rollouts.cursor == 10
+    rollouts = experience(rewards=Often(), flags=("--resample", 1))
+    step = rollouts.take(0)
+    assert rollouts.cursor > 4 and step.units == 12
+    assert all(int(batch["advantage"].count_nonzero()) == len(batch["advantage"]) for batch in step.batches)
+
+
+def test_learning_from_a_rollout_ends_when_the_policy_has_moved_too_far():
+    rollouts = experience(flags=("--update_epochs", 4, "--target_kl", 0.01))
+    moved = rollouts.watched(lambda *_: losses.Loss(torch.zeros(()), seen={"approx_kl": torch.tensor(1000.0)}))
+    rollouts.take(0)
+    assert not rollouts.at_boundary
+    rollouts.take(1)
+    assert rollouts.rollouts == 1
+    moved(None, {})
+    rollouts.take(2)
+    assert rollouts.rollouts == 2
+
+
+def test_an_answer_is_shown_in_the_colours_of_its_advantages():
+    batch = {"document": torch.tensor([0, 1, 1]), "targets": torch.tensor([50, 60, EOS]),
+             "advantage": torch.tensor([9.0, 1.0, -1.0])}
+    shown = coloured(TOKENIZER, batch, 1)
+    assert shown.startswith("+0.00") and "\x1b[48;2;0;120;0m" in shown and "\x1b[48;2;120;0;0m<|im_end|>" in shown
+
+
+def test_scoring_computes_logits_of_answers_only_and_of_a_few_rows_at_a_time():
+    sizes = []
+    for prompts in (2, 8):
+        rollouts = experience(flags=("--accumulation_steps", prompts // 2, "--mini_batches", 2))
+        head = rollouts.model.lm_head
+        head.register_forward_hook(lambda _, __, logits: sizes.append(logits.numel()))
+        rollouts.take(0)
+    assert max(sizes) <= 2 * 48 * 6400  # batch_size rows, however many answers there are
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_drop_the_placeholder_and_ask_for_thinking_by_ratio(data):
+    for ratio in (0.0, 0.5, 1.0):
+        prompts = PromptDataset(data / "rlaif.jsonl", TOKENIZER, 64, thinking_ratio=ratio)
+        assert len(prompts) == 40 and all(prompt.messages[-1]["role"] == "user" for prompt in prompts.prompts)
+        assert abs(sum(prompt.thinking for prompt in prompts.prompts) / 40 - ratio) < 0.25
+    assert prompts[0].ids == TOKENIZER.prompt(prompts[0].messages, open_thinking=True) and len(prompts[0].gt) == 1
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"conversations": []}', "one or more"),
+    ('{"conversations": [{"role": "user", "content": "?"}], "gt": "5"}', "gt is"),
+    ("{", "JSON"), ('{"conversations": [{"role": "boss", "content": "?"}]}', "boss")])
+def test_a_bad_prompt_is_told_with_its_line(tmp_path, line, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"conversations": [{"role": "user", "content": "?"}]}\n' + line + "\n")
+    with pytest.raises(UserError, match=f"rows.jsonl:2: .*{words}"):
+        PromptDataset(path, TOKENIZER, 64)
+    assert len(PromptDataset(path, TOKENIZER, 64, skip_bad_rows=True)) == 1
+    with pytest.raises(UserError, match="too long"):
+        PromptDataset(path, TOKENIZER, 3, skip_bad_rows=True)
+
+
+# -- the stages --------------------------------------------------------------------------------------------------------
+
+RL = {"from_weight": "full_sft", "max_gen_len": 8, "num_generations": 3, "accumulation_steps": 1, "batch_size": 4,
+      "learning_rate": 1e-3, "warmup_ratio": 0, "thinking_ratio": 0.5, "max_steps": 4}
+STAGES = [(train_grpo, "grpo", {"beta": 0.1, "mini_batches": 2}),
+          (train_grpo, "grpo", {"loss_type": "spo", "batch_size": 6}),
+          (train_grpo, "grpo", {"loss_type": "cispo", "resample": 1, "is_cap": 2}),
+          (train_ppo, "ppo_actor", {"mini_batches": 2, "update_epochs": 1, "critic_learning_rate": 1e-3})]
+NAMES = ["grpo", "spo", "cispo", "ppo"]
+
+
+def with_base(place, **options):
+    torch.manual_seed(1)
+    return place.with_base(**options)
+
+
+@pytest.mark.parametrize("stage, name, flags", STAGES, ids=NAMES)
+def test_a_resumed_run_ends_as_the_whole_one_to_the_bit(lab, data, stage, name, flags):
+    whole, parts = with_base(lab("whole")), with_base(lab("parts"))
+    flags = {"stage": stage, **RL, **flags, "val_data_path": data / "rlaif.jsonl", "eval_interval": 2}
+    whole.train(**flags)
+    parts.train(**{**flags, "max_steps": 2})
+    parts.train(**flags, from_resume=1)
+    assert parts.state(f"{name}_64")["step"] == 4
+    assert parts.ended_like(whole, f"{name}_64")
+    log = whole.log(f"{name}_64")
+    assert log[0]["approx_kl"] == 0 and log[0].get("kl", 0) == 0  # ratio 1, KL 0 before the first update
+    assert log[0]["mismatch"] < 1e-5 and {"val_reward", "val_exact", "reward_format_std"} <= log[1].keys()
+    assert (whole.out / f"{name}_best_64.pth").exists()
+
+
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_two_ranks_are_one_rank(lab, data, use_moe):
+    for stage, name, flags in (STAGES[0], STAGES[3]):
+        if use_moe and stage is train_ppo:
+            continue
+        one, two = (with_base(lab(f"{place}_{name}"), use_moe=use_moe) for place in ("one", "two"))
+        flags = {"stage": stage, **RL, **flags, "val_data_path": data / "rlaif.jsonl"}
+        process = two.start(launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"), **flags)
+        out, err = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 0 and "on 2 x cpu" in out, err
+        one.train(**flags)
+        stem = f"{name}_64{'_moe' * use_moe}"
+        for ours, theirs in zip(one.log(stem), two.log(stem), strict=True):
+            assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        assert_close(two.state(stem)["model"], one.state(stem)["model"], rtol=0, atol=2e-4)
+
+
+def test_sampling_at_another_temperature_is_scored_at_that_temperature(lab):
+    place = with_base(lab())
+    place.train(train_grpo, **RL, temperature=0.5)
+    assert max(row["mismatch"] for row in place.log("grpo_64")) < 1e-5
+
+
+def test_a_policy_learns_what_is_rewarded():
+    """Answers that begin with an odd id: by chance a half, and nearly all after a few updates."""
+    rollouts = experience(flags=("--max_gen_len", 2, "--batch_size", 16, "--num_generations", 4))
+    rollouts.engine = LocalEngine(rollouts.model, TOKENIZER, nullcontext())
+    rollouts.rewards.names, rollouts.rewards.weights = ["odd", "short"], torch.tensor([1.0, 0.0])
+    optimizer = torch.optim.AdamW(rollouts.model.parameters(), 2e-3)
+    seen = []
+    for number in range(25):
+        step = rollouts.take(number)
+        seen.append(step.seen["reward_odd"])
+        for batch in step.batches:
+            loss = losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.0, 0.0, 1.0)
+            (loss.total / step.units).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert np.mean(seen[:3]) < 0.6 and np.mean(seen[-3:]) > 0.9
+
+
+def test_the_critic_is_the_decoder_with_one_norm_and_starts_at_zero(lab):
+    model = train_ppo.ActorCritic(small_model())
+    inputs = {"input_ids": torch.randint(40, 6400, (1, 9)), "logits_at": torch.arange(3, 9)}
+    output, values = model(**inputs)
+    assert output.logits.shape == (6, 6400) and values.tolist() == [0.0] * 6
+    torch.nn.init.normal_(model.critic.score.weight)
+    hidden = model.actor.model(inputs["input_ids"])[0][0, 3:]  # after its one norm; the blocks are still the actor's
+    assert_close(model(**inputs)[1], (hidden @ model.critic.score.weight[0]).detach(), check_stride=False)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"num_generations": 1}, ["--num_generations 1"]), ({"temperature": 0}, ["--temperature 0"]),
+    ({"mini_batches": 100}, ["--mini_batches 100"]), ({"loss_type": "spo", "resample": 1}, ["--resample"])])
+def test_what_cannot_be_learned_from_is_a_mistake(lab, capsys, flags, words):
+    with_base(lab()).fails(capsys, 2, *words, stage=train_grpo, **{**RL, **flags})
+
+
+def test_sampled_log_probabilities_are_those_of_the_whole_distribution():
+    model = small_model().eval()
+    prompts = [Prompt([40 + i, 50, 60], []) for i in range(3)]
+    engine = LocalEngine(model, TOKENIZER)
+    answers = engine.generate(prompts, [full_distribution(12, 0.7, i) for i in range(3)])
+    for answer in answers:
+        logits = model(torch.tensor([answer.tokens])).logits[0, 2:-1] / 0.7
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+        assert_close(torch.tensor(answer.logprobs), expected, rtol=1e-4, atol=1e-5)
