@@ -88,7 +88,7 @@ def cut_at_answers(start: np.ndarray, questions: np.ndarray, mask: np.ndarray, c
 
 
 def layout(rows: Rows, wanted: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces in rows `wanted` (-1: an empty one), and where in the flattened [len(wanted), capacity] each begins."""
+    """The pieces in rows `wanted` (-1: an empty one), and where in the flattened [rows, capacity] each begins."""
     inside = [np.arange(rows.first[row], rows.first[row + 1]) if row >= 0 else np.arange(0) for row in wanted.tolist()]
     begins = [b * capacity + np.cumsum(rows.length[pieces], dtype=np.int64) - rows.length[pieces]
               for b, pieces in enumerate(inside)]

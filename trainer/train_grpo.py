@@ -1,0 +1,51 @@
+"""GRPO, CISPO, GSPO and SPO: learn from one's own answers; how much better than expected each was is its advantage."""
+
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from trainer.rewards import make_rewards, reward_flags
+
+from model.errors import run_main
+from model.weights import ROOT
+from trainer.arguments import read, rl_parser
+from trainer.experience import Experience, ValueTracker, held_out
+from trainer.loop import Run
+from trainer.losses import policy_loss
+from trainer.rollout_engine import engine_flags, make_rollout_engine
+
+AGGREGATION = {"grpo": "sequence", "gspo": "sequence", "cispo": "token", "spo": "token"}  # as each was published
+
+
+def main() -> None:
+    parser = rl_parser(
+        __doc__, data_path=str(ROOT / "dataset/rlaif.jsonl"), from_weight="full_sft", save_weight="grpo",
+        max_seq_len=768, batch_size=2, learning_rate=3e-7, weight_decay=0.0, epochs=1, log_interval=1,
+        save_interval=10, wandb_project="MiniMind-GRPO")
+    policy_flags(parser)
+    reward_flags(parser)
+    engine_flags(parser)
+    args = read(parser)
+    check_policy(args)
+    with Run(args) as run:
+        model = run.load_model()
+        prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
+        reference = run.frozen(copy.deepcopy(model)) if args.beta else None
+        engine = make_rollout_engine(args, run.prepare(model), run.tokenizer, run.autocast())
+        rewards = make_rewards(args, run.tokenizer, run.device)
+        tracker = ValueTracker(len(prompts), args.spo_half_life) if args.loss_type == "spo" else None
+        rollouts = Experience(run, model, prompts, engine.generate, rewards, args.max_seq_len + args.max_gen_len,
+                              reference, tracker=tracker, after_update=engine.update)
+        how = {"kind": args.loss_type, "low": args.epsilon, "high": args.epsilon_high, "beta": args.beta,
+               "is_cap": args.is_cap}
+        loss = rollouts.watched(partial(policy_loss, **how, temperature=args.temperature))
+        validate = held_out(run, model, val_prompts, engine.generate, rewards) if val_prompts else None
+        run.fit(model, rollouts, loss, validate=validate, **how)
+
+
+if __name__ == "__main__":
+    run_main(main)
