@@ -18,7 +18,7 @@ from trainer.rollout_engine import LocalEngine
 from trainer.tools import SCHEMAS, call_tool
 
 OFFER = {"role": "system", "content": "", "tools": [SCHEMAS["calculate_math"], SCHEMAS["text_length"]]}
-GREEDY = Sampling(64, temperature=0)
+GREEDY = Sampling(128, temperature=0)
 
 
 def ask(text: str) -> dict:
