@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
@@ -25,7 +27,7 @@ def stream_answer(client: openai.OpenAI, messages: list[dict], args: argparse.Na
     given = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
     options = {key: value for key, value in given.items() if value is not None}
     if args.tools:
-        options["tools"] = list(SCHEMAS.values())
+        options["tools"] = [SCHEMAS[name] for name in args.tools]
     said: dict[str, str] = {"reasoning_content": "", "content": ""}
     calls: list[dict] = []
     chunks = client.chat.completions.create(model=args.model, messages=messages, stream=True,
@@ -66,16 +68,20 @@ def main() -> None:
                         help="if the server wants one (default: $MINIMIND_API_KEY)")
     parser.add_argument("--model", default="minimind", help="name of the model (%(default)s)")
     parser.add_argument("--prompt", help="answer this and exit")
-    parser.add_argument("--tools", action="store_true", help=f"offer {', '.join(SCHEMAS)} (invented: {', '.join(MOCKED)})")
+    parser.add_argument("--tools", action="store_const", const=list(SCHEMAS), default=[],
+                        help=f"offer {', '.join(SCHEMAS)}; what {', '.join(MOCKED)} say is invented")
     parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
     parser.add_argument("--temperature", type=amount, help="0 takes the likeliest token (default: the server's)")
     parser.add_argument("--max_new_tokens", type=positive, help="longest answer, in tokens (default: the server's)")
     args = parser.parse_args()
     client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key)
     messages: list[dict] = []
-    while True:
-        try:
-            text = args.prompt or input("\n> ").strip()
+    with mistakes_in_one_line(args.base_url):
+        while True:
+            try:
+                text = args.prompt or input("\n> ").strip()
+            except EOFError:
+                return
             if text == "/exit":
                 return
             if text == "/clear":
@@ -83,15 +89,19 @@ def main() -> None:
             elif text:
                 messages.append({"role": "user", "content": text})
                 chat(client, messages, args)
-        except EOFError:
-            return
-        except openai.APIConnectionError:
-            raise UserError(f"no server at --base_url {args.base_url}; start one: "
-                            "python scripts/serve_openai_api.py") from None
-        except openai.APIError as error:
-            raise UserError(f"the server says: {error.message}") from None
-        if args.prompt:
-            return
+            if args.prompt:
+                return
+
+
+@contextmanager
+def mistakes_in_one_line(base_url: str) -> Iterator[None]:
+    """What the client raises as UserError."""
+    try:
+        yield
+    except openai.APIConnectionError:
+        raise UserError(f"no server at {base_url}; start one: python scripts/serve_openai_api.py") from None
+    except openai.APIError as error:
+        raise UserError(f"the server says: {error.message}") from None
 
 
 if __name__ == "__main__":

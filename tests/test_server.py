@@ -678,7 +678,7 @@ def ask(monkeypatch, capsys) -> Callable[..., str]:
 
     def run(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", ["chat_api.py", *flags])
-        monkeypatch.setattr(chat_api, "SCHEMAS", {tool["function"]["name"]: tool for tool in TOOLS})
+        monkeypatch.setattr(chat_api, "SCHEMAS", {name: SCHEMAS[name] for name in ("text_length", "random_number")})
         run_main(chat_api.main)
         return capsys.readouterr().out
 

@@ -14,6 +14,7 @@ import queue
 import random
 import re
 import threading
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class Tool:
             raise ValueError(f"unknown argument {unknown[0]!a:.40}; known: {', '.join(self.parameters) or 'none'}")
         if missing := [name for name, (_, needed) in self.parameters.items() if needed and name not in arguments]:
             raise ValueError(f"missing argument {missing[0]!a}")
-        return {name: fitting(name, value, self.parameters[name][0]) for name, value in arguments.items()}
+        return {name: fitting(name, value, self.parameters[name][0]) for name, value in arguments.items()
+                if value is not None or self.parameters[name][1]}
 
 
 TOOLS: dict[str, Tool] = {}
@@ -62,7 +64,7 @@ def tool(function: Callable | None = None, *, timeout: float | None = 5.0) -> Ca
         return lambda function: tool(function, timeout=timeout)
     name, hints = function.__name__, typing.get_type_hints(function)
     own = {key: value for key, value in inspect.signature(function).parameters.items() if key != "seed"}
-    kinds = {key: typing.get_origin(hints.get(key)) or hints.get(key, object) for key in own}
+    kinds = {key: kind_of(hints.get(key, object)) for key in own}
     parameters = {key: (kinds[key], value.default is value.empty) for key, value in own.items()}
     properties = {key: {"type": JSON_TYPES[kind]} if kind in JSON_TYPES else {} for key, kind in kinds.items()}
     needed = [key for key, (_, need) in parameters.items() if need]
@@ -74,6 +76,14 @@ def tool(function: Callable | None = None, *, timeout: float | None = 5.0) -> Ca
     seeded = "seed" in inspect.signature(function).parameters
     TOOLS[name], SCHEMAS[name] = Tool(function, parameters, schema, timeout, seeded), schema
     return function
+
+
+def kind_of(hint: type) -> type:
+    """What JSON knows of an annotation: list of list[str], float of int | float, str of str | None."""
+    parts = {kind_of(part) for part in typing.get_args(hint) if part is not type(None)}
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return parts.pop() if len(parts) == 1 else float if parts == {int, float} else object
+    return typing.get_origin(hint) or hint
 
 
 def call_tool(name: str, arguments: dict | str, seed: int | None = None) -> dict:
