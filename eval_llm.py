@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from model.chat import BOS, AnswerParser, ChatTokenizer
+from model.chat import BOS, Answer, AnswerParser, ChatTokenizer
 from model.engine import Engine, Sampling
 from model.errors import UserError, run_main
 from model.weights import OUT_DIR, load_for_inference
@@ -23,18 +23,12 @@ HELP = "/clear forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--load_from", default="model",
-                        help="'model': a weight of --save_dir; else a transformers folder")
     parser.add_argument("--weight", default="full_sft",
                         help="name of the weight; 'pretrain…' continues text, others chat")
-    parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
-    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
-    model_flags(parser)
+    loading_flags(parser)
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--questions", action="store_true", help="answer the built-in questions and exit")
     parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
-    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than were trained on")
     parser.add_argument("--max_new_tokens", type=positive, default=1024, help="longest answer, in tokens")
     parser.add_argument("--temperature", type=amount, default=0.85, help="0 takes the likeliest token")
     parser.add_argument("--top_p", type=share, default=0.95,
@@ -42,8 +36,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top_k", type=natural, default=0, help="sample from so many of the likeliest tokens; 0: off")
     parser.add_argument("--repetition_penalty", type=amount, default=1.0, help="above 1: repeat less; 1: off")
     parser.add_argument("--seed", type=natural, help="of sampling (another one each time by default)")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
     return parser.parse_args()
+
+
+def loading_flags(parser: argparse.ArgumentParser) -> None:
+    """What says which model to load, beside the name of the weight."""
+    parser.add_argument("--load_from", default="model",
+                        help="'model': a weight of --save_dir; else a transformers folder")
+    parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
+    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
+    model_flags(parser)
+    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than were trained on")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+
+
+def load(args: argparse.Namespace, weight: str) -> tuple[torch.nn.Module, ChatTokenizer]:
+    """The model that `loading_flags` and the name of the weight say."""
+    use_moe = None if args.use_moe is None else bool(args.use_moe)
+    return load_for_inference(args.load_from, weight, args.save_dir, args.tokenizer, choose_device(args.device),
+                              args.hidden_size, use_moe, args.inference_rope_scaling, args.lora_weight)
 
 
 class Chat:
@@ -55,15 +67,18 @@ class Chat:
         self.engine = self.new_engine()  # remembers what it has read: earlier turns are not computed again
         self.continues_text = args.load_from == "model" and args.weight.startswith("pretrain")
         self.messages: list[dict] = []
+        self.said = Answer()  # last
 
     def answer(self, text: str) -> None:
         """Print the answer to `text` as it is written, and remember both. Ctrl-C ends it early."""
-        args, thinks = self.args, bool(self.args.open_thinking) and not self.continues_text
         if self.continues_text:
-            prompt = [BOS, *self.tokenizer.encode_text(text)]
+            self.reply([BOS, *self.tokenizer.encode_text(text)])
         else:
             self.messages.append({"role": "user", "content": text})
-            prompt = self.tokenizer.prompt(self.messages, open_thinking=thinks)
+            self.reply(self.tokenizer.prompt(self.messages, open_thinking=bool(self.args.open_thinking)))
+
+    def reply(self, prompt: list[int]) -> None:
+        args, thinks = self.args, bool(self.args.open_thinking) and not self.continues_text
         seed = args.seed if args.seed is not None else time.time_ns() % 2**31
         try:
             sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=seed,
@@ -87,8 +102,9 @@ class Chat:
         count = len(sequence.ids)
         speed = count / (time.perf_counter() - began)
         print(f"\n[{count} tokens, {speed:.1f} tokens/s]" if sys.stdout.isatty() else "")
+        self.said = parser.answer
         if not self.continues_text:
-            self.messages.append(parser.answer.message())
+            self.messages.append(self.said.message())
 
 
 def show(kind: str, value: str | dict) -> None:
@@ -123,11 +139,7 @@ def interact(chat: Chat) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    device = choose_device(args.device)
-    use_moe = None if args.use_moe is None else bool(args.use_moe)
-    model, tokenizer = load_for_inference(args.load_from, args.weight, args.save_dir, args.tokenizer, device,
-                                          args.hidden_size, use_moe, args.inference_rope_scaling, args.lora_weight)
-    chat = Chat(model, tokenizer, args)
+    chat = Chat(*load(args, args.weight), args)
     if args.prompt is not None:
         if not args.prompt.strip():
             raise UserError("--prompt is empty")

@@ -8,8 +8,9 @@
 import argparse
 import json
 import os
-import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
@@ -18,38 +19,7 @@ import openai
 
 from model.errors import UserError, run_main
 from trainer.arguments import Parser, amount, positive
-
-
-def text_length(text: str) -> dict:
-    """Count characters"""
-    return {"length": len(text)}
-
-
-def random_number(min: int, max: int) -> dict:
-    """Draw a number"""
-    return {"result": random.randint(min, max)}
-
-
-TOOLS = {"text_length": (text_length, {"text": "string"}),
-         "random_number": (random_number, {"min": "integer", "max": "integer"})}
-
-
-def schema(name: str) -> dict:
-    """What the model is told of a tool."""
-    function, kinds = TOOLS[name]
-    parameters = {"type": "object", "properties": {key: {"type": kind} for key, kind in kinds.items()},
-                  "required": list(kinds)}
-    return {"type": "function",
-            "function": {"name": name, "description": function.__doc__, "parameters": parameters}}
-
-
-def run_tool(name: str, arguments: str) -> str:
-    """The result of a call as JSON text. A model may call what does not exist: that is an answer, too."""
-    try:
-        result = TOOLS[name][0](**json.loads(arguments))
-    except (KeyError, TypeError, ValueError) as error:
-        result = {"error": f"{type(error).__name__}: {error}"}
-    return json.dumps(result, ensure_ascii=False)
+from trainer.tools import MOCKED, SCHEMAS, call_tool
 
 
 def stream_answer(client: openai.OpenAI, messages: list[dict], args: argparse.Namespace) -> dict:
@@ -57,7 +27,7 @@ def stream_answer(client: openai.OpenAI, messages: list[dict], args: argparse.Na
     given = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
     options = {key: value for key, value in given.items() if value is not None}
     if args.tools:
-        options["tools"] = [schema(name) for name in TOOLS]
+        options["tools"] = [SCHEMAS[name] for name in args.tools]
     said: dict[str, str] = {"reasoning_content": "", "content": ""}
     calls: list[dict] = []
     chunks = client.chat.completions.create(model=args.model, messages=messages, stream=True,
@@ -84,7 +54,7 @@ def chat(client: openai.OpenAI, messages: list[dict], args: argparse.Namespace, 
     for _ in range(rounds):
         messages.append(stream_answer(client, messages, args))
         for call in messages[-1].get("tool_calls", ()):
-            result = run_tool(**call["function"])
+            result = json.dumps(call_tool(**call["function"]), ensure_ascii=False)
             print(f"[{call['function']['name']} {call['function']['arguments']} → {result}]")
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
         if messages[-1]["role"] != "tool":
@@ -98,16 +68,20 @@ def main() -> None:
                         help="if the server wants one (default: $MINIMIND_API_KEY)")
     parser.add_argument("--model", default="minimind", help="name of the model (%(default)s)")
     parser.add_argument("--prompt", help="answer this and exit")
-    parser.add_argument("--tools", action="store_true", help=f"offer the tools {', '.join(TOOLS)}")
+    parser.add_argument("--tools", action="store_const", const=list(SCHEMAS), default=[],
+                        help=f"offer {', '.join(SCHEMAS)}; what {', '.join(MOCKED)} say is invented")
     parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
     parser.add_argument("--temperature", type=amount, help="0 takes the likeliest token (default: the server's)")
     parser.add_argument("--max_new_tokens", type=positive, help="longest answer, in tokens (default: the server's)")
     args = parser.parse_args()
     client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key)
     messages: list[dict] = []
-    while True:
-        try:
-            text = args.prompt or input("\n> ").strip()
+    with mistakes_in_one_line(args.base_url):
+        while True:
+            try:
+                text = args.prompt or input("\n> ").strip()
+            except EOFError:
+                return
             if text == "/exit":
                 return
             if text == "/clear":
@@ -115,15 +89,19 @@ def main() -> None:
             elif text:
                 messages.append({"role": "user", "content": text})
                 chat(client, messages, args)
-        except EOFError:
-            return
-        except openai.APIConnectionError:
-            raise UserError(f"no server at --base_url {args.base_url}; start one: "
-                            "python scripts/serve_openai_api.py") from None
-        except openai.APIError as error:
-            raise UserError(f"the server says: {error.message}") from None
-        if args.prompt:
-            return
+            if args.prompt:
+                return
+
+
+@contextmanager
+def mistakes_in_one_line(base_url: str) -> Iterator[None]:
+    """What the client raises as UserError."""
+    try:
+        yield
+    except openai.APIConnectionError:
+        raise UserError(f"no server at {base_url}; start one: python scripts/serve_openai_api.py") from None
+    except openai.APIError as error:
+        raise UserError(f"the server says: {error.message}") from None
 
 
 if __name__ == "__main__":

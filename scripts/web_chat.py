@@ -1,5 +1,6 @@
 """The page of the web demo to chat on: several turns, thinking folded, tool calls as cards, stop and retry."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import streamlit as st
 from model.weights import find_models
 from scripts.web_answers import LocalModel, RemoteModel, Reply
 from scripts.web_parts import KEPT, Bubble, arguments, lines, model_choice, no_weights_yet, sampling, say, watch
-from trainer.tools import SCHEMAS, run_tool
+from trainer.tools import MOCKED, SCHEMAS, TOOLS, call_tool
 
 MAX_CALLS = 8  # rounds of tools after one question
 STALE = 24  # elements below a growing answer that are taken off the page
@@ -60,9 +61,16 @@ def keep_reply() -> None:
     state.trouble, ended, state.reply = state.reply.error, state.reply.reason, None
     if message["facts"]["tokens"]:
         state.messages.append(message)
-    results = [run_tool(call) for call in message.get("tool_calls", ())]
+    results = [worked_out(call) for call in message.get("tool_calls", ())]
     if results and None not in results and ended not in (None, "cancelled"):
         give_results(results)
+
+
+def worked_out(call: dict) -> str | None:
+    """The result of {"name", "arguments"} as JSON text; None where it would be invented, or the tool is not here."""
+    if call["name"] not in TOOLS or call["name"] in MOCKED:
+        return None
+    return json.dumps(call_tool(call["name"], call["arguments"]), ensure_ascii=False)
 
 
 def give_results(results: list[str]) -> None:
@@ -180,7 +188,7 @@ def ending(bubble: Bubble | None) -> None:
     """What stands below the last answer: results a tool must give, a mishap, stop or retry."""
     state, last = st.session_state, st.session_state.messages[-1]
     if state.reply is None and last.get("tool_calls"):
-        results = [run_tool(call) for call in last["tool_calls"]]
+        results = [worked_out(call) for call in last["tool_calls"]]
         with st.form("results", border=False):
             for i, (call, result) in enumerate(zip(last["tool_calls"], results, strict=True)):
                 if result is None:

@@ -11,8 +11,9 @@ import json
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,12 +39,18 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)  # after the prompt
     sampled: list[bool] = field(default_factory=list)  # of each of `ids`: drawn from the policy, so to be trained
     logprobs: list[float] = field(default_factory=list)  # nats, as each was drawn; 0 where nothing was
-    finish_reason: str = ""  # "stop" or "length"
+    finish_reason: str = ""  # "stop", "length", or in an episode "turns": there were no more to take
     answer: Answer = field(default_factory=Answer)  # the last turn, taken apart
+    turns: list[Answer] = field(default_factory=list)  # of an episode, all of them
+    calls: list[tuple[dict, dict]] = field(default_factory=list)  # of an episode: {"name", "arguments"} and its result
 
     @property
     def tokens(self) -> list[int]:
         return self.prompt.ids + self.ids
+
+    @property
+    def unfinished(self) -> bool:
+        return self.finish_reason != "stop"
 
 
 class LocalEngine:
@@ -60,19 +67,23 @@ class LocalEngine:
     def update(self) -> None:
         """The weights have changed. Here they are the policy's own."""
 
-    @torch.no_grad()
-    def generate(self, prompts: list[Prompt], sampling: list[Sampling]) -> list[Trajectory]:
-        """One answer to each prompt, in the same order."""
+    @contextmanager
+    def open(self, requests: int) -> Iterator[Engine]:
+        """The engine for up to so many requests at once, on the weights as they are now."""
         training = self.model.training
         self.model.eval()
         try:
-            with self.autocast:
-                engine = Engine(self.model, max_batch=max(1, min(self.max_batch, len(prompts))))
-                sequences = [engine.add(prompt.ids, how) for prompt, how in zip(prompts, sampling, strict=True)]
-                while engine.busy:
-                    engine.step()
+            with torch.no_grad(), self.autocast:
+                yield Engine(self.model, max_batch=max(1, min(self.max_batch, requests)))
         finally:
             self.model.train(training)
+
+    def generate(self, prompts: list[Prompt], sampling: list[Sampling]) -> list[Trajectory]:
+        """One answer to each prompt, in the same order."""
+        with self.open(len(prompts)) as engine:
+            sequences = [engine.add(prompt.ids, how) for prompt, how in zip(prompts, sampling, strict=True)]
+            while engine.busy:
+                engine.step()
         return [trajectory_of(self.tokenizer, prompt, s.ids, s.logprobs, s.finish_reason)
                 for prompt, s in zip(prompts, sequences, strict=True)]
 

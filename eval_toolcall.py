@@ -1,0 +1,354 @@
+"""Let a model call tools: interactively, for one --prompt, or counted, on held-out tasks or on a file of cases.
+
+    python eval_toolcall.py --weight agent                                   # every call and result is shown
+    python eval_toolcall.py --weight full_sft agent --benchmark 200          # the same tasks and seed for each
+    python eval_toolcall.py --weight agent --cases ../shared/data/eval/bfcl_simple.jsonl
+    python eval_toolcall.py --backend api --api_base_url http://127.0.0.1:8998/v1 --benchmark 50
+
+A task counts when the episode ended in an answer that claims the truth. Tasks come from the sample world's held-out
+split, which no training file of it shares; what tools say depends on --seed alone. Cases are agent_rl rows, or function
+calling rows of the Berkeley leaderboard, whose accepted calls stand beside them in {name}_answers.jsonl.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import sqrt
+from pathlib import Path
+
+import openai
+
+from dataset.lm_dataset import parse_row, read_rows
+from dataset.prompts import Prompt, PromptDataset
+from dataset.sample_world import World
+from eval_llm import Chat, interact, load, loading_flags
+from model.chat import TOKENIZER_DIR, Answer, ChatTokenizer, read_json
+from model.engine import Sampling
+from model.errors import UserError, run_main
+from model.weights import save_atomically
+from scripts.chat_api import chat, mistakes_in_one_line
+from trainer.agent_rewards import truth
+from trainer.arguments import Parser, amount, natural, positive, share
+from trainer.episodes import run_calls, run_episodes
+from trainer.rewards import NUMBER
+from trainer.rollout_engine import LocalEngine, Trajectory
+from trainer.tools import SCHEMAS, call_tool
+
+MAX_TURNS = 5
+API_AT_ONCE = 8  # requests
+JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "list": "array", "bool": "boolean"}
+Play = Callable[[list[Prompt], int], list[Trajectory]]  # prompts and the most turns → what came of them
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked, and what is right: a value in the last answer (the prompt's `gt`), or the call in `accepted`."""
+
+    kind: str
+    prompt: Prompt
+    shown: str
+    accepted: dict | None = None  # {name: {argument: [accepted values]}}
+
+
+# -- cases -------------------------------------------------------------------------------------------------------------
+
+
+def held_out_tasks(count: int, seed: int, prompt_of: Callable[..., Prompt]) -> list[Case]:
+    """`count` expressions, and as many tasks of all the other tools in turn, half of each in either language."""
+    world, cases = World(), []
+    world.split, others = "heldout", [name for name in SCHEMAS if name != "calculate_math"]
+    for kind in ("math", "mixed"):
+        world.rng, asked = random.Random(f"{seed}/{kind}"), set()
+        while len(asked) < count:
+            number, world.lang = len(asked), len(asked) // (1 if kind == "math" else len(others)) % 2
+            name = "calculate_math" if kind == "math" else others[number % len(others)]
+            task = world.task(name)
+            if task.key in asked and len(asked) < 10_000:
+                continue  # the world is small, but not that small
+            asked.add(task.key if task.key not in asked else (task.key, number))
+            call, = json.loads(task.messages[1]["tool_calls"])
+            value = next(iter(call_tool(**call, seed=seed).values()))
+            prompt = prompt_of([world.offer([name]), task.messages[0]], [str(value)])
+            accepted = {name: {key: [value] for key, value in call["arguments"].items()}}
+            shown = call["arguments"]["expression"] if kind == "math" else task.messages[0]["content"]
+            cases.append(Case(kind, prompt, shown, accepted))
+    return cases
+
+
+def read_cases(path: Path, tokenizer: ChatTokenizer, prompt_of: Callable[..., Prompt], longest: int) -> list[Case]:
+    """The cases of a file. Raises UserError when it is of neither kind."""
+    rows = [(f"{path}:{number}", parse_row(line)) for number, line in read_rows(path)]
+    if not rows or "function" not in rows[0][1]:
+        data = PromptDataset(path, tokenizer, longest)
+        for line in data.report:
+            print(line)
+        return [Case(path.stem, prompt, prompt.messages[-1]["content"]) for prompt in data.prompts]
+    beside = path.with_name(f"{path.stem}_answers{path.suffix}")
+    if not beside.is_file():
+        raise UserError(f"{path}: its accepted calls are missing, {beside.name} beside it")
+    answers = {row["id"]: row["ground_truth"] for row in (parse_row(line) for _, line in read_rows(beside))}
+    cases = []
+    for where, row in rows:
+        try:
+            tools = [{"type": "function", "function": as_json_schema(function)} for function in row["function"]]
+            (accepted,), (messages, *_) = answers[row["id"]], row["question"]
+            offer = {"role": "system", "content": "", "tools": tools}
+            if messages[0]["role"] == "system":
+                offer, messages = {**messages[0], "tools": tools}, messages[1:]
+            cases.append(Case(path.stem, prompt_of([offer, *messages]), messages[-1]["content"], accepted))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{where}: no case of one function call: {type(error).__name__} {error}") from None
+    return cases
+
+
+def as_json_schema(value: object) -> object:
+    """Python's names of types in a schema → JSON's."""
+    if isinstance(value, dict):
+        return {key: JSON_TYPES.get(part, part) if key == "type" and isinstance(part, str) else as_json_schema(part)
+                for key, part in value.items()}
+    return [as_json_schema(part) for part in value] if isinstance(value, list) else value
+
+
+def is_accepted(call: dict, accepted: dict) -> bool:
+    """Whether a call has the name and, for each argument, an accepted value; "" among these: it may be left out.
+
+    As the leaderboard's checker compares: texts without case, blanks and , . / - _ * ^, numbers by value.
+    """
+    wanted = accepted.get(call["name"])
+    return wanted is not None and fits(call["arguments"], wanted)
+
+
+def fits(given: dict, wanted: dict) -> bool:
+    return set(given) <= set(wanted) and all(
+        any(alike(given[key], value) for value in values) if key in given else "" in values
+        for key, values in wanted.items())
+
+
+def alike(given: object, wanted: object) -> bool:
+    if isinstance(given, str) and isinstance(wanted, str):
+        return all_the_same(given) == all_the_same(wanted)
+    if isinstance(given, dict) and isinstance(wanted, dict):
+        return fits(given, wanted)
+    if isinstance(given, list) and isinstance(wanted, list):
+        return len(given) == len(wanted) and all(map(alike, given, wanted))
+    return isinstance(given, bool) == isinstance(wanted, bool) and given == wanted
+
+
+def all_the_same(text: str) -> str:
+    return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
+
+
+# -- who plays ---------------------------------------------------------------------------------------------------------
+
+
+def local_player(model, tokenizer: ChatTokenizer, args: argparse.Namespace) -> Play:
+    """A model in this process; all episodes advance together."""
+    def play(prompts: list[Prompt], max_turns: int) -> list[Trajectory]:
+        longest = min(args.max_total_len, model.config.max_position_embeddings)
+        fitting = [prompt for prompt in prompts if len(prompt.ids) < longest]
+        samplings = [Sampling(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed + number)
+                     for number in range(len(fitting))]
+        played = iter(run_episodes(LocalEngine(model, tokenizer), fitting, samplings, tokenizer, max_turns, longest,
+                                   partial(call_tool, seed=args.seed)))
+        return [next(played) if len(prompt.ids) < longest else Trajectory(prompt, finish_reason="length")
+                for prompt in prompts]
+    return play
+
+
+def api_player(client: openai.OpenAI, args: argparse.Namespace) -> Play:
+    """A model behind an OpenAI-compatible server, some episodes at a time."""
+    def episode(prompt: Prompt, max_turns: int, seed: int) -> Trajectory:
+        played = Trajectory(prompt)
+        messages = [{key: value for key, value in message.items() if key != "tools"} for message in prompt.messages
+                    if message["role"] != "system" or message["content"]]
+        while not played.finish_reason:
+            choice = client.chat.completions.create(
+                model=args.model, messages=messages, tools=tools_of(prompt), temperature=args.temperature,
+                top_p=args.top_p, max_tokens=args.max_new_tokens, seed=seed,
+                extra_body={"open_thinking": args.open_thinking}).choices[0]
+            asked = choice.message.tool_calls or []
+            played.answer = answer_of(choice.message)
+            played.turns.append(played.answer)
+            if choice.finish_reason == "length":
+                played.finish_reason = "length"
+            elif not asked:
+                played.finish_reason = "stop"
+            elif len(played.turns) >= max_turns:
+                played.finish_reason = "turns"
+            else:
+                messages.append(choice.message.model_dump(exclude_none=True))
+                for call in asked:
+                    result = call_tool(call.function.name, call.function.arguments or "{}", args.seed)
+                    played.calls.append((call.function.model_dump(), result))
+                    messages.append({"role": "tool", "tool_call_id": call.id, "content": json.dumps(result)})
+        return played
+
+    def play(prompts: list[Prompt], max_turns: int) -> list[Trajectory]:
+        with mistakes_in_one_line(args.api_base_url), ThreadPoolExecutor(API_AT_ONCE) as pool:
+            seeds = range(args.seed, args.seed + len(prompts))
+            return list(pool.map(episode, prompts, [max_turns] * len(prompts), seeds))
+    return play
+
+
+def tools_of(prompt: Prompt) -> list[dict]:
+    return read_json(prompt.tools) if isinstance(prompt.tools, str) else prompt.tools
+
+
+def answer_of(message) -> Answer:
+    """A message of the openai SDK, as the chat format takes answers apart."""
+    answer = Answer(message.content or "", getattr(message, "reasoning_content", None) or "")
+    for call in message.tool_calls or ():
+        try:
+            arguments = read_json(call.function.arguments or "{}")
+            if not isinstance(arguments, dict):
+                raise ValueError("no object")
+            answer.tool_calls.append({"name": call.function.name, "arguments": arguments})
+        except ValueError:
+            answer.malformed.append(call.function.arguments)
+    return answer
+
+
+# -- the count ---------------------------------------------------------------------------------------------------------
+
+
+def count(play: Play, cases: list[Case]) -> dict:
+    """Play all cases, print a line on each. → by kind: how many are right, of how many, and every case"""
+    by_kind = defaultdict(list)
+    for case in cases:
+        by_kind[case.kind].append(case)
+    results = {}
+    for kind, chosen in by_kind.items():
+        calls_only = not chosen[0].prompt.gt and chosen[0].accepted is not None
+        episodes = play([case.prompt for case in chosen], 1 if calls_only else MAX_TURNS)
+        lines = [verdict(case, episode, calls_only) for case, episode in zip(chosen, episodes, strict=True)]
+        for line in lines:
+            print(f"{'✅' if line['right'] else '❌'} {kind}: {line['asked']}  gt {line['gt']}  "
+                  f"prediction {line['prediction']}")
+        right = sum(line["right"] for line in lines)
+        low, high = wilson(right, len(lines))
+        results[kind] = {"right": right, "of": len(lines), "rate": right / len(lines), "low": low, "high": high,
+                         "right_calls": sum(line["right_call"] for line in lines), "cases": lines}
+    return results
+
+
+def verdict(case: Case, episode: Trajectory, calls_only: bool) -> dict:
+    """What came of a case, in one line of JSON."""
+    first = episode.turns[0] if episode.turns else Answer()
+    call_is_right = (case.accepted is not None and len(first.tool_calls) == 1 and not first.malformed
+                     and is_accepted(first.tool_calls[0], case.accepted))
+    said, gt = " ".join(episode.answer.content.split()), case.prompt.gt
+    numbers = NUMBER.findall(said) if gt and all(map(NUMBER.fullmatch, gt)) else []
+    prediction = json.dumps(first.tool_calls or first.malformed or said, ensure_ascii=False) if calls_only else (
+        f"none ({episode.finish_reason})" if episode.unfinished else " ".join(numbers[-len(gt):]) or said or "none")
+    return {"asked": " ".join(case.shown.split()), "right_call": call_is_right, "prediction": prediction,
+            "gt": json.dumps(case.accepted, ensure_ascii=False) if calls_only else " ".join(gt),
+            "right": call_is_right if calls_only else truth(case.prompt, episode) == 1,
+            "turns": [asdict(turn) for turn in episode.turns], "results": [result for _, result in episode.calls]}
+
+
+def wilson(right: int, of: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927)."""
+    share_, spread = right / of + z * z / (2 * of), z * sqrt(right * (of - right) / of**3 + z * z / (4 * of * of))
+    return max(0.0, (share_ - spread) / (1 + z * z / of)), min(1.0, (share_ + spread) / (1 + z * z / of))
+
+
+# -- the conversation --------------------------------------------------------------------------------------------------
+
+
+class ToolChat(Chat):
+    """A conversation with a model of ours that goes on by itself as long as tools are called."""
+
+    def answer(self, text: str) -> None:
+        tools = [SCHEMAS[name] for name in self.args.tools]
+        self.messages = self.messages or [{"role": "system", "content": "", "tools": tools}]
+        super().answer(text)
+        for _ in range(MAX_TURNS - 1):
+            done = run_calls(self.said, self.args.tools, call_tool)
+            if not done:
+                return
+            for call, result in done:
+                result = json.dumps(result, ensure_ascii=False)
+                print(f"[{call['name']} → {result}]")
+                self.messages.append({"role": "tool", "content": result})
+            self.reply(self.tokenizer.prompt(self.messages, open_thinking=bool(self.args.open_thinking)))
+
+
+class ApiChat:
+    """The same with a model behind a server."""
+
+    def __init__(self, client: openai.OpenAI, args: argparse.Namespace):
+        self.client, self.args, self.messages = client, args, []
+
+    def answer(self, text: str) -> None:
+        self.messages.append({"role": "user", "content": text})
+        with mistakes_in_one_line(self.args.api_base_url):
+            chat(self.client, self.messages, self.args, MAX_TURNS)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weight", nargs="+", default=["agent"], help="name of the weight; to be counted, of several")
+    loading_flags(parser)
+    parser.add_argument("--backend", choices=("local", "api"), default="local", help="api: a server answers")
+    parser.add_argument("--api_base_url", default="http://127.0.0.1:8998/v1", help="of the server (%(default)s)")
+    parser.add_argument("--api_key", default="none", help="if the server wants one")
+    parser.add_argument("--model", default="minimind", help="name of the server's model (%(default)s)")
+    parser.add_argument("--tools", nargs="+", choices=tuple(SCHEMAS), default=list(SCHEMAS), metavar="TOOL",
+                        help=f"to offer in a conversation (all: {' '.join(SCHEMAS)})")
+    parser.add_argument("--prompt", help="answer this and exit")
+    parser.add_argument("--benchmark", type=positive, metavar="N", help="count N sums and N tasks of other tools")
+    parser.add_argument("--cases", type=Path, help="count the cases of a file")
+    parser.add_argument("--json", type=Path, help="write what was counted there, with every turn")
+    parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
+    parser.add_argument("--max_new_tokens", type=positive, default=256, help="of a turn (%(default)s)")
+    parser.add_argument("--max_total_len", type=positive, default=2048, help="tokens of an episode (%(default)s)")
+    parser.add_argument("--temperature", type=amount, default=0.0, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--top_p", type=share, default=0.95, help="sample from the likeliest tokens (%(default)s)")
+    parser.add_argument("--seed", type=natural, default=42, help="of tasks, tools and sampling (%(default)s)")
+    args = parser.parse_args()
+    args.top_k, args.repetition_penalty = 0, 1.0
+    if len(args.weight) > 1 and not (args.benchmark or args.cases) or len(args.weight) > 1 and args.backend == "api":
+        raise UserError("several weights are compared with --benchmark N or --cases FILE, and only local ones")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.backend == "api":
+        client = openai.OpenAI(base_url=args.api_base_url, api_key=args.api_key)
+    if not (args.benchmark or args.cases):
+        (args.weight,) = args.weight
+        talk = ApiChat(client, args) if args.backend == "api" else ToolChat(*load(args, args.weight), args)
+        return talk.answer(args.prompt) if args.prompt else interact(talk)
+    counted = {}
+    for weight in [args.model] if args.backend == "api" else args.weight:
+        if args.backend == "api":
+            tokenizer = ChatTokenizer(args.tokenizer or TOKENIZER_DIR)
+            play = api_player(client, args)
+        else:
+            model, tokenizer = load(args, weight)
+            play = local_player(model, tokenizer, args)
+
+        def prompt_of(messages: list[dict], gt: tuple | list = (), tokenizer=tokenizer) -> Prompt:
+            thinks = bool(args.open_thinking)
+            return Prompt(tokenizer.prompt(messages, open_thinking=thinks), messages, thinks, list(gt))
+
+        cases = held_out_tasks(args.benchmark, args.seed, prompt_of) if args.benchmark else []
+        cases += read_cases(args.cases, tokenizer, prompt_of, args.max_total_len) if args.cases else []
+        counted[weight] = count(play, cases)
+    for weight, kinds in counted.items():
+        for kind, of in kinds.items():
+            print(f"{weight} {kind}: {of['right']}/{of['of']} = {of['rate']:.1%} [{of['low']:.1%}, {of['high']:.1%}]")
+    if args.json:
+        facts = {key: getattr(args, key) for key in ("seed", "temperature", "top_p", "open_thinking", "backend")}
+        save_atomically(json.dumps({**facts, "weights": counted}, indent=1, ensure_ascii=False), args.json)
+
+
+if __name__ == "__main__":
+    run_main(main)
