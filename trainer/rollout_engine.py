@@ -126,7 +126,7 @@ class RemoteEngine:
             answer, logprobs, reason, likeliest = self._sample(ids, sampling)
             whole = 0 < len(answer) == len(logprobs) and None not in logprobs
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise Failure(f"{self.url}: an answer that cannot be read ({type(error).__name__}: {error}); is the server of "
+            raise Failure(f"{self.url}: an unreadable answer ({type(error).__name__}: {error}); is the server of "
                           "that kind, and recent?") from None
         if not whole or reason not in ("stop", "length") or (reason == "stop") != (answer[-1] in sampling.stop_ids):
             raise Failure(f"{self.url}: a broken answer: {len(answer)} ids, {len(logprobs)} log-probabilities, ended "
@@ -196,7 +196,6 @@ class VLLMEngine(RemoteEngine):
     """
 
     mend = "start it with --logprobs-mode processed_logprobs"
-    name = ""
 
     def _refresh(self, folder: str) -> None:
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
@@ -205,7 +204,6 @@ class VLLMEngine(RemoteEngine):
 
     def generate(self, prompts: list[Prompt], sampling: list[Sampling]) -> list[Trajectory]:
         """One answer to each prompt, in the same order; the version is asked for before and after, answers lack it."""
-        self.name = self.name or self._call("/v1/models")["data"][0]["id"]
         self._check_version(self._call("/weight_info").get("weight_version"))
         trajectories = super().generate(prompts, sampling)
         self._check_version(self._call("/weight_info").get("weight_version"))
@@ -213,7 +211,7 @@ class VLLMEngine(RemoteEngine):
 
     def _sample(self, ids: list[int], sampling: Sampling) -> tuple[list[int], list[float], str, list[float]]:
         choice = self._call("/v1/completions", {
-            "model": self.name, "prompt": ids, "max_tokens": sampling.max_new_tokens, "seed": sampling.seed,
+            "prompt": ids, "max_tokens": sampling.max_new_tokens, "seed": sampling.seed,
             "temperature": sampling.temperature, "stop_token_ids": list(sampling.stop_ids), "logprobs": 1,
             "return_token_ids": True, **FULL_DISTRIBUTION})["choices"][0]
         noted = choice["logprobs"]
