@@ -107,8 +107,8 @@ class StandIn(BaseHTTPRequestHandler):
     def reply(self, body: dict | None):
         with self.lock:
             self.seen.append((self.command, self.path, body))
-            status, answer = self.faults.get(self.path) or (200, getattr(self, self.path.strip("/").replace("/", "_"))(
-                body))
+            status, answer = self.faults.get(self.path) or (200, getattr(
+                self, self.path.split("?")[0].strip("/").replace("/", "_"))(body))
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -158,8 +158,8 @@ class StandIn(BaseHTTPRequestHandler):
         self.load(body["kwargs"]["weights_path"])
         return {"results": [None]}
 
-    def reset_prefix_cache(self, _) -> bytes:
-        return b""
+    def reset_prefix_cache(self, _) -> dict:
+        return {"success": True}
 
     def update_weight_version(self, body: dict) -> dict:
         type(self).version = self.version if self.stuck else body["new_version"]
@@ -190,7 +190,7 @@ def server():
 
 KINDS = {"sglang": SGLangEngine, "vllm": VLLMEngine}
 UPDATE = {"sglang": ["/update_weights_from_disk"],
-          "vllm": ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]}
+          "vllm": ["/collective_rpc", "/reset_prefix_cache?reset_running_requests=true", "/update_weight_version"]}
 ASK = {"sglang": "/generate", "vllm": "/v1/completions"}
 
 
@@ -275,6 +275,13 @@ def test_what_a_server_answers_wrong_is_a_failure_in_one_line(remote, server, fa
             remote.update()
             remote.generate(PROMPTS, how())
         assert "\n" not in str(failed.value) and server.url in str(failed.value)
+
+
+def test_vllm_must_forget_what_it_computed_with_the_old_weights(remote, server):
+    server.faults = {UPDATE["vllm"][1]: (200, {"success": False})}
+    if remote.kind == "vllm":
+        with pytest.raises(Failure, match="keys and values of the old weights"):
+            remote.update()
 
 
 def test_a_server_that_is_not_there_is_a_failure(remote):

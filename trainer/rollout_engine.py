@@ -167,7 +167,7 @@ class SGLangEngine(RemoteEngine):
     """SGLang's native API (docs.sglang.io: "SGLang for RL Systems", "Native APIs").
 
     It reports log-probabilities after the temperature unless it was started with SGLANG_RETURN_ORIGINAL_LOGPROB, and
-    obeys seeds with --enable-deterministic-inference only.
+    obeys seeds with --enable-deterministic-inference only. Written after SGLang 0.5.23.
     """
 
     mend = "start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
@@ -192,14 +192,15 @@ class SGLangEngine(RemoteEngine):
 class VLLMEngine(RemoteEngine):
     """vLLM's completions, and its calls for development (docs.vllm.ai: "Layerwise (Re)loading", "Weight Transfer").
 
-    To be started with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs.
+    To be started with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs. Written after vLLM 0.33.
     """
 
     mend = "start it with --logprobs-mode processed_logprobs"
 
     def _refresh(self, folder: str) -> None:
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-        self._call("/reset_prefix_cache", {})
+        if self._call("/reset_prefix_cache?reset_running_requests=true", {}).get("success") is False:
+            raise Failure(f"{self.url}: it keeps keys and values of the old weights")
         self._call("/update_weight_version", {"new_version": self.version})  # a label: after what it stands for
 
     def generate(self, prompts: list[Prompt], sampling: list[Sampling]) -> list[Trajectory]:
