@@ -22,11 +22,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from dataset.prompts import Prompt
 from model.chat import EOS, Answer, ChatTokenizer, answer_start, parse_answer, parse_json, render
 from model.engine import Sampling
-from trainer.rollout_engine import Trajectory
+from trainer.rollout_engine import LocalEngine, Trajectory
 from trainer.tools import call_tool
 
 SEED_STEP = 1_000_003  # between the seeds of an episode's turns: far from those of its neighbours
@@ -68,6 +69,25 @@ def run_episodes(engine, prompts: list[Prompt], samplings: list[Sampling], token
                     if not episode.finish_reason:
                         ask(episode, sampling)
     return episodes
+
+
+@dataclass
+class EpisodeEngine:
+    """An engine whose answers are episodes with tools, for training: what a tool says depends on `seed` alone."""
+
+    engine: LocalEngine
+    tokenizer: ChatTokenizer
+    max_turns: int
+    max_total_len: int
+    seed: int
+
+    def update(self) -> None:
+        self.engine.update()
+
+    def generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Trajectory]:
+        """One episode to each prompt, in the same order."""
+        return run_episodes(self.engine, prompts, samplings, self.tokenizer, self.max_turns, self.max_total_len,
+                            partial(call_tool, seed=self.seed))
 
 
 def take_turn(episode: Trajectory, sequence, tokenizer: ChatTokenizer, max_turns: int, limit: int,

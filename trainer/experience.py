@@ -46,12 +46,12 @@ class Experience:
                             f"cannot be shared evenly by {self.world.size} ranks")
         if self.prompts_per_rollout * args.num_generations < args.mini_batches:
             raise UserError(f"--mini_batches {args.mini_batches}: a rollout has fewer answers")
-        self.length = args.max_seq_len + args.max_gen_len
+        self.length = getattr(args, "max_total_len", args.max_seq_len + args.max_gen_len)  # of a trajectory
         self.steps = (math.ceil(args.epochs * len(prompts) / self.prompts_per_rollout)
                       * args.update_epochs * args.mini_batches)
         self.settings = {name: getattr(args, name) for name in (
             "batch_size", "accumulation_steps", "num_generations", "update_epochs", "mini_batches", "temperature",
-            "max_gen_len")} | {"prompts": len(prompts)}
+            "max_gen_len", "thinking_ratio")} | {"prompts": len(prompts)}
         self.cursor = self.rollouts = 0  # prompts drawn so far, and rollouts made
         self._minis: list[tuple] = []  # of this rollout, each learned from several times,
         self._pending: list[tuple] = []  # and what of that is still to come

@@ -158,9 +158,10 @@ def reward_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--judge_model", default="minimind", help="name of the judge's model there")
 
 
-def make_rewards(args: argparse.Namespace, tokenizer: ChatTokenizer, device: torch.device) -> Rewards:
-    """The components that the flags ask for: the rules, and `weight`, `model`, `judge`. Raises UserError."""
-    rules = {"exact": exact, "format": well_formed, "length": length_rule(tokenizer), "repetition": repetition}
+def make_rewards(args: argparse.Namespace, tokenizer: ChatTokenizer, device: torch.device,
+                 rules: dict[str, Rule] | None = None) -> Rewards:
+    """The components that the flags ask for: `rules`, and `weight`, `model`, `judge`. Raises UserError."""
+    rules = rules or {"exact": exact, "format": well_formed, "length": length_rule(tokenizer), "repetition": repetition}
     components = {name: one_by_one(rule) for name, rule in rules.items()}
     if args.reward_weight:
         components["weight"] = OwnModel(args, tokenizer, device)

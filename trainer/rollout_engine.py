@@ -137,8 +137,8 @@ class RemoteEngine:
             answer, logprobs, reason, likeliest = self._sample(ids, sampling)
             whole = 0 < len(answer) == len(logprobs) and None not in logprobs
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise Failure(f"{self.url}: an answer that cannot be read ({type(error).__name__}: {error}); is the server "
-                          "of that kind, and recent?") from None
+            raise Failure(f"{self.url}: an unreadable answer ({type(error).__name__}: {error}); is the server of "
+                          "that kind, and recent?") from None
         if not whole or reason not in ("stop", "length") or (reason == "stop") != (answer[-1] in sampling.stop_ids):
             raise Failure(f"{self.url}: a broken answer: {len(answer)} ids, {len(logprobs)} log-probabilities, ended "
                           f"by {reason!r} at id {answer[-1] if answer else None}")

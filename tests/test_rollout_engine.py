@@ -1,0 +1,365 @@
+"""Rollouts: this process's against an uncached model, and SGLang's and vLLM's HTTP against a stand-in that samples."""
+
+import json
+import threading
+from contextlib import nullcontext
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from lab import SMALL, TOKENIZER
+
+from dataset.prompts import Prompt
+from model.chat import EOS, PAD
+from model.engine import Sampling, generate
+from model.errors import Failure, UserError
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import fingerprint, load_folder
+from trainer.arguments import Parser
+from trainer.distributed import World
+from trainer.rollout_engine import (
+    LocalEngine,
+    SGLangEngine,
+    VLLMEngine,
+    engine_flags,
+    full_distribution,
+    make_rollout_engine,
+)
+
+PROMPTS = [Prompt(list(range(36 + i, 40 + 2 * i)), [{"role": "user", "content": "?"}]) for i in range(6)]
+
+
+@pytest.fixture
+def policy() -> MiniMindForCausalLM:
+    """Of 64 tokens, so that some answers stop, and far from uniform."""
+    model = MiniMindForCausalLM(MiniMindConfig(**SMALL, vocab_size=64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+def how(temperature: float = 0.8, most: int = 24, seed: int = 5) -> list[Sampling]:
+    return [full_distribution(most, temperature, seed + i) for i in range(len(PROMPTS))]
+
+
+def move(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+# -- this process ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_log_probabilities_are_those_of_the_whole_distribution_at_the_sampling_temperature(policy, temperature):
+    trajectories = LocalEngine(policy, TOKENIZER).generate(PROMPTS, how(temperature))
+    longest = max(len(t.tokens) for t in trajectories)
+    ids = torch.tensor([t.tokens + [PAD] * (longest - len(t.tokens)) for t in trajectories])
+    real = torch.tensor([[1] * len(t.tokens) + [0] * (longest - len(t.tokens)) for t in trajectories])
+    with torch.no_grad():
+        log_p = (policy.eval()(ids, real, use_cache=False).logits.float() / temperature).log_softmax(-1)
+    for row, t in enumerate(trajectories):
+        begin = len(t.prompt.ids)
+        expected = [float(log_p[row, at - 1, t.tokens[at]]) for at in range(begin, len(t.tokens))]
+        assert t.logprobs == pytest.approx(expected, abs=1e-4) and t.sampled == [True] * len(t.ids)
+
+
+def test_the_stop_token_is_the_last_sampled_id_of_those_that_stopped(policy):
+    trajectories = LocalEngine(policy, TOKENIZER).generate(PROMPTS, how(1.5, 40))
+    assert {t.finish_reason for t in trajectories} == {"stop", "length"}
+    for t in trajectories:
+        assert (t.finish_reason == "stop") == (t.ids[-1] in (EOS, PAD)) and len(t.ids) == len(t.logprobs)
+        assert not {EOS, PAD} & set(t.ids[:-1]) and (t.finish_reason == "stop" or len(t.ids) == 40)
+
+
+def test_an_answer_depends_on_its_seed_and_not_on_the_batch(policy):
+    together = [t.ids for t in LocalEngine(policy, TOKENIZER).generate(PROMPTS, how())]
+    few = [t.ids for t in LocalEngine(policy, TOKENIZER, max_batch=2).generate(PROMPTS[::-1], how()[::-1])]
+    alone = [LocalEngine(policy, TOKENIZER).generate([prompt], [one])[0].ids
+             for prompt, one in zip(PROMPTS, how(), strict=True)]
+    assert together == few[::-1] == alone
+    assert all(a != b for a, b in zip(together, (t.ids for t in LocalEngine(policy, TOKENIZER).generate(
+        PROMPTS, how(seed=99))), strict=True))
+
+
+def test_the_engine_of_this_process_samples_from_the_weights_as_they_are_and_leaves_the_mode_alone(policy):
+    engine = LocalEngine(policy.train(), TOKENIZER)
+    before = engine.generate(PROMPTS, how())
+    move(policy)
+    engine.update()
+    assert policy.training and [t.ids for t in engine.generate(PROMPTS, how())] != [t.ids for t in before]
+
+
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+class StandIn(BaseHTTPRequestHandler):
+    """Speaks the HTTP of SGLang and vLLM and samples from the folder it was told to load. One class a test."""
+
+    def do_POST(self):
+        self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def do_GET(self):
+        self.reply(None)
+
+    def reply(self, body: dict | None):
+        with self.lock:
+            self.seen.append((self.command, self.path, body))
+            status, answer = self.faults.get(self.path) or (200, getattr(
+                self, self.path.split("?")[0].strip("/").replace("/", "_"))(body))
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def load(self, folder: str) -> None:
+        assert Path(folder).is_absolute() and not [path for path in Path(folder).parent.iterdir() if "tmp" in path.name]
+        assert json.loads((Path(folder) / "config.json").read_text())["model_type"] == "qwen3"
+        if not self.stuck:
+            type(self).model = load_folder(folder)[0].eval()
+
+    def draw(self, ids: list[int], body: dict, most: str, seed: str):
+        whole = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
+        assert body.items() >= whole.items() and body["stop_token_ids"] == [EOS, PAD]
+        T = body["temperature"]
+        sequence, = generate(self.model, [ids], Sampling(body[most], T, 1.0, seed=body[seed], top_logprobs=1))
+        if self.raw:
+            logits = self.model(torch.tensor([ids + sequence.ids])).logits[0, len(ids) - 1:-1].detach().log_softmax(-1)
+            sequence.logprobs = logits[torch.arange(len(sequence.ids)), sequence.ids].tolist()
+            sequence.top = [[(int(step.argmax()), float(step.max()))] for step in logits]
+        return sequence
+
+    # SGLang
+
+    def update_weights_from_disk(self, body: dict) -> dict:
+        self.load(body["model_path"])
+        if not self.stuck:
+            type(self).version = body["weight_version"]
+        return {"success": True, "message": "Succeeded to update model weights."}
+
+    def generate(self, body: dict) -> dict:
+        sequence = self.draw(body["input_ids"], body["sampling_params"], "max_new_tokens", "sampling_seed")
+        assert body["return_logprob"] is True
+        return {"text": "", "meta_info": {
+            "finish_reason": {"type": sequence.finish_reason}, "weight_version": self.version,
+            "output_token_logprobs": [[p, i, None] for p, i in zip(sequence.logprobs, sequence.ids, strict=True)],
+            "output_top_logprobs": [[[p, i, None] for i, p in step] for step in sequence.top]}}
+
+    # vLLM
+
+    def weight_info(self, _) -> dict:
+        return {"weight_version": self.version}
+
+    def collective_rpc(self, body: dict) -> dict:
+        assert body["method"] == "reload_weights"
+        self.load(body["kwargs"]["weights_path"])
+        return {"results": [None]}
+
+    def reset_prefix_cache(self, _) -> dict:
+        return {"success": True}
+
+    def update_weight_version(self, body: dict) -> dict:
+        type(self).version = self.version if self.stuck else body["new_version"]
+        return {"success": True, "new_version": body["new_version"]}
+
+    def v1_completions(self, body: dict) -> dict:
+        assert body["return_token_ids"] is True and body["logprobs"] == 1
+        sequence = self.draw(body["prompt"], body, "max_tokens", "seed")
+        return {"choices": [{"finish_reason": sequence.finish_reason, "token_ids": sequence.ids, "logprobs": {
+            "token_logprobs": sequence.logprobs, "top_logprobs": [{str(i): p for i, p in step}
+                                                                  for step in sequence.top]}}]}
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    kind = type("Server", (StandIn,), {"seen": [], "faults": {}, "model": None, "version": "default", "stuck": False,
+                                       "raw": False, "lock": threading.Lock()})
+    http = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    kind.url = f"http://127.0.0.1:{http.server_port}"
+    yield kind
+    http.shutdown()
+    http.server_close()
+
+
+KINDS = {"sglang": SGLangEngine, "vllm": VLLMEngine}
+UPDATE = {"sglang": ["/update_weights_from_disk"],
+          "vllm": ["/collective_rpc", "/reset_prefix_cache?reset_running_requests=true", "/update_weight_version"]}
+ASK = {"sglang": "/generate", "vllm": "/v1/completions"}
+
+
+@pytest.fixture(params=KINDS)
+def remote(request, server, policy, tmp_path):
+    engine = KINDS[request.param](server.url, tmp_path / "rollout_weights", policy, TOKENIZER, World())
+    engine.kind = request.param
+    return engine
+
+
+def test_a_server_gives_the_very_trajectories_that_this_process_would(remote, policy, server):
+    remote.update()
+    ours, theirs = (engine.generate(PROMPTS, how()) for engine in (LocalEngine(policy, TOKENIZER), remote))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.prompt, one.ids, one.sampled, one.finish_reason, one.answer) == (
+            other.prompt, other.ids, other.sampled, other.finish_reason, other.answer)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    paths = [path for _, path, _ in server.seen]
+    assert paths[:len(UPDATE[remote.kind])] == UPDATE[remote.kind]
+    assert paths.count(ASK[remote.kind]) == len(PROMPTS) + 2  # and two to see that the temperature is in them
+    remote.generate(PROMPTS, how())
+    assert [path for _, path, _ in server.seen].count(ASK[remote.kind]) == 2 * len(PROMPTS) + 2
+
+
+def test_greedy_answers_come_from_a_server_too(remote, policy):
+    remote.update()
+    greedy = [Sampling(8, temperature=0)] * len(PROMPTS)
+    assert [t.ids for t in remote.generate(PROMPTS, greedy)] == [
+        t.ids for t in LocalEngine(policy, TOKENIZER).generate(PROMPTS, greedy)]
+
+
+def test_every_update_gives_the_server_a_new_folder_and_leaves_no_other(remote, policy, server):
+    for number in (1, 2):
+        remote.update()
+        assert server.version == remote.version == f"{number}-{fingerprint(policy)}"
+        assert fingerprint(server.model) == fingerprint(policy)
+        assert [path.name for path in remote.folder.iterdir()] == [remote.version]
+        move(policy)
+
+
+def test_weights_that_lag_are_a_failure(remote, policy, server):
+    with pytest.raises(Failure, match="it was given"):
+        remote.generate(PROMPTS, how())
+    remote.update()
+    remote.generate(PROMPTS, how())
+    move(policy)
+    with pytest.raises(Failure, match="the policy is at weights"):
+        remote.generate(PROMPTS, how())
+    server.stuck = True  # it says yes, and goes on with what it has
+    remote.update()
+    with pytest.raises(Failure, match=f"serves weights '1-.*', and '2-{fingerprint(policy)}'"):
+        remote.generate(PROMPTS, how())
+
+
+def test_a_server_that_was_restarted_during_a_rollout_is_a_failure(remote, server):
+    remote.update()
+    original, asked = type(remote)._sample, []
+
+    def sample(self, *question):
+        asked.append(question)
+        if len(asked) == 4:
+            server.version = "default"
+        return original(self, *question)
+
+    type(remote)._sample = sample
+    try:
+        with pytest.raises(Failure, match="serves weights 'default'"):
+            remote.generate(PROMPTS, how(1.0))
+    finally:
+        type(remote)._sample = original
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ((500, b"out of memory"), "answers 500: out of memory"), ((404, b""), "answers 404: Not Found"),
+    ((200, b"<html>"), "does not answer in JSON"), ((200, b"{}"), "unreadable answer|not updated|serves weights None")])
+def test_what_a_server_answers_wrong_is_a_failure_in_one_line(remote, server, fault, said):
+    for path in (*UPDATE[remote.kind], ASK[remote.kind], *["/weight_info"] * (remote.kind == "vllm")):
+        server.faults = {path: fault}
+        if fault == (200, b"{}") and path in UPDATE["vllm"]:
+            continue  # that these succeed is all they say
+        with pytest.raises(Failure, match=said) as failed:
+            remote.update()
+            remote.generate(PROMPTS, how())
+        assert "\n" not in str(failed.value) and server.url in str(failed.value)
+
+
+def test_vllm_must_forget_what_it_computed_with_the_old_weights(remote, server):
+    server.faults = {UPDATE["vllm"][1]: (200, {"success": False})}
+    if remote.kind == "vllm":
+        with pytest.raises(Failure, match="keys and values of the old weights"):
+            remote.update()
+
+
+def test_a_server_that_is_not_there_is_a_failure(remote):
+    remote.url = "http://127.0.0.1:9"
+    with pytest.raises(Failure, match="http://127.0.0.1:9: no answer from the server: .*refused"):
+        remote.update()
+
+
+@pytest.mark.parametrize("broken", [
+    {"ids": []}, {"ids": [40, 41]}, {"ids": [EOS, 40, 41]}, {"finish_reason": "abort"}, {"logprobs": [-1.0]},
+    {"logprobs": [None, -1.0, -1.0]}, {"ids": [40, 41, EOS], "finish_reason": "length"}])
+def test_an_answer_that_is_not_whole_is_a_failure(remote, server, broken):
+    remote.update()
+
+    @dataclass
+    class Broken:
+        ids: list
+        logprobs: list
+        finish_reason: str
+        top: list
+
+    answer = {"ids": [40, 41, EOS], "logprobs": [-1.0] * 3, "finish_reason": "stop"} | broken
+    if broken == {"ids": []}:
+        answer["logprobs"] = []
+    if len(answer["logprobs"]) != len(answer["ids"]) and remote.kind == "sglang":
+        pytest.skip("they come in pairs")
+    server.draw = lambda *_: Broken(**answer, top=[])
+    with pytest.raises(Failure, match="a broken answer"):
+        remote.generate(PROMPTS[:1], how(1.0)[:1])
+
+
+def test_log_probabilities_before_the_temperature_are_refused(remote, server):
+    server.raw = True
+    remote.update()
+    hint = {"sglang": "SGLANG_RETURN_ORIGINAL_LOGPROB", "vllm": "--logprobs-mode processed_logprobs"}[remote.kind]
+    remote.generate(PROMPTS, how(1.0))  # there it makes no difference
+    with pytest.raises(Failure, match=hint):
+        remote.generate(PROMPTS, how(0.8))
+
+
+class OfTwo(World):
+    """A rank that meets what the other one said."""
+
+    said: list = []
+
+    def gather(self, value):
+        self.said.append(value)
+        return list(self.said)
+
+
+def test_the_first_rank_alone_updates_the_server_and_all_of_them_share_its_failure(remote, policy, server, tmp_path):
+    first, second = (type(remote)(server.url, tmp_path / "weights", policy, TOKENIZER, OfTwo(rank, 2))
+                     for rank in (0, 1))
+    OfTwo.said = []
+    first.update()
+    asked = len(server.seen)
+    second.update()
+    assert len(server.seen) == asked and second.version == first.version and second.generate(PROMPTS, how())
+    server.faults, OfTwo.said = {UPDATE[remote.kind][0]: (500, b"no")}, []
+    for engine in (first, second):
+        with pytest.raises(Failure, match="answers 500: no"):
+            engine.update()
+
+
+def test_the_flags_choose_the_engine(policy, tmp_path):
+    def make(*flags):
+        parser = Parser()
+        engine_flags(parser)
+        args = parser.parse_args(flags)
+        args.save_dir = tmp_path
+        return make_rollout_engine(args, policy, TOKENIZER, nullcontext(), World())
+
+    assert isinstance(make(), LocalEngine)
+    engine = make("--rollout_engine=sglang", "--rollout_url=http://localhost:30000/")
+    assert isinstance(engine, SGLangEngine) and engine.url == "http://localhost:30000"
+    assert engine.folder == tmp_path / "rollout_weights"
+    engine = make("--rollout_engine=vllm", "--rollout_url=https://a", f"--rollout_dir={tmp_path / 'b'}")
+    assert isinstance(engine, VLLMEngine) and engine.folder == tmp_path / "b"
+    for flags in (["--rollout_engine=vllm"], ["--rollout_engine=vllm", "--rollout_url=file:///etc/passwd"]):
+        with pytest.raises(UserError, match="--rollout_url http://HOST:PORT"):
+            make(*flags)

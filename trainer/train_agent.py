@@ -1,0 +1,53 @@
+"""Agentic RL: the model calls tools, reads what they say and answers; the reward comes at the end of the episode."""
+
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+from model.errors import run_main
+from model.weights import ROOT
+from trainer.agent_rewards import AGENT_MIX, AGENT_RULES
+from trainer.arguments import policy_parser, positive, read_policy
+from trainer.episodes import EpisodeEngine
+from trainer.experience import Experience, held_out
+from trainer.loop import Run
+from trainer.losses import policy_loss
+from trainer.rewards import make_rewards, reward_flags
+from trainer.rollout_engine import engine_flags, make_rollout_engine
+
+
+def main() -> None:
+    parser = policy_parser(
+        __doc__, data_path=str(ROOT / "dataset/agent_rl.jsonl"), from_weight="full_sft", save_weight="agent",
+        max_seq_len=1024, max_gen_len=768, batch_size=2, num_generations=4, learning_rate=3e-7, weight_decay=0.0,
+        epochs=1, loss_type="cispo", thinking_ratio=0.1, log_interval=1, save_interval=10,
+        wandb_project="MiniMind-Agent", reward_mix=AGENT_MIX)
+    parser.add_argument("--max_total_len", type=positive, default=2500, help="longest episode, in tokens")
+    parser.add_argument("--max_turns", type=positive, default=4, help="times the model may speak in an episode")
+    reward_flags(parser)
+    engine_flags(parser)
+    args = read_policy(parser)
+    if args.loss_type == "spo" or args.max_total_len <= args.max_seq_len:
+        parser.error("--loss_type spo is for single answers: use train_grpo.py" if args.loss_type == "spo" else
+                     f"--max_total_len {args.max_total_len} leaves no room after --max_seq_len {args.max_seq_len}")
+    with Run(args) as run:
+        model = run.prepare(run.load_model())
+        reference = run.frozen(copy.deepcopy(model)) if args.beta else None
+        prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
+        sampler = make_rollout_engine(args, model, run.tokenizer, run.autocast(), run.world)
+        engine = EpisodeEngine(sampler, run.tokenizer, args.max_turns, args.max_total_len, args.seed)
+        rewards = make_rewards(args, run.tokenizer, run.device, AGENT_RULES)
+        rollouts = Experience(run, model, prompts, engine, rewards, reference)
+        how = {"kind": args.loss_type, "low": args.epsilon, "high": args.epsilon_high, "beta": args.beta,
+               "is_cap": args.is_cap}
+        loss = rollouts.watched(partial(policy_loss, **how, temperature=args.temperature))
+        run.fit(model, rollouts, loss, validate=held_out(run, val_prompts, engine, rewards), max_turns=args.max_turns,
+                max_total_len=args.max_total_len, **how)
+
+
+if __name__ == "__main__":
+    run_main(main)
