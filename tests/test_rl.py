@@ -56,7 +56,8 @@ def loss_of_trl(kind: str, level: str, batch: dict, new: torch.Tensor, low: floa
         _entropy_bonus_enabled=False, _metrics=defaultdict(lambda: defaultdict(list)),
         model=SimpleNamespace(training=True))
     trainer.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
-    trainer.accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x)
+    trainer.accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x,
+                                          gather_for_metrics=lambda x: x)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (padded(new), mask, None)
     correction = (batch["old"] - batch["sampled_logp"]).exp().clamp(max=is_cap or 1.0)
     ids = torch.zeros_like(mask).long()
@@ -358,9 +359,10 @@ def test_sampling_at_another_temperature_is_scored_at_that_temperature(lab):
 def test_a_policy_learns_what_is_rewarded():
     """Answers that begin with an odd id: by chance a half, and nearly all after a few updates."""
     rollouts = experience(flags=("--max_gen_len", 2, "--batch_size", 16, "--num_generations", 4))
+    rollouts.model, rollouts.prompts = small_model(vocab_size=64), [Prompt([40, 50], []), Prompt([50, 60, 40], [])]
     rollouts.engine = LocalEngine(rollouts.model, TOKENIZER, nullcontext())
     rollouts.rewards.names, rollouts.rewards.weights = ["odd", "short"], torch.tensor([1.0, 0.0])
-    optimizer = torch.optim.AdamW(rollouts.model.parameters(), 2e-3)
+    optimizer = torch.optim.AdamW(rollouts.model.parameters(), 3e-3)
     seen = []
     for number in range(25):
         step = rollouts.take(number)

@@ -25,11 +25,12 @@ def main() -> None:
         __doc__, data_path=str(ROOT / "dataset/agent_rl.jsonl"), from_weight="full_sft", save_weight="agent",
         max_seq_len=1024, max_gen_len=768, batch_size=2, num_generations=4, learning_rate=3e-7, weight_decay=0.0,
         epochs=1, loss_type="cispo", thinking_ratio=0.1, log_interval=1, save_interval=10,
-        wandb_project="MiniMind-Agent", reward_mix=AGENT_MIX)
+        wandb_project="MiniMind-Agent")
     parser.add_argument("--max_total_len", type=positive, default=2500, help="longest episode, in tokens")
     parser.add_argument("--max_turns", type=positive, default=4, help="times the model may speak in an episode")
     reward_flags(parser)
     engine_flags(parser)
+    parser.set_defaults(reward_mix=AGENT_MIX)
     args = read_policy(parser)
     if args.loss_type == "spo" or args.max_total_len <= args.max_seq_len:
         parser.error("--loss_type spo is for single answers: use train_grpo.py" if args.loss_type == "spo" else
