@@ -1,0 +1,216 @@
+"""Online RL: tokens a second of rollouts and of whole steps, against the plain recipe, same prompts, in one run.
+
+Plain: twelve prompts at a time, padded on the left, a cache grown by concatenation until the longest answer ends; then
+log-probabilities of policy and reference over the whole vocabulary at every padded position, in fp32; AdamW one tensor
+at a time. Ours: `trainer/experience.py` on `model/engine.py`: answers leave when they end, rows are packed, logits are
+computed where there is a label. Both take the same number of answers of the same, very different lengths. `--agent`
+compares episodes of several turns instead: ours all at once, each turn going on from the cache of those before; plain
+one after the other, everything read again at each turn. Weights are random: speed does not depend on what they say.
+
+    python benchmarks/rl_speed.py
+    python benchmarks/rl_speed.py --agent
+"""
+
+import argparse
+import copy
+import random
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+import torch
+from torch import nn
+
+from benchmarks.decode_speed import GrowingCache, plain_loop
+from benchmarks.machine import save_result
+from dataset.prompts import Prompt
+from model.chat import ChatTokenizer
+from model.engine import Engine, Sampling
+from model.errors import run_main
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.arguments import Parser, policy_parser, positive, read_policy
+from trainer.distributed import World
+from trainer.experience import Experience
+from trainer.losses import k3, policy_loss
+from trainer.optimizer import make_optimizers
+from trainer.rollout_engine import LocalEngine
+
+PLAIN_BATCH, GENERATIONS, LONGEST, BETA = 12, 6, 192, 0.1
+
+
+class Timed(LocalEngine):
+    """Answers of given lengths instead of those that a model would end by itself; remembers how long sampling took."""
+
+    lengths: list[int] = []
+    seconds = 0.0
+
+    def generate(self, prompts, samplings):
+        began = time.perf_counter()
+        how = [replace(one, max_new_tokens=n, stop_ids=()) for one, n in zip(samplings, self.lengths, strict=True)]
+        answers = super().generate(prompts, how)
+        self.seconds = time.perf_counter() - began
+        return answers
+
+
+class Lengths:
+    """Rewards that differ."""
+
+    names, weights = ["length"], torch.ones(1)
+
+    def score(self, prompts, trajectories):
+        return torch.tensor([[float(len(trajectory.ids))] for trajectory in trajectories])
+
+    def total(self, scores):
+        return scores[:, 0]
+
+
+@torch.inference_mode()
+def plain_rollout(model: nn.Module, prompts: list[list[int]], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded prompts answered together. → ids [B, T] and mask"""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    cache, last = GrowingCache(), ids
+    for _ in range(tokens):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -last.shape[1]:]
+        logits = model(last, mask, positions, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+        last = torch.multinomial(logits.softmax(-1), 1)
+        ids, mask = torch.cat((ids, last), 1), torch.cat((mask, torch.ones_like(last)), 1)
+    return ids, mask
+
+
+def plain_step(policy: nn.Module, reference: nn.Module, optimizer, prompts: list[list[int]],
+               lengths: list[int]) -> tuple[float, float]:
+    """Answers and one update, twelve answers at a time. → seconds of the rollouts, and in all"""
+    began, sampling = time.perf_counter(), 0.0
+    for start in range(0, len(prompts), PLAIN_BATCH):
+        part, wanted = prompts[start:start + PLAIN_BATCH], torch.tensor(lengths[start:start + PLAIN_BATCH])
+        at = time.perf_counter()
+        ids, mask = plain_rollout(policy, part, int(wanted.max()))
+        sampling += time.perf_counter() - at
+        ids, mask = ids.clone(), mask.clone()  # out of inference mode
+        width = ids.shape[1] - int(wanted.max())
+        answered = (torch.arange(ids.shape[1] - width) < wanted[:, None]).float()
+
+        def log_probs(model: nn.Module, ids=ids, mask=mask, width=width) -> torch.Tensor:
+            all_log_p = model(ids, mask).logits[:, :-1].float().log_softmax(-1)
+            return all_log_p.gather(2, ids[:, 1:, None])[:, width - 1:, 0]
+
+        with torch.no_grad():
+            theirs = log_probs(reference)
+        new = log_probs(policy)
+        advantage = (wanted.float() - wanted.float().mean())[:, None]
+        losses = -(new - new.detach()).exp() * advantage + BETA * k3(new, theirs)
+        (((losses * answered).sum(1) / answered.sum(1)).mean() * PLAIN_BATCH / len(prompts)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return sampling, time.perf_counter() - began
+
+
+def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: random.Random) -> dict:
+    """Both recipes on the same prompts and lengths of answers, in turn."""
+    model = MiniMindForCausalLM(config)
+    policy, reference = copy.deepcopy(model), copy.deepcopy(model).eval().requires_grad_(False)
+    args = read_policy(policy_parser("", data_path="x", from_weight="x", save_weight="x"), [
+        "--batch_size", "4", "--accumulation_steps", str(answers // GENERATIONS // 4), "--num_generations",
+        str(GENERATIONS), "--max_seq_len", "128", "--max_gen_len", str(LONGEST), "--beta", str(BETA)])
+    run = SimpleNamespace(args=args, world=World(), device=torch.device("cpu"), tokenizer=ChatTokenizer(),
+                          autocast=lambda: torch.autocast("cpu", enabled=False))
+    prompts = [Prompt([dice.randrange(36, config.vocab_size) for _ in range(dice.randint(16, 96))], [])
+               for _ in range(answers // GENERATIONS)]
+    timed = Timed(model, run.tokenizer)
+    rollouts = Experience(run, model, prompts, timed, Lengths(), reference)
+    ours_optimizer, = make_optimizers(model, "adamw", 1e-6, 0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, foreach=False)
+    speeds = {name: [] for name in ("plain_rollout", "ours_rollout", "plain_step", "ours_step")}
+    for repeat in range(repeats + 1):
+        # most answers are short, a few are long: what a padded batch waits for
+        lengths = [min(LONGEST, 8 + int(dice.expovariate(1 / 48))) for _ in range(answers)]
+        if repeat == 0:
+            lengths = [4] * answers  # a warm-up
+        timed.lengths = lengths
+        began = time.perf_counter()
+        step = rollouts.take(repeat)
+        for batch in step.batches:
+            loss = policy_loss(model, batch, "grpo", 0.2, 0.2, BETA, 0.0, 1.0)
+            (loss.total / step.units).backward()
+        ours_optimizer.step()
+        ours_optimizer.zero_grad()
+        seconds = time.perf_counter() - began
+        asked = [prompt.ids for prompt in prompts for _ in range(GENERATIONS)]
+        sampling, whole = plain_step(policy, reference, optimizer, asked, lengths)
+        if repeat:
+            for name, of_one in zip(speeds, (sampling, timed.seconds, whole, seconds), strict=True):
+                speeds[name].append(sum(lengths) / of_one)
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    ratios = {kind: medians[f"ours_{kind}"] / medians[f"plain_{kind}"] for kind in ("rollout", "step")}
+    for kind, ratio in ratios.items():
+        plain, ours = medians[f"plain_{kind}"], medians[f"ours_{kind}"]
+        print(f"{kind:8} plain {plain:8,.1f}   ours {ours:8,.1f} answered tokens/s   ratio {ratio:5.2f}", flush=True)
+    return medians | {"ratios": ratios, "answers": answers, "all": speeds}
+
+
+def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: random.Random) -> dict:
+    """Episodes of three turns with observations between: all at once, and one after the other."""
+    model = MiniMindForCausalLM(config).eval().requires_grad_(False)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [dice.randrange(36, config.vocab_size) for _ in range(dice.randint(low, high))]
+
+    speeds: dict[str, list[float]] = {"plain": [], "ours": []}
+    for _ in range(repeats):
+        # a prompt with tools, two calls with what they return, and the answer
+        plans = [(ids(150, 300), [(dice.randint(16, 48), ids(15, 40)) for _ in range(2)] + [(dice.randint(12, 32), [])])
+                 for _ in range(episodes)]
+        for kind, chosen in (("ours", plans), ("plain", plans[::8])):
+            began = time.perf_counter()
+            if kind == "plain":
+                for prompt, turns in chosen:
+                    text = list(prompt)
+                    for tokens, seen in turns:
+                        text += plain_loop(model, [text], tokens)[0].tolist() + seen
+            else:
+                engine = Engine(model, max_batch=64)
+                left = {engine.add(prompt, Sampling(turns[0][0], 1.0, 1.0, stop_ids=())): (prompt, turns, 0)
+                        for prompt, turns in chosen}
+                while engine.busy:
+                    for sequence in engine.step():
+                        if sequence.finish_reason:
+                            text, turns, at = left.pop(sequence)
+                            text = text + sequence.ids + turns[at][1]
+                            if at + 1 < len(turns):
+                                how = Sampling(turns[at + 1][0], 1.0, 1.0, stop_ids=())
+                                left[engine.add(text, how)] = text, turns, at + 1
+            tokens = sum(tokens for _, turns in chosen for tokens, _ in turns)
+            speeds[kind].append(tokens / (time.perf_counter() - began))
+    result = {kind: statistics.median(values) for kind, values in speeds.items()}
+    result["ratio"] = result["ours"] / result["plain"]
+    print(f"episodes  plain {result['plain']:8,.1f}   ours {result['ours']:8,.1f} sampled tokens/s   "
+          f"ratio {result['ratio']:5.2f}", flush=True)
+    return result | {"episodes": episodes, "all": speeds}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden_size", type=positive, default=768)
+    parser.add_argument("--num_hidden_layers", type=positive, default=8)
+    parser.add_argument("--answers", type=positive, default=48, help="answers in a step, or episodes; a multiple of 24")
+    parser.add_argument("--repeats", type=positive, default=2)
+    parser.add_argument("--agent", action="store_true", help="episodes with tools")
+    args = parser.parse_args()
+    if args.answers % 24:
+        parser.error(f"--answers {args.answers} is no multiple of 24")
+    torch.manual_seed(0)
+    config, dice = MiniMindConfig(args.hidden_size, args.num_hidden_layers), random.Random(0)
+    compare = compare_episodes if args.agent else compare_steps
+    result = compare(config, args.answers, args.repeats, dice)
+    save_result(f"rl_speed{'_agent' * args.agent}_{args.hidden_size}x{args.num_hidden_layers}", result)
+
+
+if __name__ == "__main__":
+    run_main(main)
