@@ -193,6 +193,8 @@ def qwen3_config(config: MiniMindConfig, **options) -> PretrainedConfig:
         ours |= {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
                  "router_aux_loss_coef"}
     sizes = {name: value for name, value in config.to_dict().items() if name not in ours}
+    if config.use_moe:  # SGLang reads the head of a Qwen3-MoE from its own weights
+        sizes["tie_word_embeddings"] = False
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return (Qwen3MoeConfig if config.use_moe else Qwen3Config)(**sizes | options, rope_parameters=rope)
 
@@ -216,8 +218,10 @@ def to_minimind(model: nn.Module) -> MiniMindForCausalLM:
     """A Qwen3 or Qwen3-MoE of transformers as our own class; ours as it is."""
     if isinstance(model, MiniMindForCausalLM):
         return model
-    ours = MiniMindForCausalLM(minimind_config(model.config))
-    ours.load_state_dict(model.state_dict())
+    config, state = minimind_config(model.config), model.state_dict()
+    config.tie_word_embeddings = torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+    ours = MiniMindForCausalLM(config)
+    ours.load_state_dict(state)
     return ours
 
 
@@ -242,6 +246,7 @@ def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, 
     transformers.utils.logging.disable_progress_bar()
     folder = Path(folder)
     if own_class:
+        model_minimind.name_experts()
         theirs = MiniMindForCausalLM(MiniMindConfig(**model.config.to_dict() | {"auto_map": AUTO_MAP}))
     else:
         name = f"{'Qwen3Moe' if model.config.use_moe else 'Qwen3'}For{kind}"

@@ -49,7 +49,7 @@ FORMATS = {"transformers": "a folder of Qwen3 or Qwen3-MoE", "minimind": "a fold
            "lora": "a .pth of the LoRA named by --lora", "peft": "an adapter folder; then --source is a LoRA of ours"}
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": None}
 SAMPLE = [{"role": "system", "content": "You answer briefly. 请简短回答。"},
-          {"role": "user", "content": "中国的首都是哪里？ What is 12 × 34?  🙂\n```python\nfor i in x:\n\tprint(i)\n```"},
+          {"role": "user", "content": "中国的首都是哪里？ What is 12 × 34?  🙂\n```\nfor i in x:\n\tprint(i)\n```"},
           {"role": "assistant", "reasoning_content": "北京; 12 × 34 = 408.", "content": "北京，408。"}]
 
 
@@ -222,7 +222,7 @@ def write(args: argparse.Namespace, draft: Path) -> str:
     for name, value in model.named_parameters():
         value.data = rounded(name, value.data, args.dtype, args.format)
     said = check(args.target, args.dtype, before, logits(model, ids), logits(read, ids))
-    if args.format == "torch" and tokenizer.folder != TOKENIZER_DIR:
+    if args.format == "torch" and tokenizer.hash != ChatTokenizer().hash:
         said += f"; its tokenizer is --tokenizer {tokenizer.folder}"
     return said
 

@@ -7,34 +7,34 @@ import {pathToFileURL} from "node:url";
 const modules = path.join(process.env.MINIMIND_NODE, "node_modules");
 const load = (file) => import(pathToFileURL(path.join(modules, file)));
 const request = JSON.parse(fs.readFileSync(0, "utf-8"));
-const answer = {};
+const answer = {models: []};
 
-if (request.gguf) {
+if (request.models) {
     const {getLlama} = await load("node-llama-cpp/dist/index.js");
     const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
-    const model = await llama.loadModel({modelPath: request.gguf, useMmap: false});
-    answer.metadata = {architecture: model.fileInfo.metadata.general.architecture, ...model.fileInfo.metadata.tokenizer};
-    delete answer.metadata.ggml;
-    answer.plain = (request.texts ?? []).map((text) => model.tokenize(text));
-    answer.marked = (request.texts ?? []).map((text) => model.tokenize(text, true));
-    answer.shown = (request.texts ?? []).map((text) => model.detokenize(model.tokenize(text, true)));
-    answer.end = model.isEogToken(2);
-    answer.continued = [];
-    answer.probabilities = [];
-    const context = await model.createContext({contextSize: 512, threads: 1});
-    for (const prompt of request.prompts ?? []) {
-        const sequence = context.getSequence();
-        const ids = [];
-        for await (const {token, probabilities} of
-            sequence.evaluateWithMetadata(prompt, {probabilities: true}, {temperature: 0, yieldEogToken: true})) {
-            if (!ids.length)
-                answer.probabilities.push(Object.fromEntries([...probabilities].slice(0, 50)));
-            ids.push(token);
-            if (ids.length === request.length)
-                break;
+    for (const {path, texts, prompts, length} of request.models) {
+        const model = await llama.loadModel({modelPath: path, useMmap: false});
+        const {general, tokenizer} = model.fileInfo.metadata;
+        const said = {architecture: general.architecture, template: tokenizer.chat_template, end: model.isEogToken(2),
+            plain: texts.map((text) => model.tokenize(text)), marked: texts.map((text) => model.tokenize(text, true)),
+            shown: texts.map((text) => model.detokenize(model.tokenize(text, true))), continued: [], probabilities: []};
+        const context = await model.createContext({contextSize: 512, threads: 1});
+        for (const prompt of prompts) {
+            const sequence = context.getSequence();
+            const ids = [];
+            for await (const {token, probabilities} of
+                sequence.evaluateWithMetadata(prompt, {probabilities: true}, {temperature: 0, yieldEogToken: true})) {
+                if (!ids.length)
+                    said.probabilities.push(Object.fromEntries([...probabilities].slice(0, 50)));
+                ids.push(token);
+                if (ids.length === length)
+                    break;
+            }
+            said.continued.push(ids);
+            sequence.dispose();
         }
-        answer.continued.push(ids);
-        sequence.dispose();
+        answer.models.push(said);
+        await model.dispose();
     }
 }
 
