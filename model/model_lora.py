@@ -160,15 +160,20 @@ def attach_lora(model: nn.Module, lora: LoRA, state: dict[str, Tensor], source: 
             wanted[name].copy_(value)
 
 
-def load_lora(model: nn.Module, name: str, save_dir: Path = OUT_DIR, base: str | None = None) -> LoRA:
-    """Attach LoRA `name` to the base it was trained on. `base`: the model's fingerprint, if it is known.
-
-    Raises UserError when there is no such LoRA of this size, or when it belongs to another base.
-    """
+def load_lora(model: nn.Module, name: str, save_dir: Path = OUT_DIR) -> LoRA:
+    """`attach_file` of the LoRA `name`. Raises UserError when there is none of this size, too."""
     path = find_weight(name, save_dir, model.config.hidden_size, bool(getattr(model.config, "use_moe", False)))
+    return attach_file(model, path)
+
+
+def attach_file(model: nn.Module, path: Path, base: str | None = None) -> LoRA:
+    """Attach a LoRA file to the base it was trained on. `base`: the model's fingerprint, if it is known.
+
+    Raises UserError when it is no LoRA, or belongs to another base.
+    """
     lora, state = read_lora(path)
     if lora.base != (base or fingerprint(model)):
-        raise UserError(f"{path} was trained on another base than this one; name its base with --weight "
+        raise UserError(f"{path} was trained on another base than this one; name its base "
                         "(its .json tells which), or train it again on this one")
     attach_lora(model, lora, state, path)
     return lora

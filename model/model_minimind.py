@@ -376,6 +376,12 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["Block"]
 
+    @classmethod
+    def from_pretrained(cls, *arguments, **options):
+        """As transformers does it, from folders with the experts stacked or with per-expert names."""
+        name_experts()
+        return super().from_pretrained(*arguments, **options)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -471,6 +477,14 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             if aux_loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=past_key_values)
+
+
+def name_experts() -> None:
+    """Tell transformers, whose loader does not call load_state_dict, of per-expert names: they are Qwen3-MoE's."""
+    from transformers import conversion_mapping
+
+    names = conversion_mapping.get_checkpoint_conversion_mapping("qwen3_moe")
+    conversion_mapping.register_checkpoint_conversion_mapping("minimind", names, overwrite=True)
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from model import model_minimind
 from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.errors import UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, register
@@ -24,12 +25,19 @@ OUT_DIR, CHECKPOINT_DIR = ROOT / "out", ROOT / "checkpoints"
 CONFIG_KEYS = ("hidden_size", "num_hidden_layers", "use_moe", "vocab_size", "num_attention_heads",
                "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps",
                "rope_theta", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-               "router_aux_loss_coef")
+               "router_aux_loss_coef", "tie_word_embeddings")
+
+AUTO_MAP = {"AutoConfig": "model_minimind.MiniMindConfig", "AutoModelForCausalLM": "model_minimind.MiniMindForCausalLM"}
 
 
 def file_stem(name: str, config: MiniMindConfig) -> str:
     """`{name}_{hidden_size}[_moe]`, the name that weights, resume states and logs share."""
     return f"{name}_{config.hidden_size}{'_moe' if config.use_moe else ''}"
+
+
+def weight_name(path: Path) -> str:
+    """What a weight is called without its sizes: full_sft for out/full_sft_768_moe.pth."""
+    return re.sub(r"_\d+(_moe)?$", "", path.stem)
 
 
 def save_atomically(value: object, path: Path) -> None:
@@ -114,14 +122,18 @@ def find_models(save_dir: Path = OUT_DIR, folders_in: Path = ROOT) -> dict[str, 
 
 
 def load_weight(name: str, save_dir: Path = OUT_DIR, hidden_size: int | None = None, use_moe: bool | None = None,
-                tokenizer: ChatTokenizer | None = None, inference_rope_scaling: bool = False,
+                *arguments, **options) -> tuple[nn.Module, dict]:
+    """`read_weight` of the weight `name`. Raises UserError when it is absent, too."""
+    return read_weight(find_weight(name, save_dir, hidden_size, use_moe), *arguments, **options)
+
+
+def read_weight(path: Path, tokenizer: ChatTokenizer | None = None, inference_rope_scaling: bool = False,
                 kind: type[nn.Module] = MiniMindForCausalLM, **overrides) -> tuple[nn.Module, dict]:
-    """Weight `name` as an fp32 model of class `kind` on the CPU, and its card ({} where no .json lies beside it).
+    """A .pth as an fp32 model of class `kind` on the CPU, and its card ({} where no .json lies beside it).
 
     Sizes come from the card; without one from the tensors' shapes and the published constants.
-    Raises UserError when the file is absent, unreadable, of another shape or for another tokenizer.
+    Raises UserError when the file is unreadable, of another shape or for another tokenizer.
     """
-    path = find_weight(name, save_dir, hidden_size, use_moe)
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         card_path = path.with_suffix(".json")
@@ -130,7 +142,7 @@ def load_weight(name: str, save_dir: Path = OUT_DIR, hidden_size: int | None = N
         raise UserError(f"{path}: not a weight file: {first_line(error)}") from None
     if "settings" in state:
         raise UserError(f"{path} is a LoRA: attach it to its base, --weight {card.get('parent', 'BASE')} "
-                        f"--lora_weight {name}")
+                        f"--lora_weight {weight_name(path)}")
     if tokenizer and card.get("tokenizer", tokenizer.hash) != tokenizer.hash:
         raise UserError(f"{path} was trained with another tokenizer ({card['tokenizer']}, not {tokenizer.hash} of "
                         f"{tokenizer.folder}); name its folder with --tokenizer")
@@ -176,39 +188,101 @@ def qwen3_config(config: MiniMindConfig, **options) -> PretrainedConfig:
     """The same sizes in the words of transformers' Qwen3 or Qwen3-MoE, whose parameters have the same names."""
     from transformers import Qwen3Config, Qwen3MoeConfig
 
-    sizes = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    ours = {"model_type", "architectures", "auto_map", "use_moe", "inference_rope_scaling"}
+    if not config.use_moe:  # engines take a model that has experts for a MoE
+        ours |= {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+                 "router_aux_loss_coef"}
+    sizes = {name: value for name, value in config.to_dict().items() if name not in ours}
+    if config.use_moe:  # SGLang reads the head of a Qwen3-MoE from its own weights
+        sizes["tie_word_embeddings"] = False
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return (Qwen3MoeConfig if config.use_moe else Qwen3Config)(**sizes | options, rope_parameters=rope)
 
 
+def minimind_config(config: PretrainedConfig) -> MiniMindConfig:
+    """The sizes of a Qwen3 or Qwen3-MoE in our words. Raises UserError for what our decoder does not have."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    wanted = {"model_type": ("qwen3", "qwen3_moe"), "hidden_act": ("silu",), "attention_bias": (False,),
+              "use_sliding_window": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
+    unlike = [f"{name} {getattr(config, name)}" for name, values in wanted.items()
+              if getattr(config, name, values[0]) not in values]
+    if not unlike and rope.get("rope_type", "default") != "default":
+        unlike = [f"rope_type {rope['rope_type']}"]
+    if unlike:
+        raise UserError(f"MiniMind has no such model: {', '.join(unlike)}; it reads Qwen3 and Qwen3-MoE as published")
+    sizes = {name: getattr(config, name) for name in CONFIG_KEYS if hasattr(config, name)}
+    return MiniMindConfig(**sizes | {"use_moe": config.model_type == "qwen3_moe", "rope_theta": rope["rope_theta"]})
+
+
+def to_minimind(model: nn.Module) -> MiniMindForCausalLM:
+    """A Qwen3 or Qwen3-MoE of transformers as our own class; ours as it is."""
+    if isinstance(model, MiniMindForCausalLM):
+        return model
+    config, state = minimind_config(model.config), model.state_dict()
+    config.tie_word_embeddings = torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+    ours = MiniMindForCausalLM(config)
+    ours.load_state_dict(state)
+    return ours
+
+
+def chat_template(tokenizer: ChatTokenizer) -> str:
+    """The template that lies with the tokenizer; that of model/chat.py where none does."""
+    own, settings = tokenizer.folder / "chat_template.jinja", tokenizer.folder / "tokenizer_config.json"
+    if not own.is_file() and settings.is_file():
+        template = json.loads(settings.read_text("utf-8")).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return (own if own.is_file() else TOKENIZER_DIR / own.name).read_text("utf-8")
+
+
 def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, kind: str = "CausalLM",
-                **options) -> None:
-    """Write `model` as a Qwen3 folder with its tokenizer, for transformers' AutoModelFor{kind}, in fp32."""
+                dtype: torch.dtype = torch.float32, own_class: bool = False, **options) -> None:
+    """Write `model` as a Qwen3 folder with its tokenizer, for transformers' AutoModelFor{kind}.
+
+    With `own_class`, as MiniMind's class: its file goes along, for programs that load with trust_remote_code.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    name = f"{'Qwen3Moe' if model.config.use_moe else 'Qwen3'}For{kind}"
-    theirs = getattr(transformers, name)(qwen3_config(model.config, **options))
+    folder = Path(folder)
+    if own_class:
+        model_minimind.name_experts()
+        theirs = MiniMindForCausalLM(MiniMindConfig(**model.config.to_dict() | {"auto_map": AUTO_MAP}))
+    else:
+        name = f"{'Qwen3Moe' if model.config.use_moe else 'Qwen3'}For{kind}"
+        theirs = getattr(transformers, name)(qwen3_config(model.config, **options))
     theirs.load_state_dict(model.state_dict())
-    theirs.save_pretrained(folder)
-    for part in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (source := tokenizer.folder / part).is_file():
-            shutil.copyfile(source, Path(folder) / part)
+    theirs.to(dtype).save_pretrained(folder)
+    if own_class:
+        shutil.copyfile(model_minimind.__file__, folder / "model_minimind.py")
+    else:  # transformers 5 renamed these; engines and transformers 4 read the old names, and have defaults for them
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config |= {"rope_theta": model.config.rope_theta, "torch_dtype": config["dtype"]}
+        config |= {"num_experts": model.config.num_experts} if model.config.use_moe else {}
+        (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    for part in ("tokenizer.json", "tokenizer_config.json"):
+        source = tokenizer.folder / part
+        shutil.copyfile(source if source.is_file() else TOKENIZER_DIR / part, folder / part)
+    (folder / "chat_template.jinja").write_text(chat_template(tokenizer), "utf-8")
 
 
-def load_folder(folder: str | Path, **overrides) -> tuple[nn.Module, ChatTokenizer]:
+def load_folder(folder: str | Path, flag: str = "--load_from", **overrides) -> tuple[nn.Module, ChatTokenizer]:
     """A model and its tokenizer from a folder in transformers' format (Qwen3, or MiniMind's class); no remote code."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"--load_from {folder}: not a transformers folder (no config.json), nor the word 'model'")
+        hint = ", nor the word 'model'" if flag == "--load_from" else ""
+        raise UserError(f"{flag} {folder}: not a transformers folder (no config.json){hint}")
     register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **overrides)
+        model, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
+                                                             trust_remote_code=False, **overrides)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--load_from {folder}: {first_line(error)}") from None
+        raise UserError(f"{flag} {folder}: {first_line(error)}") from None
+    if absent := sorted(loaded["missing_keys"]):  # transformers would leave them random, behind a warning
+        raise UserError(f"{flag} {folder}: its weights lack {absent[0]} and {len(absent) - 1} others")
     return model, ChatTokenizer(folder)
 
 

@@ -1,41 +1,127 @@
-"""Turn weights into what other programs read, and back: transformers folders, peft adapters, merged LoRAs.
+"""Turn weights into what other programs read, and back; every conversion is checked before it gets its name.
 
-    python scripts/convert_model.py --weight full_sft --to_transformers out/full_sft_folder
-    python scripts/convert_model.py --weight full_sft --merge lora_a lora_b=0.5 --save_weight full_sft_ab
-    python scripts/convert_model.py --lora_name lora_identity --to_peft out/lora_identity_peft
-    python scripts/convert_model.py --weight full_sft --from_peft DIR --lora_name lora_identity
+    python scripts/convert_model.py --source out/full_sft_768.pth --target out/full_sft_hf --format transformers
+    python scripts/convert_model.py --source out/full_sft_768.pth --target out/full_sft.gguf --format gguf --dtype q8_0
+    python scripts/convert_model.py --source FOLDER --target out/downloaded_768.pth --format torch
+    python scripts/convert_model.py --source out/full_sft_768.pth --lora out/lora_a_768.pth out/lora_b_768.pth=0.5 \\
+                                    --target out/full_sft_ab_768.pth --format torch
+    python scripts/convert_model.py --source out/lora_a_768.pth --target out/lora_a_peft --format peft
+    python scripts/convert_model.py --source out/full_sft_768.pth --lora PEFT_FOLDER \\
+                                    --target out/lora_c_768.pth --format lora
+
+A source is a .pth of ours, with or without its .json, or a transformers folder (Qwen3, Qwen3-MoE, MiniMind's class).
 """
 
 import argparse
+import copy
 import json
 import math
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.errors import UserError, first_line, run_main
-from model.model_lora import LoRA, adaptable, attach_lora, load_lora, merge_lora, read_lora, save_lora
-from model.model_minimind import Experts
-from model.weights import OUT_DIR, find_weight, fingerprint, load_weight, save_atomically, save_folder, save_weight
-from trainer.arguments import Parser, model_flags
+from model.errors import Failure, UserError, first_line, run_main
+from model.model_lora import LoRA, adaptable, attach_file, attach_lora, lora_state, merge_lora, read_lora, save_lora
+from model.model_minimind import Experts, MiniMindForCausalLM
+from model.weights import (
+    file_stem,
+    fingerprint,
+    load_folder,
+    read_weight,
+    save_atomically,
+    save_folder,
+    save_weight,
+    to_minimind,
+    weight_name,
+)
+from trainer.arguments import Parser
+
+FORMATS = {"transformers": "a folder of Qwen3 or Qwen3-MoE", "minimind": "a folder of MiniMind's own class",
+           "torch": "a .pth of ours", "gguf": "a file for llama.cpp, with Ollama's Modelfile",
+           "lora": "a .pth of the LoRA named by --lora", "peft": "an adapter folder; then --source is a LoRA of ours"}
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": None}
+SAMPLE = [{"role": "system", "content": "You answer briefly. 请简短回答。"},
+          {"role": "user", "content": "中国的首都是哪里？ What is 12 × 34?  🙂\n```\nfor i in x:\n\tprint(i)\n```"},
+          {"role": "assistant", "reasoning_content": "北京; 12 × 34 = 408.", "content": "北京，408。"}]
 
 
-def merge(model: nn.Module, wanted: list[str], save_dir: Path) -> None:
-    """Add LoRAs, each "name" or "name=weight", to the model they were all trained on, in place."""
-    base = fingerprint(model)
-    for text in wanted:
-        name, _, weight = text.partition("=")
-        try:
-            share = float(weight or 1)
-        except ValueError:
-            raise UserError(f"--merge {text}: {weight} is not a number; write name or name=weight") from None
-        load_lora(model, name, save_dir, base)
-        merge_lora(model, share)
+def read_source(path: Path, tokenizer_dir: Path) -> tuple[nn.Module, ChatTokenizer, dict]:
+    """What --source names: model, tokenizer, and the card of a .pth."""
+    if path.is_dir():
+        return *load_folder(path, "--source"), {}
+    if not path.is_file():
+        raise UserError(f"--source {path}: there is no such file or folder")
+    tokenizer = ChatTokenizer(tokenizer_dir)
+    model, card = read_weight(path, tokenizer)
+    return model, tokenizer, card
+
+
+def attach(model: nn.Module, text: str, base: str | None = None) -> tuple[LoRA, float]:
+    """Attach a LoRA of ours or a peft adapter, "PATH" or "PATH=WEIGHT", in place. → the LoRA and its weight"""
+    path, _, weight = text.rpartition("=") if "=" in text else (text, "", "1")
+    try:
+        share = float(weight)
+    except ValueError:
+        raise UserError(f"--lora {text}: {weight} is not a number; write PATH or PATH=WEIGHT") from None
+    return (import_peft(model, Path(path)) if Path(path).is_dir() else attach_file(model, Path(path), base)), share
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: list[int]) -> Tensor:
+    return model.eval()(torch.tensor([ids])).logits[0]
+
+
+def rounded(name: str, value: Tensor, dtype: str, form: str) -> Tensor:
+    """A parameter as it can be kept in `dtype`, in fp32. GGUF keeps norms and routers as they are."""
+    if form == "gguf" and (value.dim() == 1 or name.endswith("mlp.gate.weight")):
+        return value
+    if dtype != "q8_0":
+        return value.to(DTYPES[dtype]).float()
+    if value.shape[-1] % 32:
+        return value.half().float()
+    blocks = value.reshape(-1, 32)  # each of 32 weights is a whole number from -127 to 127 times the block's scale
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    whole = torch.where(scale > 0, blocks * (1 / scale), 0)
+    return (whole.sign() * (whole.abs() + 0.5).floor() * scale.half().float()).view_as(value)
+
+
+def convert(model: MiniMindForCausalLM, tokenizer: ChatTokenizer, target: Path, form: str, dtype: str,
+            facts: dict) -> nn.Module:
+    """Write `model` to `target` and read it back. → what was read"""
+    if form == "torch":
+        save_weight(model, weight_name(target), target.parent, tokenizer, **facts)
+        return read_weight(target, tokenizer)[0]
+    if form == "gguf":
+        from scripts import gguf_file  # PyPI's gguf is needed for nothing else
+
+        gguf_file.write_gguf(model, target, tokenizer, dtype)
+        save_atomically(gguf_file.modelfile(target.name), target.with_suffix(".Modelfile"))
+        return gguf_file.read_gguf(target, model.config)
+    save_folder(model, target, tokenizer, dtype=DTYPES[dtype], own_class=form == "minimind")
+    return load_folder(target)[0]
+
+
+def check(name: Path, dtype: str, before: Tensor, possible: Tensor, after: Tensor) -> str:
+    """Compare logits of the source, of the source rounded to `dtype`, and of what was written. → what to say of it
+
+    Raises UserError when the dtype cannot hold the weights, Failure when the difference is not of the dtype's making.
+    """
+    if before.isfinite().all() and not possible.isfinite().all():
+        raise UserError(f"--dtype {dtype} cannot hold these weights; name another")
+    error, most = (after - possible).abs().max().item(), 1e-4 * max(1, possible.abs().max().item())
+    if not error <= most:
+        raise Failure(f"{name} was not written: its logits are {error:.2g} from those of the source in {dtype}, "
+                      f"more than the {most:.2g} that rounding explains")
+    difference = (after - before).abs().max().item()
+    return f"{dtype}; logits of {len(after)} tokens are within {difference:.2g} of the source's"
 
 
 def peft_name(name: str, stacks: list[str]) -> str:
@@ -59,7 +145,7 @@ def from_peft_layout(name: str, value: Tensor, rank: int) -> Tensor:
     return value.unflatten(1, (rank, -1)).permute(2, 0, 1) if ".lora_B." in name else value
 
 
-def export_peft(path: Path, folder: Path) -> None:
+def export_peft(path: Path, folder: Path) -> str:
     """A LoRA file → an adapter folder that `peft.PeftModel.from_pretrained` attaches to its base."""
     lora, state = read_lora(path)
     stacks = sorted({name.partition(".lora_A.")[2] for name in state} - {""})
@@ -67,10 +153,15 @@ def export_peft(path: Path, folder: Path) -> None:
               "lora_dropout": 0.0 if stacks else lora.dropout, "inference_mode": True,
               "target_modules": [name for name in lora.targets if name not in stacks],
               "target_parameters": [f"mlp.experts.{name}" for name in stacks] or None}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({peft_name(name, stacks): to_peft_layout(name, value) for name, value in state.items()},
-              folder / "adapter_model.safetensors")
+    folder.mkdir()
+    file = folder / "adapter_model.safetensors"
+    save_file({peft_name(name, stacks): to_peft_layout(name, value) for name, value in state.items()}, file)
     save_atomically(json.dumps(config, indent=1), folder / "adapter_config.json")
+    written = load_file(file)
+    if not all(torch.equal(from_peft_layout(name, written[peft_name(name, stacks)], lora.rank), value.float())
+               for name, value in state.items()):
+        raise Failure(f"{folder.name} was not written: it does not read back as {path}")
+    return f"{len(state)} tensors, read back equal"
 
 
 def import_peft(model: nn.Module, folder: Path) -> LoRA:
@@ -80,10 +171,10 @@ def import_peft(model: nn.Module, folder: Path) -> LoRA:
         tensors = load_file(folder / "adapter_model.safetensors")
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except Exception as error:
-        raise UserError(f"--from_peft {folder}: not a peft adapter folder: {first_line(error)}") from None
+        raise UserError(f"--lora {folder}: not a peft adapter folder: {first_line(error)}") from None
     refused = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or refused:
-        raise UserError(f"--from_peft {folder}: plain LoRA of one rank can be read, not one with "
+        raise UserError(f"--lora {folder}: plain LoRA of one rank can be read, not one with "
                         f"{', '.join(refused) or config.get('peft_type')}")
     if config.get("use_rslora"):  # alpha / sqrt(rank) instead of alpha / rank
         alpha *= math.sqrt(rank)
@@ -97,45 +188,82 @@ def import_peft(model: nn.Module, folder: Path) -> LoRA:
                     state[name] = from_peft_layout(name, tensors.pop(theirs), rank)
                     targets += [target] * (target not in targets)
     if tensors:
-        raise UserError(f"--from_peft {folder}: this model has no place for {min(tensors)}; name its base by --weight")
+        raise UserError(f"--lora {folder}: this model has no place for {min(tensors)}; name its base by --source")
     lora = LoRA(rank, alpha, float(config.get("lora_dropout") or 0), tuple(targets), fingerprint(model))
     attach_lora(model, lora, state, folder)
     return lora
 
 
-def main() -> None:
+def write(args: argparse.Namespace, draft: Path) -> str:
+    """Convert --source to `draft`, and check. → what to say of it"""
+    if args.format == "peft":
+        return export_peft(args.source, draft)
+    source, tokenizer, card = read_source(args.source, args.tokenizer)
+    ids = tokenizer.encode(SAMPLE)[0]
+    model, before = to_minimind(source), logits(source, ids)
+    if args.format in ("torch", "lora") and draft.name != f"{file_stem(weight_name(draft), model.config)}.pth":
+        stem = file_stem("NAME", model.config)
+        raise UserError(f"--target {args.target}: a weight of this size is called {stem}.pth")
+    facts = {"parent": weight_name(args.source), "tokens_seen": card.get("tokens_seen", 0)}
+    if args.format == "lora":
+        base, (lora, _) = copy.deepcopy(model), attach(model, args.lora[0])
+        before = logits(model, ids)
+        save_lora(model, weight_name(draft), draft.parent, tokenizer, lora, **facts)
+        for value in lora_state(model).values():
+            value.data = value.half().float()
+        attach_file(base, draft)
+        return check(args.target, args.dtype, before, logits(model, ids), logits(base, ids))
+    base = fingerprint(model) if args.lora else ""
+    for text in args.lora:
+        merge_lora(model, attach(model, text, base)[1])
+    if args.lora:
+        before, facts = logits(model, ids), facts | {"merged": args.lora}
+    read = convert(model, tokenizer, draft, args.format, args.dtype, facts)
+    for name, value in model.named_parameters():
+        value.data = rounded(name, value.data, args.dtype, args.format)
+    said = check(args.target, args.dtype, before, logits(model, ids), logits(read, ids))
+    if args.format == "torch" and tokenizer.hash != ChatTokenizer().hash:
+        said += f"; its tokenizer is --tokenizer {tokenizer.folder}"
+    return said
+
+
+def wanted(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--to_transformers", type=Path, metavar="DIR", help="write --weight as a Qwen3 folder")
-    action.add_argument("--merge", nargs="+", metavar="LORA[=WEIGHT]", help="add LoRAs to --weight, as --save_weight")
-    action.add_argument("--to_peft", type=Path, metavar="DIR", help="write --lora_name as a peft adapter folder")
-    action.add_argument("--from_peft", type=Path, metavar="DIR", help="read a peft adapter of --weight as --lora_name")
-    parser.add_argument("--weight", default="full_sft", help="name of the weight, the base of the LoRAs")
-    parser.add_argument("--lora_name", default="lora_identity", help="name of the LoRA to write or to read")
-    parser.add_argument("--save_weight", default="merged", help="name of the merged weight")
-    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer")
-    model_flags(parser)
-    args = parser.parse_args()
-    use_moe = None if args.use_moe is None else bool(args.use_moe)
-    if args.to_peft:
-        path = find_weight(args.lora_name, args.save_dir, args.hidden_size, use_moe)
-        export_peft(path, args.to_peft)
-        print(f"{path} → {args.to_peft}")
-        return
-    tokenizer = ChatTokenizer(args.tokenizer)
-    model, card = load_weight(args.weight, args.save_dir, args.hidden_size, use_moe, tokenizer)
-    if args.to_transformers:
-        save_folder(model, args.to_transformers, tokenizer)
-        target = args.to_transformers
-    elif args.merge:
-        merge(model, args.merge, args.save_dir)
-        facts = {"parent": args.weight, "merged": args.merge, "tokens_seen": card.get("tokens_seen", 0)}
-        target = save_weight(model, args.save_weight, args.save_dir, tokenizer, **facts)
-    else:
-        lora = import_peft(model, args.from_peft)
-        target = save_lora(model, args.lora_name, args.save_dir, tokenizer, lora, parent=args.weight)
-    print(f"{args.weight} → {target}")
+    parser.add_argument("--source", type=Path, required=True, help="weight (.pth) or transformers folder to convert")
+    parser.add_argument("--target", type=Path, required=True, help="file or folder to write")
+    parser.add_argument("--format", choices=FORMATS, required=True,
+                        help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()))
+    parser.add_argument("--lora", nargs="+", default=[], metavar="PATH[=WEIGHT]",
+                        help="LoRAs (.pth) or peft adapters (folders) of the source, to merge into it")
+    parser.add_argument("--dtype", choices=DTYPES, default="f16", help="precision of the target (default: f16)")
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer of a .pth")
+    args = parser.parse_args(argv)
+    if args.target.exists():
+        raise UserError(f"--target {args.target} is already there; remove it or name another")
+    if args.dtype != "f16" and args.format in ("torch", "lora"):
+        raise UserError(f"--dtype {args.dtype}: a .pth holds f16; leave the flag out")
+    if args.dtype == "q8_0" and args.format != "gguf":
+        raise UserError(f"--dtype q8_0 is of --format gguf, not of {args.format}")
+    if args.format == "lora" and len(args.lora) != 1:
+        raise UserError("--format lora writes one adapter: name it with --lora")
+    if args.format == "peft" and args.lora:
+        raise UserError("--format peft writes the LoRA that --source names; leave --lora out")
+    return args
+
+
+def main() -> None:
+    args = wanted()
+    args.target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=args.target.parent) as folder:
+        draft = Path(folder) / args.target.name
+        said = write(args, draft)
+        for path in Path(folder).rglob("*"):
+            if path.is_file():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+        for path in sorted(Path(folder).iterdir()):  # the .json before the .pth
+            path.replace(args.target.parent / path.name)
+    print(f"{args.source} → {args.target} ({args.format}, {said})")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""Download the published MiniMind data files into dataset/; without a name, list them.
+
+    python scripts/download_data.py
+    python scripts/download_data.py pretrain_t2t_mini.jsonl sft_t2t_mini.jsonl
+    python scripts/download_data.py rlaif.jsonl --hub huggingface --base_url https://hf-mirror.com
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # the repository, not this folder
+
+from model.errors import run_main
+from scripts.download import choose, download, hub_flags, list_files, show
+from trainer.arguments import Parser
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="names of files; none lists what there is, with sizes")
+    parser.add_argument("--target", type=Path, default=ROOT / "dataset", help="folder to write to (default: dataset/)")
+    hub_flags(parser)
+    args = parser.parse_args()
+    files = list_files("datasets", "minimind_dataset", args.hub, args.base_url)
+    if not args.files:
+        show(files)
+    for file in choose(files, args.files):
+        download(file, args.target)
+
+
+if __name__ == "__main__":
+    run_main(main)
