@@ -1,0 +1,253 @@
+"""Measure a weight: bits a byte of texts, multiple-choice accuracy, and what a longer context is worth.
+
+    python scripts/eval_benchmark.py --weight full_sft --text book.txt.gz rows.jsonl
+    python scripts/eval_benchmark.py --weight full_sft --benchmark ceval ceval/val --benchmark arc ARC-Easy-Test.jsonl
+    python scripts/eval_benchmark.py --weight full_sft --long_text book.txt.gz --picture out/long.png
+
+A benchmark is answered by likelihood: the model says nothing, each option is scored as the text that follows the
+question. acc counts where the likeliest option is the right one, acc_norm where it is the likeliest one a character.
+Prompts, tokens and scores are lm-eval's (before a question stands nothing, not even <|im_start|>); so are bits a byte.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+import torch
+from torch import nn
+
+from dataset.lm_dataset import parse_row, read_rows
+from model.chat import BOS, ChatTokenizer
+from model.errors import UserError, run_main
+from model.likelihood import Request, likelihoods
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import OUT_DIR, load_for_inference, save_atomically
+from scripts.benchmark_formats import FORMATS, Question, read_questions
+from trainer.arguments import Parser, model_flags, natural, positive
+from trainer.distributed import choose_device
+
+PLACES, PREDICTED = 16, 256  # of a long text: places that are looked at, and tokens predicted at each
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def read_texts(path: Path) -> list[str]:
+    """The documents of a file: every row's `text` of .jsonl, the whole of another one; .gz of either."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    lines, texts = list(read_rows(path)), []
+    if ".jsonl" not in path.suffixes:
+        lines = [(1, b"".join(line for _, line in lines))]
+    for number, line in lines:
+        try:
+            text = parse_row(line).get("text") if ".jsonl" in path.suffixes else line.decode()
+            if not isinstance(text, str):
+                raise ValueError('a row is {"text": …}')
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        texts.append(text)
+    if not any(texts):
+        raise UserError(f"{path}: no text in it")
+    return [text for text in texts if text]
+
+
+def windows(ids: list[int], length: int) -> list[Request]:
+    """A document → rows of at most `length` tokens that predict each token once, the first one after <|im_start|>.
+
+    The last row starts early, so that its tokens, too, see as much as fits (lm-eval's rolling windows).
+    """
+    tokens = [BOS, *ids]
+    spans = [(start, min(start + length, len(ids))) for start in range(0, len(ids), length)]
+    return [Request(tokens[max(0, end - length):start + 1], [tokens[start + 1:end + 1]]) for start, end in spans]
+
+
+def measure_texts(model: nn.Module, tokenizer: ChatTokenizer, texts: list[str], length: int) -> dict:
+    """Perplexity a token, and bits a byte of UTF-8, of all texts together; a token sees at most `length` others."""
+    documents = tokenizer.encode_texts(texts)
+    scores = likelihoods(model, [window for ids in documents for window in windows(ids, length)])
+    nats, tokens = -sum(score for score, in scores), sum(map(len, documents))
+    size = sum(len(text.encode()) for text in texts)
+    return {"documents": len(texts), "tokens": tokens, "bytes": size, "max_seq_len": length,
+            "perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / size}
+
+
+def measure_context(model: nn.Module, ids: list[int], lengths: list[int]) -> dict[str, list[float]]:
+    """Perplexity of the same tokens of a text, with ever more of it before them: {"plain": [lengths], "yarn": …}.
+
+    They end the windows, at places spread over the text. With YaRN only where the class is ours.
+    """
+    longest = max(lengths)
+    if len(ids) < longest:
+        raise UserError(f"--long_text has {len(ids):,} tokens, fewer than the longest of --lengths, {longest:,}")
+    ends = [longest + (len(ids) - longest) * i // (PLACES - 1) for i in range(PLACES)]
+    requests = [Request(ids[end - length:end - PREDICTED], [ids[end - PREDICTED:end]])
+                for length in lengths for end in ends]
+    scalings = {"plain": False, "yarn": True} if isinstance(model, MiniMindForCausalLM) else {"plain": False}
+    curves, before = {}, getattr(model.config, "inference_rope_scaling", False)
+    for name, model.config.inference_rope_scaling in scalings.items():  # the model looks there at every pass
+        nats = [-score for score, in likelihoods(model, requests)]
+        curves[name] = [math.exp(sum(nats[i:i + PLACES]) / PLACES / PREDICTED) for i in range(0, len(nats), PLACES)]
+    model.config.inference_rope_scaling = before
+    return curves
+
+
+def draw_context(lengths: list[int], curves: dict[str, list[float]], path: Path) -> None:
+    """The curves as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for name, values in curves.items():
+        axis.plot(lengths, values, "o-", label={"plain": "as trained", "yarn": "with YaRN"}[name])
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="tokens of the window", ylabel="perplexity of its last tokens", xticks=lengths, xticklabels=lengths)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+
+def with_examples(questions: list[Question], examples: list[Question], shots: int) -> list[Question]:
+    """The same questions, each after the first `shots` answered examples of its subject."""
+    of_subject = defaultdict(list)
+    for example in examples:
+        of_subject[example.subject].append(f"{example.context} {example.options[example.gold]}\n\n")
+    for subject in {question.subject for question in questions}:
+        if len(of_subject[subject]) < shots:
+            raise UserError(f"--fewshot {shots}: --fewshot_path has {len(of_subject[subject])} of subject {subject!r}")
+    return [question._replace(context="".join(of_subject[question.subject][:shots]) + question.context)
+            for question in questions]
+
+
+def encode(tokenizer: ChatTokenizer, question: Question) -> Request:
+    """Split as lm-eval does: what both texts together have in tokens beyond the context's own is the option's.
+
+    Blanks that end the context belong to the options; an empty context is <|im_start|>.
+    """
+    texts = (f"{question.context} {option}" for option in question.options)
+    context, *whole = tokenizer.encode_texts([question.context.rstrip(), *texts])
+    return Request(context or [BOS], [ids[len(context):] for ids in whole])
+
+
+def answer(model: nn.Module, tokenizer: ChatTokenizer, questions: list[Question]) -> list[dict]:
+    """Of each question: `acc` and `acc_norm` (0 or 1), a guess's chance `random`, `log_p` of the options (nats)."""
+    scores, results = likelihoods(model, [encode(tokenizer, question) for question in questions]), []
+    for question, log_p in zip(questions, scores, strict=True):
+        a_character = [value / len(option) for value, option in zip(log_p, question.options, strict=True)]
+        results.append({"subject": question.subject, "log_p": log_p, "random": 1 / len(log_p),
+                        "acc": float(log_p.index(max(log_p)) == question.gold),
+                        "acc_norm": float(a_character.index(max(a_character)) == question.gold)})
+    return results
+
+
+def summarise(results: list[dict]) -> dict:
+    """Means over questions, and the standard error of each: the sample's deviation / √n."""
+    summary = {"questions": len(results), "random": statistics.mean(result["random"] for result in results)}
+    for name in ("acc", "acc_norm"):
+        values = [result[name] for result in results]
+        summary[name] = statistics.mean(values)
+        summary[f"{name}_stderr"] = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return summary
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load_from", default="model", help="'model': a weight of --save_dir; else a folder")
+    parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
+    parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
+    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
+    model_flags(parser)
+    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN; --long_text measures both")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, or .gz of them")
+    parser.add_argument("--max_seq_len", type=positive, default=512, help="of --text: tokens in a row (%(default)s)")
+    parser.add_argument("--benchmark", nargs=2, action="append", default=[], metavar=("NAME", "FILE"),
+                        help=f"{', '.join(FORMATS)}, and its file or folder (.csv, .jsonl, .jsonl.gz)")
+    parser.add_argument("--fewshot", type=natural, default=0, help="answered examples before a question (%(default)s)")
+    parser.add_argument("--fewshot_path", type=Path, help="file or folder of the examples, of the benchmark's format")
+    parser.add_argument("--long_text", type=Path, metavar="FILE", help="a text to predict with ever more context")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[512, 1024, 2048, 4096, 8192],
+                        help="of --long_text: tokens of its windows (%(default)s)")
+    parser.add_argument("--picture", type=Path, help="of --long_text: the curves, as a PNG")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    args = parser.parse_args()
+    if not (args.text or args.benchmark or args.long_text):
+        parser.error("nothing to measure: name --text, --benchmark or --long_text")
+    if wrong := [name for name, _ in args.benchmark if name not in FORMATS]:
+        parser.error(f"--benchmark {wrong[0]}: not one of {', '.join(FORMATS)}")
+    if bool(args.fewshot) != bool(args.fewshot_path) or args.fewshot and len(args.benchmark) != 1:
+        parser.error("--fewshot and --fewshot_path go together, with one --benchmark")
+    if min(args.lengths) <= PREDICTED:
+        parser.error(f"--lengths {min(args.lengths)}: a window is longer than its {PREDICTED} predicted tokens")
+    return args
+
+
+def show(*cells: object, head: bool = False) -> None:
+    """Print a row of a Markdown table, or its head."""
+    print(("\n" if head else "") + f"| {' | '.join(map(str, cells))} |" + ("\n|" + "---|" * len(cells) if head else ""),
+          flush=True)
+
+
+def main() -> None:
+    args = parse_arguments()
+    texts = {path: read_texts(path) for path in args.text}  # all files are good before anything is measured
+    benchmarks = {(name, path): read_questions(name, Path(path)) for name, path in args.benchmark}
+    if args.fewshot:
+        examples = read_questions(args.benchmark[0][0], args.fewshot_path)
+        benchmarks = {key: with_examples(of_key, examples, args.fewshot) for key, of_key in benchmarks.items()}
+    long_text = "\n".join(read_texts(args.long_text)) if args.long_text else ""
+    use_moe = None if args.use_moe is None else bool(args.use_moe)
+    model, tokenizer = load_for_inference(args.load_from, args.weight, args.save_dir, args.tokenizer,
+                                          choose_device(args.device), args.hidden_size, use_moe,
+                                          args.inference_rope_scaling, args.lora_weight)
+    model.to(getattr(torch, args.dtype))
+    figures = {"weight": args.weight if args.load_from == "model" else args.load_from, "lora": args.lora_weight,
+               "dtype": args.dtype, "texts": {}, "benchmarks": {}}
+    if texts:
+        show(f"text, rows of {args.max_seq_len}", "tokens", "bytes", "perplexity a token", "bits a byte", head=True)
+    for path, documents in texts.items():
+        figures["texts"][str(path)] = found = measure_texts(model, tokenizer, documents, args.max_seq_len)
+        show(path.name, f"{found['tokens']:,}", f"{found['bytes']:,}", f"{found['perplexity']:.2f}",
+             f"{found['bits_per_byte']:.4f}")
+    if benchmarks:
+        show(f"benchmark, {args.fewshot} examples", "questions", "acc", "acc_norm", "guessing", head=True)
+    for (name, path), questions in benchmarks.items():
+        results, by_subject = answer(model, tokenizer, questions), defaultdict(list)
+        for result in results:
+            by_subject[result["subject"]].append(result)
+        subjects = {subject: summarise(of_subject) for subject, of_subject in by_subject.items() if len(by_subject) > 1}
+        figures["benchmarks"][f"{name} {path}"] = total = {"fewshot": args.fewshot, **summarise(results)}
+        for label, found in {**subjects, f"**{name}** {Path(path).name}": total}.items():
+            show(label, f"{found['questions']:,}", *(f"{found[kind]:.1%} ± {found[f'{kind}_stderr'] or math.nan:.1%}"
+                                                     for kind in ("acc", "acc_norm")), f"{found['random']:.1%}")
+        total["subjects"] = subjects
+    if long_text:
+        curves = measure_context(model, tokenizer.encode_text(long_text), args.lengths)
+        figures["context"] = {"text": str(args.long_text), "lengths": args.lengths, **curves}
+        show(f"perplexity of {PLACES * PREDICTED:,} tokens, window of", *(f"{length:,}" for length in args.lengths),
+             head=True)
+        for name, values in curves.items():
+            show(name, *(f"{value:.2f}" for value in values))
+        if args.picture:
+            draw_context(args.lengths, curves, args.picture)
+    if args.json:
+        save_atomically(json.dumps(figures, indent=1, ensure_ascii=False), args.json)
+
+
+if __name__ == "__main__":
+    run_main(main)
