@@ -1,7 +1,7 @@
 """Decoded tokens a second: the engine against the plain loop, same model, same prompts, in one run.
 
-Plain: one batch of equal prompts from beginning to end, the cache grown by concatenation, a full sort for top-p, fp32
-on a CPU (fp16 on CUDA). Engine: as `load_for_inference` and `model/engine.py` come. Three cases: one request alone, 32
+Plain: one batch of equal prompts from beginning to end, `F.linear` for every product, the cache grown by concatenation,
+a full sort for top-p, fp32 on a CPU (fp16 on CUDA). Engine: as `load_for_inference` and `model/engine.py` come. Three cases: one request alone, 32
 at once, and 32 different requests that arrive while others are answered (the plain loop takes them one by one).
 Weights are random: speed does not depend on what they say. The two take turns, and the median of the repeats counts.
 
@@ -48,7 +48,7 @@ class GrowingCache:
         return k, v
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode the model multiplies in a faster way
 def plain_loop(model: nn.Module, prompts: list[list[int]], tokens: int) -> Tensor:
     """Sample `tokens` after each of the equally long prompts. → [B, tokens]"""
     ids, cache, answers = torch.tensor(prompts, device=model.device), GrowingCache(), []
@@ -78,6 +78,7 @@ def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, 
             args: argparse.Namespace, together: bool) -> dict:
     """Tokens a second of both on the same requests, in turn, `args.repeats` times after a warm-up."""
     speeds: dict[str, list[float]] = {"plain": [], "engine": []}
+    engine = Engine(fast, max_batch=32, compile=bool(args.compile))
     for repeat in range(args.repeats + 1):
         for kind in speeds:
             # every fourth request says as much about the plain loop, which takes them one by one
@@ -86,7 +87,8 @@ def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, 
                 chosen = [(prompt, 4) for prompt, _ in chosen[:32]]
             began = time.perf_counter()
             if kind == "engine":
-                engine_run(Engine(fast, max_batch=32, compile=bool(args.compile)), chosen, 0 if together else 2)
+                engine.forget()
+                engine_run(engine, chosen, 0 if together else 2)
             elif together:
                 plain_loop(plain, [prompt for prompt, _ in chosen], chosen[0][1])
             else:
