@@ -103,13 +103,12 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] · weight [out, in]ᵀ → [..., out].
 
     A CPU takes the left operand as it lies in memory and the right one rearranged. F.linear has the weight on the
-    right, and rearranging it costs more than a few tokens' product itself; so inference mode puts it on the left. A single
+    right, and rearranging it costs more than a few tokens' product itself; so inference puts it on the left. A single
     fp32 token only waits for the weight to be read: cut into pieces, it is read by all cores at once.
     """
     half, rows = x.dtype == torch.bfloat16, x.flatten(0, -2)
     M = len(rows)
-    if (x.device.type != "cpu" or x.dtype != weight.dtype or not torch.is_inference_mode_enabled()
-            or M > LARGEST_FEW and not half):
+    if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_grad_enabled() or M > LARGEST_FEW and not half:
         return F.linear(x, weight)
     if M == 1 and not half:
         pieces = math.gcd(len(weight), 64)

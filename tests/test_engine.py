@@ -143,7 +143,7 @@ def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     torch._dynamo.reset()
-    model, prompts = lively_model(), some_prompts(5, 3, 9, 4, 2, 7, 6)
+    model, prompts = lively_model(), some_prompts(15, 13, 19, 14, 12, 17, 16)
     expected = [plainly(model, prompt, 6 + number) for number, prompt in enumerate(prompts)]
     engine = Engine(model, max_batch=6, compile=True)
     sequences = []
