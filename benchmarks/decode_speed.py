@@ -1,9 +1,10 @@
 """Decoded tokens a second: the engine against the plain loop, same model, same prompts, in one run.
 
-Plain: one batch of equal prompts from beginning to end, the cache grown by concatenation, a full sort for top-p, fp32
-on a CPU (fp16 on CUDA). Engine: as `load_for_inference` and `model/engine.py` come. Three cases: one request alone, 32
-at once, and 32 different requests that arrive while others are answered (the plain loop takes them one by one).
-Weights are random: speed does not depend on what they say. The two take turns, and the median of the repeats counts.
+Plain: one batch of equal prompts from beginning to end, products as `F.linear` makes them, the cache grown by
+concatenation, a full sort for top-p, fp32 on a CPU (fp16 on CUDA). Engine: as `load_for_inference` and
+`model/engine.py` come. Three cases: one request alone, 32 at once, and 32 different requests that arrive while others
+are answered (the plain loop takes them one by one). Weights are random: speed does not depend on what they say. The
+two take turns, and the median of the repeats counts.
 
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --use_moe 1
@@ -15,13 +16,16 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.machine import save_result
+from model import model_minimind
 from model.engine import Engine, Sampling
 from model.errors import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -49,6 +53,7 @@ class GrowingCache:
 
 
 @torch.inference_mode()
+@mock.patch.object(model_minimind, "product", F.linear)
 def plain_loop(model: nn.Module, prompts: list[list[int]], tokens: int) -> Tensor:
     """Sample `tokens` after each of the equally long prompts. → [B, tokens]"""
     ids, cache, answers = torch.tensor(prompts, device=model.device), GrowingCache(), []
@@ -78,6 +83,7 @@ def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, 
             args: argparse.Namespace, together: bool) -> dict:
     """Tokens a second of both on the same requests, in turn, `args.repeats` times after a warm-up."""
     speeds: dict[str, list[float]] = {"plain": [], "engine": []}
+    engine = Engine(fast, max_batch=32, compile=bool(args.compile))
     for repeat in range(args.repeats + 1):
         for kind in speeds:
             # every fourth request says as much about the plain loop, which takes them one by one
@@ -86,7 +92,8 @@ def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, 
                 chosen = [(prompt, 4) for prompt, _ in chosen[:32]]
             began = time.perf_counter()
             if kind == "engine":
-                engine_run(Engine(fast, max_batch=32, compile=bool(args.compile)), chosen, 0 if together else 2)
+                engine.forget()
+                engine_run(engine, chosen, 0 if together else 2)
             elif together:
                 plain_loop(plain, [prompt for prompt, _ in chosen], chosen[0][1])
             else:
@@ -136,7 +143,8 @@ def main() -> None:
         "arriving": ([(prompt(dice.randint(16, 200)), dice.randint(32, 192)) for _ in range(32)], False),
     }
     results = {name: compare(name, cases[name][0], plain, fast, args, cases[name][1]) for name in args.cases}
-    save_result(f"decode_speed{'_moe' if args.use_moe else ''}_{args.hidden_size}x{args.num_hidden_layers}",
+    kind = "_moe" * args.use_moe + "_compiled" * args.compile
+    save_result(f"decode_speed{kind}_{args.hidden_size}x{args.num_hidden_layers}",
                 {"dtype": str(fast.dtype).removeprefix("torch."), **results})
 
 

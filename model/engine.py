@@ -109,7 +109,7 @@ class Engine:
     `max_batch` sequences run together; `max_tokens` bounds the cache in tokens (default: `max_batch` places of 2,048,
     or one as long as the model's positions up to 32,768). A step reads at most about `prefill_chunk` prompt tokens.
     `tokenizer` is needed for text and stop strings only. What is kept for reuse belongs to the weights as they are:
-    after changing them, make a new engine.
+    after changing them, `forget`. `compile` takes a minute or two at the first tokens and then saves time at each step.
     """
 
     def __init__(self, model: nn.Module, tokenizer: ChatTokenizer | None = None, max_batch: int = 32,
@@ -123,7 +123,7 @@ class Engine:
         self._places: list[Sequence | None] = []  # the first `running` run, the others are kept for reuse, or None
         self._running = 0
         self._clock = 0
-        self._decode = torch.compile(model.model, dynamic=True) if compile else model.model
+        self._compiled = torch.compile(model.model, dynamic=True) if compile else None
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
         length = min(SMALLEST_LENGTH, self.longest)
@@ -183,15 +183,21 @@ class Engine:
         else:
             self._leave(sequence)
 
+    def forget(self) -> None:
+        """Drop what was computed for reuse, as one must after changing the weights. Raises RuntimeError while busy."""
+        if self.busy:
+            raise RuntimeError("requests are being answered: what they have computed cannot be forgotten")
+        self._places = [None] * len(self._places)
+
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
         """One more token for all that answer, a chunk for those that read. → those that got a token or ended."""
         self._clock += 1
         self._admit()
         ready, logits = [], []
-        for sequences in (self._answering(), self._reading()):
-            if sequences:
-                done, of_done = self._forward(sequences)
+        for places in (self._answering(), self._reading()):
+            if places:
+                done, of_done = self._forward(places)
                 ready += done
                 logits.append(of_done)
         if not ready:
@@ -206,8 +212,8 @@ class Engine:
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
-    def _answering(self) -> list[Sequence]:
-        """The sequences of which one token is to be read, moved to the first places so that the cache is one slice."""
+    def _answering(self) -> list[int]:
+        """The places of which one token is to be read: the first ones, so that the cache is one slice."""
         count = 0
         for place in range(self._running):
             sequence = self._places[place]
@@ -216,35 +222,38 @@ class Engine:
                     self._swap(place, count)
                 count += 1
         self._reserve(max((len(s._tokens) for s in self._places[:count]), default=0))
-        return self._places[:min(count, self._running)]
+        return list(range(min(count, self._running)))
 
-    def _reading(self) -> list[Sequence]:
-        """The next sequences that still read their prompts, as many as fit a chunk when padded to the longest."""
-        chosen: list[Sequence] = []
+    def _reading(self) -> list[int]:
+        """The next places that still read their prompts, as many as fit a chunk when padded to the longest."""
+        chosen: list[int] = []
         longest = 0
-        for sequence in self._places[:self._running]:
+        for place, sequence in enumerate(self._places[:self._running]):
             left = len(sequence._tokens) - sequence._computed
             if left > 1:
                 longest = max(longest, min(left, self.prefill_chunk))
                 if chosen and (len(chosen) + 1) * longest > self.prefill_chunk:
                     break
-                chosen.append(sequence)
+                chosen.append(place)
         return chosen
 
-    def _forward(self, sequences: list[Sequence]) -> tuple[list[Sequence], Tensor]:
-        """Read the next tokens of each, at most a chunk. → those that have read all, and their logits [n, V]."""
-        device = self.model.device
+    def _forward(self, places: list[int]) -> tuple[list[Sequence], Tensor]:
+        """Read the next tokens of each place, at most a chunk. → those that have read all, and their logits [n, V]."""
+        device, sequences = self.model.device, [self._places[place] for place in places]
         chunks = [s._tokens[s._computed:s._computed + self.prefill_chunk] for s in sequences]
         width = max(map(len, chunks))
-        starts = [s._computed for s in sequences]
         # padding repeats a row's last token at its own position: it writes what is there already
-        ids = torch.tensor([chunk + [chunk[-1]] * (width - len(chunk)) for chunk in chunks], device=device)
-        columns = torch.arange(width, device=device)
-        lengths = torch.tensor([len(chunk) for chunk in chunks], device=device)
-        positions = torch.tensor(starts, device=device)[:, None] + torch.minimum(columns, lengths[:, None] - 1)
-        seen = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
-        mask = self._cache.point([self._places.index(s) for s in sequences], positions, seen)
-        read = self._decode if width == 1 else self.model.model
+        positions = [[min(s._computed + column, s._computed + len(chunk) - 1) for column in range(width)]
+                     for s, chunk in zip(sequences, chunks, strict=True)]
+        seen = max(row[-1] for row in positions) + 1
+        ids = [chunk + [chunk[-1]] * (width - len(chunk)) for chunk in chunks]
+        if width == 1 and self._compiled is not None:  # rows of nobody, in the next places: a graph for few sizes only
+            spare = min(1 << (len(places) - 1).bit_length(), self._cache.places) - len(places)
+            places = [*places, *range(len(places), len(places) + spare)]
+            ids, positions = ids + [[0]] * spare, positions + [[self._cache.length]] * spare
+        read = self.model.model if width > 1 or self._compiled is None else self._compiled
+        ids, positions = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
+        mask = self._cache.point(places, positions, seen)
         hidden = read(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache)[0]
         done = []
         for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):

@@ -96,17 +96,27 @@ class RMSNorm(nn.Module):
         return (self.weight * x32).to(x.dtype)
 
 
+LARGEST_FEW = 128  # rows; above it an fp32 product takes as long with the weight on either side
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] · weight [out, in]ᵀ → [..., out].
 
-    A CPU's bf16 units take the left operand as it lies in memory and the right one rearranged. F.linear has the weight
-    on the right, and rearranging it costs more than a few tokens' product itself; so inference puts it on the left.
+    A CPU takes the left operand as it lies in memory and the right one rearranged. F.linear has the weight on the
+    right, and rearranging it costs more than a few tokens' product itself; so inference puts it on the left. A single
+    fp32 token only waits for the weight to be read: cut into pieces, it is read by all cores at once.
     """
-    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.bfloat16 or torch.is_grad_enabled():
-        return F.linear(x, weight)
-    rows = x.flatten(0, -2)
+    half, rows = x.dtype == torch.bfloat16, x.flatten(0, -2)
     M = len(rows)
-    wanted = max(2, 1 << (M - 1).bit_length()) if M < 32 else -(-M // 32) * 32  # few sizes: see `round_up`
+    if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_grad_enabled() or M > LARGEST_FEW and not half:
+        return F.linear(x, weight)
+    if M == 1 and not half:
+        pieces = math.gcd(len(weight), 64)
+        return (weight.unflatten(0, (pieces, -1)) @ rows.T.expand(pieces, -1, -1)).view(*x.shape[:-1], -1)
+    if torch.compiler.is_compiling():  # whoever compiles sends few sizes: rounding them here would make a graph of each
+        wanted = M
+    else:
+        wanted = max(2, 1 << (M - 1).bit_length()) if M < 32 else -(-M // 32) * 32 if half else M
     right = rows.expand(2, -1) if M == 1 else F.pad(rows, (0, 0, 0, wanted - M))
     return (weight @ right.T).T[:M].unflatten(0, x.shape[:-1])
 
@@ -223,6 +233,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqle
             return _loop_by_document(q, k, v, cu_seqlens)
         mask = document_mask(cu_seqlens, *q.shape[:2])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.shape[2] == 1:  # the heads that share keys become so many queries: the keys are read once
+        shared = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+        return F.scaled_dot_product_attention(shared, k, v, attn_mask=mask).flatten(1, 2)[:, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)
 

@@ -111,11 +111,12 @@ def truncate(p: Tensor, samplings: list[Sampling]) -> Tensor:
     min_p = [0.0 if o else s.min_p for o, s in zip(off, samplings, strict=True)]
     ordered = sort_descending(p)
     smallest = ordered.gather(1, column(p, top_k).long() - 1)
-    ordered = ordered * (ordered >= smallest)
-    before = ordered.cumsum(-1) - ordered
-    nucleus = (before < column(p, top_p) * ordered.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-    smallest = torch.maximum(smallest, ordered.gather(1, nucleus - 1))
-    return p * (p >= torch.maximum(smallest, column(p, min_p) * ordered[:, :1]))
+    if any(sampling.top_k for sampling in samplings):
+        ordered = ordered.where(ordered >= smallest, 0)
+    mass = ordered.cumsum(-1)
+    last = torch.searchsorted(mass, column(p, top_p) * mass[:, -1:]).clamp_max(p.shape[1] - 1)  # of the nucleus
+    smallest = torch.maximum(smallest, ordered.gather(1, last))
+    return p.where(p >= torch.maximum(smallest, column(p, min_p) * ordered[:, :1]), 0)
 
 
 def sort_descending(p: Tensor) -> Tensor:

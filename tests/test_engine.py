@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.generation import logits_process as referee
@@ -129,12 +130,50 @@ def test_a_model_in_transformers_format_answers_as_transformers_does():
     assert answers(model, prompts, greedy(9), prefill_chunk=6) == expected
 
 
-def test_bf16_products_are_those_of_linear():
-    weight = torch.randn(40, 24).bfloat16()
-    for shape in ((1, 24), (5, 24), (2, 3, 24), (1, 1, 24)):
-        x = torch.randn(shape).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_are_those_of_linear(dtype):
+    weight = torch.randn(40, 24).to(dtype)
+    for shape in ((1, 24), (5, 24), (2, 3, 24), (1, 1, 24), (33, 24), (130, 24)):
+        x = torch.randn(shape).to(dtype)
         with torch.inference_mode():
             assert_close(product(x, weight), F.linear(x, weight))
+
+
+def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    model, prompts = lively_model(), some_prompts(15, 13, 19, 14, 12, 17, 16)
+    expected = [plainly(model, prompt, 6 + number) for number, prompt in enumerate(prompts)]
+    engine = Engine(model, max_batch=6, compile=True)
+    sequences = []
+    while engine.busy or len(sequences) < len(prompts):  # one more joins at every step, and they leave one by one
+        if len(sequences) < len(prompts):
+            sequences.append(engine.add(prompts[len(sequences)], greedy(6 + len(sequences))))
+        engine.step()
+    assert [sequence.ids for sequence in sequences] == expected
+    assert counter.frame_count == 2  # for one row, and for more
+
+
+def test_after_the_weights_changed_the_engine_forgets():
+    model, (prompt,) = lively_model(), some_prompts(20)
+    engine = Engine(model)
+
+    def answer() -> Sequence:
+        sequence = engine.add(prompt, greedy(5))
+        while engine.busy:
+            engine.step()
+        return sequence
+
+    answer()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    engine.forget()
+    again = answer()
+    assert again.ids == plainly(model, prompt, 5) and again.reused == 0
+    engine.add(prompt, greedy(5))
+    with pytest.raises(RuntimeError, match="being answered"):
+        engine.forget()
 
 
 def test_no_prompts_have_no_answers():
