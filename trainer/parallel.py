@@ -228,6 +228,7 @@ class DeepSpeed(Shards):
     def optimizer_states(self) -> list[dict]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link_states()
         step = next(iter(self.optimizers[0].state.values()))["step"]
         states = {number: {"step": step.cpu(), **{name: self._kept(safe_get_full_optimizer_state(p, name))
                                                   for name in MOMENTS}} for number, p in enumerate(self.order)}
@@ -243,8 +244,7 @@ class DeepSpeed(Shards):
         for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
             optimizer.state[flat] = {"step": saved[0]["step"].to(flat.device),
                                      **{name: torch.zeros_like(flat) for name in MOMENTS}}
-        if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         for number, p in enumerate(self.order):
             for name in MOMENTS:
                 value = saved[number][name]
@@ -254,6 +254,12 @@ class DeepSpeed(Shards):
                     n, rank = p.ds_tensor.numel(), self.run.world.rank
                     mine = F.pad(value.flatten(), (0, n * self.run.world.size - value.numel()))[rank * n:][:n]
                     safe_set_local_optimizer_state(p, mine, name)
+
+    def _link_states(self) -> None:
+        """Tell ZeRO 1 and 2 where each parameter's moments are: it does so itself when only the first group has any."""
+        if self.stage < 3:
+            self.wrapped.optimizer._hp_optimizer_states_linked = False
+            self.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
