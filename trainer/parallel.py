@@ -212,9 +212,11 @@ class DeepSpeed(Shards):
         if self.stage < 3:
             yield
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         offload = self.wrapped.optimizer.parameter_offload
+        if not (coordinator := offload.get_param_coordinator()).is_invalid_trace():
+            coordinator._invalidate_trace()  # what it has learned of the order of calls, and fetched in advance
         with GatheredParameters(list(self.model.parameters())):
             for hook in offload.forward_hooks + offload.backward_hooks:  # they gather and release around every call
                 hook.remove()
@@ -222,7 +224,6 @@ class DeepSpeed(Shards):
             try:
                 yield
             finally:
-                offload.get_param_coordinator()._invalidate_trace()
                 offload._register_deepspeed_module(offload.module)
 
     def optimizer_states(self) -> list[dict]:
