@@ -101,6 +101,12 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
                        help="of the matrix products; float32 where a CPU has no bfloat16 units")
     group.add_argument("--use_compile", type=int, choices=(0, 1), default=0, help="torch.compile the blocks")
+    group.add_argument("--parallel", choices=("ddp", "fsdp", "deepspeed"), default="ddp",
+                       help="what each rank of torchrun holds: all, a share, or as --deepspeed_config says")
+    group.add_argument("--deepspeed_config", help="ZeRO stage and offloading; ready-made: trainer/deepspeed/*.json")
+    group.add_argument("--activation_checkpointing", type=int, choices=(0, 1), default=0,
+                       help="compute activations twice instead of keeping them")
+    group.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's; LOCAL_RANK says it too
 
     group = parser.add_argument_group("progress")
     group.add_argument("--log_interval", type=positive, default=100, help="steps between log lines")
@@ -176,7 +182,7 @@ def read(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if getattr(args, "temperature", 1.0) == 0:
         parser.error("--temperature 0 leaves no distribution to learn from; give more than 0")
-    for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir"):
+    for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir", "deepspeed_config"):
         value = getattr(args, name, None)
         setattr(args, name, Path(value).expanduser().absolute() if value else None)
     if args.use_moe is not None:

@@ -8,10 +8,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from model.errors import UserError, first_line
+from model.errors import Failure, UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -98,14 +96,28 @@ def joined(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
     _control = dist.new_group(backend="gloo", timeout=timedelta(hours=4)) if device.type == "cuda" else None
     try:
         yield World(rank, size, local_rank), device
+    except RuntimeError as error:
+        if size == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+            raise
+        raise Failure(f"rank {rank} lost its connection: {silent_ranks(rank, size)} gone ({first_line(error)}); "
+                      "--from_resume 1 goes on from the last state") from None
     finally:
         _control = None
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """The model to call in a training step: gradients are averaged over the ranks in its backward pass."""
-    if world.size == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True)
+def silent_ranks(rank: int, size: int, patience: timedelta = timedelta(seconds=5)) -> str:
+    """Which ranks do not answer, asked when one must be: those that are alive have lost their connection too."""
+    others = [other for other in range(size) if other != rank]
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"alive/{rank}", "yes")
+    except RuntimeError:  # it lived in the first rank, if no launcher keeps one
+        return "rank 0 is"
+    silent = []
+    for other in others:
+        try:
+            store.wait([f"alive/{other}"], patience)
+        except RuntimeError:
+            silent.append(str(other))
+    return f"rank {silent[0]} is" if len(silent) == 1 else f"ranks {', '.join(silent)} are" if silent else "one is"

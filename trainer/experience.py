@@ -108,8 +108,9 @@ class Experience:
         args, began = self.args, time.perf_counter()
         if self.tracker:
             self.tracker.drift += self._drift()
-        self.engine.update()
-        groups = self._draw()
+        with self.run.whole():
+            self.engine.update()
+            groups = self._draw()
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         sampled = time.perf_counter()
         advantages = self._advantages(groups)
@@ -332,9 +333,10 @@ def held_out(run, prompts: PromptDataset | None, engine, rewards) -> Callable[[]
         return None
 
     def validate() -> dict:
-        engine.update()
         mine = prompts.prompts[run.world.rank::run.world.size]
-        answers = engine.generate(mine, [Sampling(run.args.max_gen_len, temperature=0)] * len(mine)) if mine else []
+        with run.whole():
+            engine.update()
+            answers = engine.generate(mine, [Sampling(run.args.max_gen_len, temperature=0)] * len(mine)) if mine else []
         scores = rewards.score(mine, answers) if mine else torch.zeros(0, len(rewards.names))
         every = torch.cat(run.world.gather(scores))
         means = dict(zip(rewards.names, every.mean(0).tolist(), strict=True))

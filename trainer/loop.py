@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ from model.errors import Failure, UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.weights import cpu_has_bfloat16, file_stem, load_state, load_weight, save_weight
 from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
-from trainer.distributed import joined, wrap
+from trainer.distributed import joined
 from trainer.losses import MODEL_INPUTS, Loss
 from trainer.metrics import MetricsLog, Tracker, duration, flops_per_token, peak_flops, peak_memory
 from trainer.optimizer import learning_rate, make_optimizers
+from trainer.parallel import STRATEGIES, checkpoint_blocks
 from trainer.stream import RowStream
 
 LossFunction = Callable[[nn.Module, dict[str, torch.Tensor]], Loss]
@@ -48,6 +50,7 @@ class Run:
     def __init__(self, args):
         self.args = args
         self.stop_signal: int | None = None
+        self.parallel = None  # how the model that is trained is shared by the ranks
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:
@@ -131,11 +134,13 @@ class Run:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def whole(self):
+        """A context in which each rank may call the model that is trained as often as it likes; all of them enter it."""
+        return self.parallel.whole() if self.parallel else nullcontext()
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """`model` on the device, its blocks compiled if asked for."""
-        ours = isinstance(model, MiniMindPreTrainedModel)
-        if self.args.use_compile and ours and model.model.layers[0]._compiled_call_impl is None:
-            compile_blocks(model, self.device, self.say)
+        self._compile(model)
         return model.to(self.device)
 
     def fit(self, model: nn.Module, data: TokenDataset | RowStream, loss_function: LossFunction,
@@ -153,6 +158,11 @@ class Run:
         Training(self, model, stream, loss_function, val_data, val_loss, validate, save, lr_scales, settings).run()
 
     # -- how it is done ------------------------------------------------------------------------------------------------
+
+    def _compile(self, model: nn.Module) -> None:
+        ours = isinstance(model, MiniMindPreTrainedModel)
+        if self.args.use_compile and ours and model.model.layers[0]._compiled_call_impl is None:
+            compile_blocks(model, self.device, self.say)
 
     def _precision(self) -> torch.dtype:
         wanted = getattr(torch, self.args.dtype)
@@ -187,18 +197,21 @@ class Training:
         self.run_, self.args, self.world, self.device = run, run.args, run.world, run.device
         self.stream, self.val_data, self.loss_function = stream, val_data, loss_function
         self.val_loss, self.validate, self.save_weight = val_loss or self._text_loss, validate, save
-        self.model = run.prepare(model)
-        self.optimizers = make_optimizers(model, run.args.optimizer, run.args.learning_rate, run.args.weight_decay,
-                                          run.dtype, lr_scales)
-        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+        self.model = model
         self.stem = file_stem(run.args.save_weight, model.config)
         self.resume_path = run.args.checkpoint_dir / f"{self.stem}_resume.pth"
-        self.step, self.tokens, self.best, tracker_id = 0, 0, math.inf, None
+        self.step, self.tokens, self.best = 0, 0, math.inf
         names = ("epochs", "max_seq_len", "seed", "optimizer", "learning_rate")
         self.settings = {**stream.settings, **{name: getattr(run.args, name) for name in names}, **settings}
-        if run.args.from_resume:
-            tracker_id = self._resume()
-        self.wrapped = wrap(model, run.world, run.device)
+        state = self._load_state() if run.args.from_resume else None
+        if run.args.activation_checkpointing:
+            checkpoint_blocks(model)
+        run._compile(model)
+        self.parallel = run.parallel = STRATEGIES[run.args.parallel](run, model, partial(
+            make_optimizers, name=run.args.optimizer, lr=run.args.learning_rate, weight_decay=run.args.weight_decay,
+            muon_dtype=run.dtype, lr_scales=lr_scales))
+        self.scaler = self.parallel.scaler
+        tracker_id = self._resume(state) if state else None
         self.log = MetricsLog(run.args.save_dir / "logs" / f"{self.stem}.jsonl", self.step) if run.world.main else None
         flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(run.args).items()}
         self.facts = {"parent": run.args.from_weight, "flags": flags}
@@ -208,8 +221,8 @@ class Training:
     def run(self) -> None:
         args, say = self.args, self.run_.say
         last = self.stream.steps if not args.max_steps else min(self.stream.steps, args.max_steps)
-        total = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parallel.plain.parameters())
+        trained = sum(p.numel() for p in self.parallel.plain.parameters() if p.requires_grad)
         size = f"{f'{trained / 1e6:.2f} of ' if trained < total else ''}{total / 1e6:.2f} M parameters"
         say(f"train: {self.stem}, {size}, steps {self.step:,} to {last:,} of {self.stream.steps:,}, "
             f"{self.stream} on {self.world.size} x {self.device}, "
@@ -218,7 +231,7 @@ class Training:
             say("train: nothing left to do")
             return
         self.peak = peak_flops(self.device, self.run_.dtype) * self.world.size
-        self.flops = flops_per_token(self.model, self.stream.length / 2)
+        self.flops = flops_per_token(self.parallel.plain, self.stream.length / 2)
         self._start_interval()
         stopping = ending = save_due = False
         while not ending:
@@ -251,34 +264,26 @@ class Training:
         batches, micro_steps, units, tokens, noted = self.stream.take(self.step)
         warmup = math.ceil(self.args.warmup_ratio * self.stream.steps)
         self.lr = learning_rate(self.step, self.stream.steps, self.args.learning_rate, warmup)
-        for optimizer in self.optimizers:
+        for optimizer in self.parallel.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * group["lr_scale"]
         for number, batch in enumerate(batches, 1):
             batch = to_device(batch, self.device)
-            silent = nullcontext() if number == micro_steps or self.world.size == 1 else self.wrapped.no_sync()
-            with silent:
+            with self.parallel.accumulating(last=number == micro_steps):
                 with self.run_.autocast():
-                    loss = self.loss_function(self.wrapped, batch)
+                    loss = self.loss_function(self.parallel.wrapped, batch)
                 # the wrapper averages over ranks, so a sum over all of them is multiplied by their number
                 value = loss.total * (self.world.size / max(units, 1))
                 if loss.mean is not None:
                     value = value + loss.mean / micro_steps
-                self.scaler.scale(value).backward()
+                self.parallel.backward(value)
             self.loss_sum += loss.total.detach()
             for name, value in loss.seen.items():
                 self.seen[name] = self.seen.get(name, 0) + value.detach()
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        limit = self.args.grad_clip or math.inf
-        self.grad_norm = nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), limit)
+        self.grad_norm = self.parallel.update(self.args.grad_clip or math.inf)
         self.healthy &= torch.isfinite(self.loss_sum)  # on the device: read when something is logged or saved
         if not self.scaler.is_enabled():
             self.healthy &= torch.isfinite(self.grad_norm)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
         self.step += 1
         self.units += units
         for name, value in noted.items():
@@ -330,9 +335,9 @@ class Training:
         """The mean of the validation loss, and of what it has seen, over the units of the validation rows."""
         data, B, sums = self.val_data, self.args.batch_size, {}
         self.model.eval()
-        for begin in range(self.world.rank * B, len(data), self.world.size * B):
-            rows = np.arange(begin, begin + B)
-            rows[rows >= len(data)] = -1  # whole batches, so shapes stay the same
+        for begin in range(0, len(data), self.world.size * B):
+            rows = begin + self.world.rank * B + np.arange(B)
+            rows[rows >= len(data)] = -1  # whole batches, as many on every rank: shapes stay, shards are gathered by all
             with self.run_.autocast():
                 loss = self.val_loss(self.model, to_device(data.batch(rows), self.device))
             for name, value in {"loss": loss.total, **loss.seen}.items():
@@ -368,35 +373,37 @@ class Training:
     def _save(self, row: dict) -> None:
         """Weights for use, and the state to resume from."""
         self._check()
-        randomness = self.world.gather(random_state())
-        self._save_weight(self.args.save_weight, row)
+        randomness, optimizers = self.world.gather(random_state()), self.parallel.optimizer_states()
+        model = self._save_weight(self.args.save_weight, row)
         if self.world.main:
+            named = model.named_parameters(remove_duplicate=False)
             save_resume(self.resume_path, {
                 "settings": self.settings, "step": self.step, "tokens": self.tokens, "best": self.best,
-                "stream": self.stream.state_dict(), "model": self._trained(), "scaler": self.scaler.state_dict(),
-                "random": randomness,
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "tracker": self.tracker.run_id,
+                "stream": self.stream.state_dict(), "scaler": self.scaler.state_dict(), "random": randomness,
+                # what changes; the rest is in the parent's weight
+                "model": {name: p.detach() for name, p in named if p.requires_grad},
+                "optimizers": optimizers, "tracker": self.tracker.run_id,
             })
 
-    def _save_weight(self, name: str, row: dict) -> None:
+    def _save_weight(self, name: str, row: dict) -> nn.Module:
+        model = self.parallel.gathered()
         if self.world.main:
-            self.save_weight(self.model, name, self.args.save_dir, self.run_.tokenizer, **self.facts,
+            self.save_weight(model, name, self.args.save_dir, self.run_.tokenizer, **self.facts,
                              tokens_seen=self.tokens, step=self.step, metrics=row)
+        return model
 
-    def _trained(self) -> dict[str, torch.Tensor]:
-        """The parameters that change; the rest is in the parent's weight."""
-        named = self.model.named_parameters(remove_duplicate=False)
-        return {name: p.detach() for name, p in named if p.requires_grad}
-
-    def _resume(self) -> str | None:
-        """Take up the saved state; → the tracker's run id."""
+    def _load_state(self) -> dict | None:
+        """The saved state, its weights taken up while the model is whole."""
         state = load_resume(self.resume_path, self.settings)
         if state is None:
             self.run_.say(f"resume: no {self.resume_path.name} yet, starting from the beginning")
-            return None
-        load_state(self.model, self.model.state_dict() | state["model"], self.resume_path)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        else:
+            load_state(self.model, self.model.state_dict() | state["model"], self.resume_path)
+        return state
+
+    def _resume(self, state: dict) -> str | None:
+        """Take up the rest of the state; → the tracker's run id."""
+        self.parallel.load_optimizers(state["optimizers"])
         self.scaler.load_state_dict(state["scaler"])
         self.stream.load_state_dict(state["stream"])
         self.step, self.tokens, self.best = state["step"], state["tokens"], state["best"]
