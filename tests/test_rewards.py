@@ -9,8 +9,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from lab import SMALL, TOKENIZER, small_model
-from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from dataset.prompts import Prompt
 from dataset.sample_world import SKILLS, World
@@ -80,7 +87,7 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     ("so\n</think>\n\nHello.", {"thinking": True}, True), ("Hello.", {"thinking": True}, False),
     ("\n</think>\n\nHello.", {"thinking": True}, False), ("so\n</think>\n\n", {"thinking": True}, False),
     ("so\n</think>\n\nHello.</think>", {"thinking": True}, False), ("</think>Hello.", {}, False),
-    (CALL, {}, True), (f"Look: {CALL}\n{CALL}", {}, True), ('<tool_call>\n{"name"\n</tool_call>', {}, False),
+    (CALL, {}, True), (f"Look: {CALL}\n{CALL}", {}, True), ('Hello.<tool_call>\n{"name"\n</tool_call>', {}, False),
     ('Hello.<tool_call>\n{"name": "f", "arguments": {}}', {}, False), ("Hello.</tool_call>", {}, False),
     ("Hello.<|im_start|>", {}, False), ("Hello.<|endoftext|>", {}, False), ("<tool_response>Hello.", {}, False)])
 def test_format_is_all_or_nothing(text, options, good):
@@ -138,11 +145,15 @@ def test_a_component_that_fails_names_itself_and_the_row(answer):
 ANSWERS = ["Yes.", "No, and here is a much longer answer: one two three four.", "", "也许。", "so it goes"]
 
 
+def small_reward() -> MiniMindForSequenceClassification:
+    return MiniMindForSequenceClassification(MiniMindConfig(**SMALL)).eval()
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A reward weight of ours, saved both ways, and its folder."""
     torch.manual_seed(1)
-    model = MiniMindForSequenceClassification(MiniMindConfig(**SMALL)).eval()
+    model = small_reward()
     torch.nn.init.normal_(model.score.weight)
     out = tmp_path_factory.mktemp("out")
     model.half().float()
@@ -192,6 +203,16 @@ def test_rows_that_hold_the_padding_token_are_padded_with_another():
     assert model.config.pad_token_id is None
 
 
+def test_an_encoder_does_not_look_at_padding():
+    model = BertForSequenceClassification(BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_labels=1,
+        initializer_range=0.5)).eval()
+    rows = [[5, 6, 2], [5, 6, 7, 8, 9, 10, 2]]
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([row])).logits[:, 0] for row in rows])
+        torch.testing.assert_close(classify(model, rows, 0), alone, atol=1e-5, rtol=1e-5)
+
+
 MODELING = '''
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -228,7 +249,13 @@ def test_a_model_with_code_of_its_own_needs_leave_and_gives_its_score(tmp_path):
 
 def test_what_is_no_reward_model_is_refused(tmp_path):
     save_folder(small_model(), tmp_path / "talks", TOKENIZER)
-    for path in (tmp_path / "talks", tmp_path / "nothing"):
+    save_folder(small_reward(), tmp_path / "two", TOKENIZER, "SequenceClassification", num_labels=1)
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    config["id2label"] = {"0": "bad", "1": "good"}
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "two" / "model.safetensors")
+    save_file(weights | {"score.weight": torch.zeros(2, 64)}, tmp_path / "two" / "model.safetensors", {"format": "pt"})
+    for path in (tmp_path / "talks", tmp_path / "nothing", tmp_path / "two"):
         with pytest.raises(UserError, match=f"--reward_model_path {path}"):
             make(f"--reward_model_path={path}")
 
