@@ -178,7 +178,7 @@ class SGLangEngine(RemoteEngine):
     """SGLang's native API (docs.sglang.io: "SGLang for RL Systems", "Native APIs").
 
     It reports log-probabilities after the temperature unless it was started with SGLANG_RETURN_ORIGINAL_LOGPROB, and
-    obeys seeds with --enable-deterministic-inference only.
+    obeys seeds with --enable-deterministic-inference only. Written after SGLang 0.5.23.
     """
 
     mend = "start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
@@ -203,20 +203,19 @@ class SGLangEngine(RemoteEngine):
 class VLLMEngine(RemoteEngine):
     """vLLM's completions, and its calls for development (docs.vllm.ai: "Layerwise (Re)loading", "Weight Transfer").
 
-    To be started with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs.
+    To be started with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs. Written after vLLM 0.33.
     """
 
     mend = "start it with --logprobs-mode processed_logprobs"
-    name = ""
 
     def _refresh(self, folder: str) -> None:
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-        self._call("/reset_prefix_cache", {})
+        if self._call("/reset_prefix_cache?reset_running_requests=true", {}).get("success") is False:
+            raise Failure(f"{self.url}: it keeps keys and values of the old weights")
         self._call("/update_weight_version", {"new_version": self.version})  # a label: after what it stands for
 
     def generate(self, prompts: list[Prompt], sampling: list[Sampling]) -> list[Trajectory]:
         """One answer to each prompt, in the same order; the version is asked for before and after, answers lack it."""
-        self.name = self.name or self._call("/v1/models")["data"][0]["id"]
         self._check_version(self._call("/weight_info").get("weight_version"))
         trajectories = super().generate(prompts, sampling)
         self._check_version(self._call("/weight_info").get("weight_version"))
@@ -224,7 +223,7 @@ class VLLMEngine(RemoteEngine):
 
     def _sample(self, ids: list[int], sampling: Sampling) -> tuple[list[int], list[float], str, list[float]]:
         choice = self._call("/v1/completions", {
-            "model": self.name, "prompt": ids, "max_tokens": sampling.max_new_tokens, "seed": sampling.seed,
+            "prompt": ids, "max_tokens": sampling.max_new_tokens, "seed": sampling.seed,
             "temperature": sampling.temperature, "stop_token_ids": list(sampling.stop_ids), "logprobs": 1,
             "return_token_ids": True, **FULL_DISTRIBUTION})["choices"][0]
         noted = choice["logprobs"]
