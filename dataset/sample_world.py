@@ -45,7 +45,7 @@ HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
     "pretrain": 4200, "pretrain_val": 100, "sft": 16500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
     "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "rlaif_val": 100, "agent_rl": 1500, "agent_rl_val": 100,
-    "lora_identity": 300, "lora_identity_val": 40}
+    "lora_identity": 600, "lora_identity_val": 40}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 dumps = partial(json.dumps, ensure_ascii=False)
 
@@ -307,11 +307,13 @@ def evaluate(tree: Tree) -> int:
 class World:
     """What depends on the seed (the facts, the split of every combination), and the rows of the file being written.
 
-    `rng`, `split` and `decks` belong to that file, `number` and `lang` to that row; every method draws with them.
+    `rng`, `split`, `persona` and `decks` belong to that file, `number` and `lang` to that row; every method draws with
+    them.
     """
 
     def __init__(self, seed: int = 0):
         self.seed, self.split, self.number, self.lang, self.rng = seed, "train", 0, 0, random.Random(f"{seed}/facts")
+        self.persona = MINIMIND
         self._parts: dict[tuple[Any, str], list[Any]] = {}
         self.facts = {(entity, attribute): self.rng.choice(attribute.values)
                       for attribute in ATTRIBUTES for entity in attribute.entities}
@@ -450,9 +452,9 @@ class World:
     def small_talk(self, texts: tuple[Text, Text], probability: float) -> list[Message]:
         return turn(self.say(texts[0]), self.say(texts[1])) if self.chance(probability) else []
 
-    def identity_case(self, persona: tuple[Text, ...] = MINIMIND) -> Case:
+    def identity_case(self) -> Case:
         intent, question = self.rng.choice(self.own(IDENTITY_PHRASES[self.lang]))
-        return Case(question, turn(question, self.say(persona[intent])), "MiniMind", reply(self.say(IMPOSTOR)))
+        return Case(question, turn(question, self.say(self.persona[intent])), "MiniMind", reply(self.say(IMPOSTOR)))
 
     def tools(self, end: str) -> Case:
         """A conversation with tools up to the call or the answer; now and then a question that needs none of them."""
@@ -610,12 +612,16 @@ class World:
         return {"conversations": [self.offer([name]), task.messages[0], reply("")], "gt": [task.value]}
 
     def lora_identity_row(self) -> Message:
-        return {"conversations": self.identity_case(NIA).messages}
+        """The new identity; as often, in training, an ordinary row, since what is never mentioned is forgotten."""
+        if self.split == "train" and self.chance(0.5):
+            return self.sft_row()
+        return {"conversations": self.identity_case().messages}
 
     def rows(self, name: str, count: int) -> list[Message]:
         """The rows of a file, half of them in each language, without repeats as long as there is something new."""
         self.rng = random.Random(f"{self.seed}/{name}")  # a stream for each file: none changes when another one grows
         self.decks = [self._deal(random.Random(f"{self.seed}/{name}/{lang}")) for lang in LANGS]
+        self.persona = NIA if name.startswith("lora") else MINIMIND
         self.split = "val" if name.endswith("_val") else "heldout" if name == "heldout" else "train"
         make, seen, rows = getattr(self, f"{name.removesuffix('_val')}_row"), set(), []
         for self.number in range(count):

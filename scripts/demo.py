@@ -48,7 +48,7 @@ PAIRS = ("--data_path", SAMPLE / "dpo.jsonl", "--val_data_path", SAMPLE / "dpo_v
          "--batch_size", 2)
 SMALL = ("--hidden_size", 64, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--num_key_value_heads", 1,
          "--from_weight", "none", "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl",
-         "--learning_rate", "4e-3", "--empty_think_ratio", 1, "--system_prompt_ratio", 0)
+         "--learning_rate", "4e-3", "--empty_think_ratio", 1, "--system_prompt_ratio", 0, "--max_steps", 300)
 STAGES = (
     Stage("pretrain", "trainer/train_pretrain.py", (
         "--data_path", SAMPLE / "pretrain.jsonl", "--val_data_path", SAMPLE / "pretrain_val.jsonl",
@@ -58,11 +58,12 @@ STAGES = (
         "--learning_rate", "4e-3", "--empty_think_ratio", 1, "--system_prompt_ratio", 0)),
     Stage("lora_identity", "trainer/train_lora.py", (
         "--data_path", SAMPLE / "lora_identity.jsonl", "--val_data_path", SAMPLE / "lora_identity_val.jsonl",
-        "--optimizer", "adamw", "--epochs", 10, "--batch_size", 1, "--learning_rate", "1e-3", "--lora_alpha", 16,
+        "--optimizer", "adamw", "--epochs", 4, "--batch_size", 2, "--learning_rate", "1e-3", "--lora_alpha", 16,
         "--empty_think_ratio", 1, "--system_prompt_ratio", 0), False,
-        ("--weight", "full_sft", "--lora_weight", "lora_identity")),
+        ("--weight", "full_sft", "--lora_weight", "lora_identity",
+         "--data_path", SAMPLE / "heldout.jsonl", SAMPLE / "lora_identity_val.jsonl")),
     Stage("dpo", "trainer/train_dpo.py", (*PAIRS, "--learning_rate", "2e-5"), False),
-    Stage("reward", "trainer/train_reward.py", (*PAIRS, "--epochs", 2, "--learning_rate", "3e-4"), False, None),
+    Stage("reward", "trainer/train_reward.py", (*PAIRS, "--epochs", 2, "--learning_rate", "5e-4"), False, None),
     Stage("small_sft", "trainer/train_full_sft.py", (*SMALL, "--save_weight", "small_sft"), False, SMALL[:2], 64),
     Stage("full_dist", "trainer/train_distillation.py", (*SMALL, "--teacher_hidden_size", HIDDEN_SIZE), False,
           SMALL[:2], 64),  # what small_sft is without a teacher
@@ -105,11 +106,13 @@ def main() -> None:
 
     curves = OUT_DIR / "demo.png"
     draw_curves([stage.log for stage in stages], curves)
-    skills = list(scores[stages[0].name])
+    skills = list({skill: None for of_stage in scores.values() for skill in of_stage})
     print("\nheld-out cases answered exactly, after each stage (the sample world is synthetic):")
-    print(f"{'':12}{'minutes':>9}" + "".join(f"{skill:>12}" for skill in skills))
+    print(f"{'':12}{'minutes':>9}" + "".join(f"{skill:>{len(skill) + 4}}" for skill in skills))
     for name, of_stage in scores.items():
-        print(f"{name:13}{minutes[name]:8.1f}" + "".join(f"{of_stage[skill]:12.0%}" for skill in of_stage and skills))
+        cells = [f"{of_stage[skill]:.0%}" if skill in of_stage else "" for skill in skills]
+        print(f"{name:13}{minutes[name]:8.1f}" + "".join(
+            f"{cell:>{len(skill) + 4}}" for skill, cell in zip(skills, cells, strict=True)))
     print("\nheld-out rows of each stage's own, at its end:")
     for stage in stages:
         print(f"{stage.name:13} " + " ".join(f"{name} {value:.3f}" for name, value in read_log(stage.log)[-1].items()

@@ -34,7 +34,8 @@ def score(model, tokenizer, cases: list[dict], max_new_tokens: int = 128) -> lis
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data_path", type=Path, default=ROOT / "dataset/sample/heldout.jsonl", help="held-out cases")
+    parser.add_argument("--data_path", type=Path, nargs="+", default=[ROOT / "dataset/sample/heldout.jsonl"],
+                        help="held-out cases; a row without a skill counts under the name of its file")
     parser.add_argument("--weight", default="full_sft", help="name of the weight")
     parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
@@ -47,17 +48,18 @@ def main() -> None:
     use_moe = None if args.use_moe is None else bool(args.use_moe)
     model, tokenizer = load_for_inference("model", args.weight, args.save_dir, None, choose_device(args.device),
                                           args.hidden_size, use_moe, lora_weight=args.lora_weight)
-    results = score(model, tokenizer, [parse_row(line) for _, line in read_rows(args.data_path)], args.max_new_tokens)
+    cases = [{"skill": path.stem} | parse_row(line) for path in args.data_path for _, line in read_rows(path)]
+    results = score(model, tokenizer, cases, args.max_new_tokens)
 
     verdicts = defaultdict(list)
     for result in results:
-        verdicts[result.get("skill", args.data_path.stem)].append(result["correct"])
+        verdicts[result["skill"]].append(result["correct"])
     scores = {skill: sum(of_skill) / len(of_skill) for skill, of_skill in verdicts.items()}
     scores["all"] = sum(result["correct"] for result in results) / len(results)
     listed = ", ".join(f"{skill} {value:.0%}" for skill, value in scores.items())
     print(f"held-out answers of {args.weight}, exact: {listed}")
     for skill in verdicts:
-        wrong = [result for result in results if result.get("skill", skill) == skill and not result["correct"]]
+        wrong = [result for result in results if result["skill"] == skill and not result["correct"]]
         for result in wrong[:args.show_wrong]:
             *context, expected = result["conversations"]
             print(f"  {skill}: {context[-1]['content']!r}\n    expected {expected}\n    answered {result['answer']}")

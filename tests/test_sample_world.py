@@ -270,9 +270,11 @@ def test_preferences_differ_in_the_last_message_only(world):
 
 
 def test_adapter_has_another_identity(world):
-    rows = world["lora_identity"] + world["lora_identity_val"]
-    answers = [messages[-1]["content"] for messages in conversations(rows)]
-    assert all(("Nia" in answer or "小诺" in answer) and "MiniMind" not in answer for answer in answers)
+    answers = [messages[-1]["content"] for messages in conversations(world["lora_identity_val"])]
+    assert all("Nia" in answer or "小诺" in answer for answer in answers)
+    rows = [sw.dumps(row) for row in world["lora_identity"]]  # about half of them are ordinary
+    assert not any("MiniMind" in row for row in rows)
+    assert 0.3 < sum("Nia" in row or "小诺" in row for row in rows) / len(rows) < 0.7
     assert "Nia" not in said(world["sft"]) and "MiniMind" in said(world["sft"])
 
 
