@@ -4,11 +4,12 @@ import builtins
 import json
 import random
 import sys
+from math import sqrt
+from statistics import NormalDist
 
 import pytest
 from lab import TOKENIZER, small_model
 from reciter import Reciter
-from scipy.stats import binomtest
 from test_episodes import ask, calls, says, told
 from test_server import serving
 
@@ -77,9 +78,13 @@ def test_more_tasks_than_there_are_new_ones_come_to_an_end():
 
 
 @pytest.mark.parametrize("right, of", [(0, 20), (1, 20), (12, 20), (17, 20), (20, 20), (171, 200), (1, 1)])
-def test_the_interval_is_scipys(right, of):
-    theirs = binomtest(right, of).proportion_ci(method="wilson")
-    assert wilson(right, of) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+def test_the_interval_ends_where_the_score_test_does(right, of):
+    """At either end p, the share lies 1.96 standard deviations sqrt(p (1 - p) / n) away from p: Wilson's definition."""
+    low, high = wilson(right, of)
+    assert 0 <= low <= right / of <= high <= 1 and low < high
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            assert abs(right / of - end) == pytest.approx(NormalDist().inv_cdf(0.975) * sqrt(end * (1 - end) / of))
 
 
 def test_a_benchmark_counts_right_answers_of_several_weights_on_the_same_cases(run, tmp_path):
