@@ -6,6 +6,7 @@ what each stage gained on held-out cases, draws the loss curves and shows a shor
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -49,10 +50,16 @@ PAIRS = ("--data_path", SAMPLE / "dpo.jsonl", "--val_data_path", SAMPLE / "dpo_v
 SMALL = ("--hidden_size", 64, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--num_key_value_heads", 1,
          "--from_weight", "none", "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl",
          "--learning_rate", "4e-3", "--empty_think_ratio", 1, "--system_prompt_ratio", 0, "--max_steps", 300)
+ONLINE = ("--thinking_ratio", 0, "--accumulation_steps", 4, "--num_generations", 8, "--optimizer", "adamw",
+          "--use_compile", 0, "--log_interval", 5)
+ANSWERS = ("--data_path", SAMPLE / "rlaif.jsonl", "--val_data_path", SAMPLE / "rlaif_val.jsonl", "--max_seq_len", 256,
+           "--max_gen_len", 64, "--reward_mix", "exact=1,format=0.2,length=0,repetition=0", "--max_steps", 20,
+           "--beta", "0.02", "--learning_rate", "2e-4")
 STAGES = (
     Stage("pretrain", "trainer/train_pretrain.py", (
         "--data_path", SAMPLE / "pretrain.jsonl", "--val_data_path", SAMPLE / "pretrain_val.jsonl",
-        "--num_hidden_layers", 4, "--num_attention_heads", 4, "--num_key_value_heads", 2, "--learning_rate", "4e-3")),
+        "--num_hidden_layers", 4, "--num_attention_heads", 4, "--num_key_value_heads", 2, "--learning_rate", "4e-3"),
+        scored=None),  # it only continues texts
     Stage("full_sft", "trainer/train_full_sft.py", (
         "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl",
         "--learning_rate", "4e-3", "--empty_think_ratio", 1, "--system_prompt_ratio", 0)),
@@ -67,6 +74,15 @@ STAGES = (
     Stage("small_sft", "trainer/train_full_sft.py", (*SMALL, "--save_weight", "small_sft"), False, SMALL[:2], 64),
     Stage("full_dist", "trainer/train_distillation.py", (*SMALL, "--teacher_hidden_size", HIDDEN_SIZE), False,
           SMALL[:2], 64),  # what small_sft is without a teacher
+    Stage("grpo", "trainer/train_grpo.py", (*ONLINE, *ANSWERS, "--loss_type", "grpo"), False),
+    Stage("cispo", "trainer/train_grpo.py", (
+        *ONLINE, *ANSWERS, "--loss_type", "cispo", "--save_weight", "cispo"), False),
+    Stage("ppo_actor", "trainer/train_ppo.py", (
+        *ONLINE, *ANSWERS[:-4], "--learning_rate", "1e-4", "--critic_learning_rate", "3e-4", "--max_steps", 80), False),
+    Stage("agent", "trainer/train_agent.py", (
+        *ONLINE, "--data_path", SAMPLE / "agent_rl.jsonl", "--val_data_path", SAMPLE / "agent_rl_val.jsonl",
+        "--max_seq_len", 384, "--max_gen_len", 96, "--max_total_len", 640, "--learning_rate", "2e-4", "--beta", "0.02",
+        "--max_steps", 15)),
 )
 CHAT = ("你好！", "Who are you?", "217 + 8等于多少？", "What is the colour of the ink cat?")
 
@@ -88,6 +104,17 @@ def score(stage: Stage) -> dict[str, float]:
     return json.loads(target.read_text("utf-8"))
 
 
+def count_calls() -> None:
+    """What the agent gained in using tools: the counts, not each case."""
+    command = ["eval_toolcall.py", *map(str, SIZE), "--weight", "full_sft", "agent", "--benchmark", "200"]
+    print(f"\n$ python {' '.join(command)}", flush=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, encoding="utf-8",
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    if done.returncode:
+        raise UserError(f"eval_toolcall.py ended with status {done.returncode}: {done.stderr.strip()}")
+    print("\n".join(line for line in done.stdout.splitlines() if line[:1] not in "✅❌"))
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every stage, not only the way to a chatting model")
@@ -101,6 +128,7 @@ def main() -> None:
         run(stage.script, *COMMON, *stage.flags)
         minutes[stage.name] = (time.perf_counter() - start) / 60
         scores[stage.name] = score(stage)
+    count_calls()
     for question in CHAT:
         run("eval_llm.py", *SIZE, "--temperature", 0, "--prompt", question)
 
