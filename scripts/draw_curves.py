@@ -1,4 +1,4 @@
-"""Draw the loss of training runs over their steps, from the logs they wrote, as a PNG.
+"""Draw the loss of training runs over their steps, or the reward of online RL, from their logs, as a PNG.
 
     python scripts/draw_curves.py out/logs/pretrain_256.jsonl out/logs/full_sft_256.jsonl --out out/curves.png
 """
@@ -23,7 +23,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw_curves(logs: list[Path], target: Path) -> None:
-    """Training and validation loss, one panel a log."""
+    """Loss, or reward where there is one, in training and validation, one panel a log."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,10 +32,11 @@ def draw_curves(logs: list[Path], target: Path) -> None:
     figure, axes = pyplot.subplots(1, len(logs), figsize=(5 * len(logs), 3.5), squeeze=False)
     for axis, log in zip(axes[0], logs, strict=True):
         rows = read_log(log)
-        for key, style in (("loss", "-"), ("val_loss", "o")):
+        name = "reward" if any("reward" in row for row in rows) else "loss"
+        for key, style in ((name, "-"), (f"val_{name}", "o")):
             if points := [(row["step"], row[key]) for row in rows if key in row]:
                 axis.plot(*zip(*points, strict=True), style, label=key)
-        axis.set(title=log.stem, xlabel="step", ylabel="loss")
+        axis.set(title=log.stem, xlabel="step", ylabel=name)
         axis.legend()
     figure.tight_layout()
     figure.savefig(target, dpi=110)
