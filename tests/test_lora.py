@@ -144,8 +144,8 @@ def test_only_the_branches_learn_and_only_they_are_kept(lab, monkeypatch, use_mo
     lab, seen = lab().with_base(use_moe=bool(use_moe)), {}
     stem, options = "lora_identity_64" + "_moe" * use_moe, {"use_moe": bool(use_moe)}
 
-    def spied_on(model, *rest):
-        seen["optimizers"], seen["model"] = make_optimizers(model, *rest), model
+    def spied_on(model, **options):
+        seen["optimizers"], seen["model"] = make_optimizers(model, **options), model
         return seen["optimizers"]
 
     monkeypatch.setattr(loop, "make_optimizers", spied_on)
