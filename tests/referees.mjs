@@ -18,7 +18,8 @@ if (request.models) {
         const said = {architecture: general.architecture, template: tokenizer.chat_template, end: model.isEogToken(2),
             plain: texts.map((text) => model.tokenize(text)), marked: texts.map((text) => model.tokenize(text, true)),
             shown: texts.map((text) => model.detokenize(model.tokenize(text, true))), continued: [], probabilities: []};
-        const context = await model.createContext({contextSize: 512, threads: 1});
+        const context = await model.createContext({contextSize: 512, threads: 1, flashAttention: false,
+            experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"});
         for (const prompt of prompts) {
             const sequence = context.getSequence();
             const ids = [];

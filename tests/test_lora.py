@@ -52,12 +52,20 @@ def convert(*flags: object) -> None:
         run_main(convert_model.main)
 
 
+def to_peft(lora, folder) -> None:
+    convert("--source", lora, "--target", folder, "--format", "peft")
+
+
+def from_peft(folder, base, lora) -> None:
+    convert("--source", base, "--lora", folder, "--target", lora, "--format", "lora")
+
+
 @kinds
 def test_outputs_and_gradients_equal_peft(tmp_path, options, targets):
     base, ids = saved_pair(tmp_path, options, targets), torch.randint(3, 6400, (2, 16))
     ours, _ = load_weight("full_sft", tmp_path, **options)
     load_lora(ours, "lora", tmp_path)
-    convert("--to_peft", tmp_path / "peft", "--lora_name", "lora", "--save_dir", tmp_path)
+    to_peft(tmp_path / f"lora_64{'_moe' * bool(options)}.pth", tmp_path / "peft")
     qwen3 = transformers.Qwen3MoeForCausalLM if options else transformers.Qwen3ForCausalLM
     theirs = qwen3(qwen3_config(base.config))
     theirs.load_state_dict(base.state_dict())
@@ -79,10 +87,9 @@ def test_outputs_and_gradients_equal_peft(tmp_path, options, targets):
 @kinds
 def test_a_peft_adapter_comes_back_to_the_bit(tmp_path, options, targets):
     saved_pair(tmp_path, options, targets, dropout=0.0)
-    there = ("--save_dir", tmp_path)
-    convert("--to_peft", tmp_path / "peft", "--lora_name", "lora", *there)
-    convert("--from_peft", tmp_path / "peft", "--lora_name", "again", "--weight", "full_sft", *there)
     stem = "_64_moe.pth" if options else "_64.pth"
+    to_peft(tmp_path / f"lora{stem}", tmp_path / "peft")
+    from_peft(tmp_path / "peft", tmp_path / f"full_sft{stem}", tmp_path / f"again{stem}")
     (lora, state), (lora2, state2) = (read_lora(tmp_path / f"{name}{stem}") for name in ("lora", "again"))
     assert (lora.rank, lora.alpha, set(lora.targets)) == (lora2.rank, lora2.alpha, set(lora2.targets))
     assert_close(state2, state, rtol=0, atol=0)
@@ -101,7 +108,7 @@ def test_an_adapter_made_by_peft_is_read(tmp_path, in_fp32):
     settings = {"r": 4, "lora_alpha": 6, "use_rslora": True, "init_lora_weights": False}
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["q_proj", "up_proj"], **settings))
     theirs.save_pretrained(tmp_path / "peft")
-    convert("--from_peft", tmp_path / "peft", "--lora_name", "theirs", "--save_dir", tmp_path)
+    from_peft(tmp_path / "peft", tmp_path / "full_sft_64.pth", tmp_path / "theirs_64.pth")
     ours, _ = load_for_inference("model", "full_sft", tmp_path, None, "cpu", lora_weight="theirs")
     assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=2e-3)  # ours went through half precision
 
@@ -120,14 +127,16 @@ def test_merged_is_attached(tmp_path, options, targets):
 def test_several_loras_merge_at_given_weights(tmp_path):
     base = saved_pair(tmp_path, {}, ("q_proj", "down_proj"), "a")
     saved_pair(tmp_path, {}, ("q_proj",), "b", alpha=8.0, rank=4)
-    convert("--merge", "a", "b=-0.5", "--save_weight", "both", "--save_dir", tmp_path)
+    loras = [str(tmp_path / "a_64.pth"), f"{tmp_path / 'b_64.pth'}=-0.5"]
+    convert("--source", tmp_path / "full_sft_64.pth", "--target", tmp_path / "both_64.pth", "--format", "torch",
+            "--lora", *loras)
     name, expected = "model.layers.1.self_attn.q_proj", base.state_dict()
     (_, a), (_, b) = (read_lora(tmp_path / f"{letter}_64.pth") for letter in "ab")
     delta = [state[f"{name}.lora_B"].float() @ state[f"{name}.lora_A"].float() for state in (a, b)]
     merged, card = load_weight("both", tmp_path)
     want = expected[f"{name}.weight"] + 12 / 8 * delta[0] - 0.5 * 8 / 4 * delta[1]
     assert_close(merged.state_dict()[f"{name}.weight"], want, rtol=1e-3, atol=1e-4)
-    assert card["merged"] == ["a", "b=-0.5"] and card["parent"] == "full_sft"
+    assert card["merged"] == loras and card["parent"] == "full_sft"
 
 
 @pytest.mark.parametrize("use_moe", [0, 1], ids=["dense", "moe"])
@@ -135,8 +144,8 @@ def test_only_the_branches_learn_and_only_they_are_kept(lab, monkeypatch, use_mo
     lab, seen = lab().with_base(use_moe=bool(use_moe)), {}
     stem, options = "lora_identity_64" + "_moe" * use_moe, {"use_moe": bool(use_moe)}
 
-    def spied_on(model, *rest):
-        seen["optimizers"], seen["model"] = make_optimizers(model, *rest), model
+    def spied_on(model, **options):
+        seen["optimizers"], seen["model"] = make_optimizers(model, **options), model
         return seen["optimizers"]
 
     monkeypatch.setattr(loop, "make_optimizers", spied_on)
@@ -232,12 +241,12 @@ def test_mistakes_are_told_in_one_line(lab, capsys, tmp_path):
         load_lora(small_model(hidden_size=32), "lora_identity", lab.out)
     with pytest.raises(UserError, match="full_sft_64.pth: not a LoRA file"):
         load_lora(small_model(), "full_sft", lab.out)
-    convert("--to_peft", tmp_path / "sound", "--save_dir", lab.out)
+    to_peft(lab.out / "lora_identity_64.pth", tmp_path / "sound")
     with pytest.raises(UserError, match="no place for"):
         convert_model.import_peft(small_model(use_moe=True), tmp_path / "sound")
     for name, change, words in (("a", {"use_dora": True}, "use_dora"), ("b", {"r": None}, "not a peft adapter")):
         folder = tmp_path / name
-        convert("--to_peft", folder, "--save_dir", lab.out)
+        to_peft(lab.out / "lora_identity_64.pth", folder)
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=words):
