@@ -38,7 +38,7 @@ def run_all(data: Path, runs: list[dict]) -> list[dict]:
     run_it = Training.run
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Training, "run", measured))
-        for name in ("grpo", "ppo"):
+        for name in ("grpo", "ppo", "agent"):
             stack.enter_context(mock.patch(f"trainer.train_{name}.make_rewards",
                                            lambda *_: Rewards({"ids": of_ids}, {"ids": 1.0})))
         for run in runs:
