@@ -127,7 +127,8 @@ class Engine:
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
         length = min(SMALLEST_LENGTH, self.longest)
-        self._cache = KVCache(model.config, self._places_at(length), length, model.device, dtype)
+        with torch.inference_mode():  # as all that fills it; a graph takes no tensors of another mode
+            self._cache = KVCache(model.config, self._places_at(length), length, model.device, dtype)
         self._places = [None] * self._cache.places
 
     @property
