@@ -182,7 +182,8 @@ def read(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if getattr(args, "temperature", 1.0) == 0:
         parser.error("--temperature 0 leaves no distribution to learn from; give more than 0")
-    for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir", "deepspeed_config"):
+    for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir",
+                 "deepspeed_config"):
         value = getattr(args, name, None)
         setattr(args, name, Path(value).expanduser().absolute() if value else None)
     if args.use_moe is not None:

@@ -135,7 +135,7 @@ class Run:
         return torch.autocast(self.device.type, self.dtype)
 
     def whole(self):
-        """A context in which each rank may call the model that is trained as often as it likes; all of them enter it."""
+        """A context in which each rank may call the trained model as often as it likes; all of them enter it."""
         return self.parallel.whole() if self.parallel else nullcontext()
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -337,7 +337,7 @@ class Training:
         self.model.eval()
         for begin in range(0, len(data), self.world.size * B):
             rows = begin + self.world.rank * B + np.arange(B)
-            rows[rows >= len(data)] = -1  # whole batches, as many on every rank: shapes stay, shards are gathered by all
+            rows[rows >= len(data)] = -1  # whole batches, as many on every rank: all gather the shards
             with self.run_.autocast():
                 loss = self.val_loss(self.model, to_device(data.batch(rows), self.device))
             for name, value in {"loss": loss.total, **loss.seen}.items():
