@@ -43,7 +43,7 @@ RLAIF_MIX = (10, 25, 0, 60, 5, 0)
 HELDOUT_PERCENT, VAL_PERCENT = 12, 6
 HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
-    "pretrain": 4200, "pretrain_val": 100, "sft": 16500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
+    "pretrain": 4200, "pretrain_val": 100, "sft": 15000, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
     "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "rlaif_val": 100, "agent_rl": 1500, "agent_rl_val": 100,
     "lora_identity": 600, "lora_identity_val": 40}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}

@@ -82,7 +82,7 @@ STAGES = (
     Stage("agent", "trainer/train_agent.py", (
         *ONLINE, "--data_path", SAMPLE / "agent_rl.jsonl", "--val_data_path", SAMPLE / "agent_rl_val.jsonl",
         "--max_seq_len", 384, "--max_gen_len", 96, "--max_total_len", 640, "--learning_rate", "2e-4", "--beta", "0.02",
-        "--max_steps", 15)),
+        "--accumulation_steps", 2, "--max_steps", 8)),
 )
 CHAT = ("你好！", "Who are you?", "217 + 8等于多少？", "What is the colour of the ink cat?")
 
@@ -106,7 +106,7 @@ def score(stage: Stage) -> dict[str, float]:
 
 def count_calls() -> None:
     """What the agent gained in using tools: the counts, not each case."""
-    command = ["eval_toolcall.py", *map(str, SIZE), "--weight", "full_sft", "agent", "--benchmark", "200"]
+    command = ["eval_toolcall.py", *map(str, SIZE), "--weight", "full_sft", "agent", "--benchmark", "100"]
     print(f"\n$ python {' '.join(command)}", flush=True)
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, encoding="utf-8",
                           env=os.environ | {"PYTHONIOENCODING": "utf-8"})
