@@ -177,7 +177,7 @@ def experience(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: t
     dice = np.random.default_rng(0)
     prompts = [Prompt(dice.integers(40, 6400, dice.integers(3, 20)).tolist(), [], where=f"rows:{i}") for i in range(10)]
     run = SimpleNamespace(args=args, world=World(rank, size), device=torch.device("cpu"), autocast=nullcontext,
-                          tokenizer=TOKENIZER)
+                          whole=nullcontext, tokenizer=TOKENIZER)
     return Experience(run, small_model(), prompts, engine or Scripted(), rewards or Seeded(), **options)
 
 
@@ -329,22 +329,19 @@ def test_a_resumed_run_ends_as_the_whole_one_to_the_bit(lab, data, stage, name, 
     assert parts.ended_like(whole, f"{name}_64")
     log = whole.log(f"{name}_64")
     assert log[0]["approx_kl"] == 0 and log[0].get("kl", 0) == 0  # ratio 1, KL 0 before the first update
-    assert log[0]["mismatch"] < 1e-5 and {"val_reward", "val_exact", "reward_format_std"} <= log[1].keys()
+    assert log[0]["mismatch"] < 1e-5 and "reward_format_std" in log[0] and {"val_reward", "val_exact"} <= log[1].keys()
     assert (whole.out / f"{name}_best_64.pth").exists()
 
 
-@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
-def test_two_ranks_are_one_rank(lab, data, use_moe):
+def test_two_ranks_are_one_rank(lab, data):
     for stage, name, flags in (STAGES[0], STAGES[3]):
-        if use_moe and stage is train_ppo:
-            continue
-        one, two = (with_base(lab(f"{place}_{name}"), use_moe=use_moe) for place in ("one", "two"))
+        one, two = (with_base(lab(f"{place}_{name}")) for place in ("one", "two"))
         flags = {"stage": stage, **RL, **flags, "val_data_path": data / "rlaif.jsonl"}
         process = two.start(launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"), **flags)
         out, err = process.communicate(timeout=DEADLINE)
         assert process.returncode == 0 and "on 2 x cpu" in out, err
         one.train(**flags)
-        stem = f"{name}_64{'_moe' * use_moe}"
+        stem = f"{name}_64"
         for ours, theirs in zip(one.log(stem), two.log(stem), strict=True):
             assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
         assert_close(two.state(stem)["model"], one.state(stem)["model"], rtol=0, atol=2e-4)

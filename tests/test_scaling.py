@@ -121,7 +121,9 @@ class Done:
         assert_close(many.state(stem)["model"], one.state(stem)["model"], rtol=0, atol=2e-5)
         states = [lab.state(stem)["optimizers"][0]["state"] for lab in (one, many)]
         assert_close(states[1], states[0], rtol=1e-3, atol=2e-5)
-        assert_close(many.weight(stem), one.weight(stem), rtol=0, atol=1e-3)
+        saved = [{key: value for key, value in lab.weight(stem).items() if torch.is_tensor(value)}
+                 for lab in (many, one)]
+        assert_close(*saved, rtol=0, atol=1e-3)
         assert many.card(stem)["config"] == one.card(stem)["config"]
 
 

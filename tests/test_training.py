@@ -203,8 +203,8 @@ def gradients(lab: Lab, monkeypatch, stage=train_full_sft, **flags) -> dict[str,
     """The gradients a stage's first step hands to its optimizer."""
     seen = {}
 
-    def spied_on(model, *rest):
-        optimizers = make_optimizers(model, *rest)
+    def spied_on(model, **rest):
+        optimizers = make_optimizers(model, **rest)
         optimizers[0].register_step_pre_hook(lambda *_: seen.update(
             {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
         return optimizers
@@ -335,8 +335,8 @@ def test_the_learning_rate_rises_in_a_line_to_its_peak_and_ends_at_a_tenth():
 def test_the_log_tells_the_learning_rate_that_every_optimizer_used(lab, monkeypatch):
     lab, used = lab(), []
 
-    def spied_on(*request):
-        optimizers = make_optimizers(*request)
+    def spied_on(*request, **options):
+        optimizers = make_optimizers(*request, **options)
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(lambda self, *_: used.append([group["lr"] for group in self.param_groups]))
         return optimizers

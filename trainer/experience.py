@@ -73,7 +73,8 @@ class Experience:
         return self.cursor / len(self.prompts)
 
     def state_dict(self) -> dict:
-        """What the next rollout depends on beside the weights."""
+        """What the next rollout depends on beside the weights. All ranks call it."""
+        self._follow()
         return {"cursor": self.cursor, "rollouts": self.rollouts,
                 "tracker": self.tracker.state_dict() if self.tracker else {}}
 
@@ -106,8 +107,7 @@ class Experience:
     def _roll_out(self) -> None:
         """Sample, score and prepare what the next update_epochs × mini_batches steps learn from."""
         args, began = self.args, time.perf_counter()
-        if self.tracker:
-            self.tracker.drift += self._drift()
+        self._follow()
         with self.run.whole():
             self.engine.update()
             groups = self._draw()
@@ -251,15 +251,18 @@ class Experience:
             batch["advantage"] = (batch["advantage"] - mean) / (std + 1e-8)
 
     @torch.no_grad()
-    def _drift(self) -> float:
-        """KL a token, from what sampled the last rollout to the policy as it is now. 0 before the first."""
+    def _follow(self) -> None:
+        """Tell the tracker, once, how far the policy has moved since the last rollout was sampled: KL a token."""
+        if not self.tracker:
+            return
         sums = torch.zeros(2, device=self.run.device)
         for batch in (batch for batches, *_ in self._minis for batch in batches):
             with self.run.autocast():
                 moved = k3(batch["old"], self._log_probs(self.model, batch))
             sums += torch.stack((moved.sum(), moved.new_tensor(float(len(moved)))))
         total, count = self.world.sum(sums).tolist()
-        return total / max(count, 1)
+        self.tracker.drift += total / max(count, 1)
+        self._minis = []
 
     def _note(self, groups: "list[Group]", trajectories: list[Trajectory], sampling: float, preparing: float) -> None:
         """What the next log line says of this rollout: times in seconds, means and spreads over its answers."""

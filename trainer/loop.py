@@ -374,12 +374,13 @@ class Training:
         """Weights for use, and the state to resume from."""
         self._check()
         randomness, optimizers = self.world.gather(random_state()), self.parallel.optimizer_states()
+        stream = self.stream.state_dict()
         model = self._save_weight(self.args.save_weight, row)
         if self.world.main:
             named = model.named_parameters(remove_duplicate=False)
             save_resume(self.resume_path, {
                 "settings": self.settings, "step": self.step, "tokens": self.tokens, "best": self.best,
-                "stream": self.stream.state_dict(), "scaler": self.scaler.state_dict(), "random": randomness,
+                "stream": stream, "scaler": self.scaler.state_dict(), "random": randomness,
                 # what changes; the rest is in the parent's weight
                 "model": {name: p.detach() for name, p in named if p.requires_grad},
                 "optimizers": optimizers, "tracker": self.tracker.run_id,
