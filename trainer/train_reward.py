@@ -24,9 +24,10 @@ def main() -> None:
         model = MiniMindForSequenceClassification.of(decoder)
         data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
         run.fit(model, data, reward_loss, val_data, val_loss=reward_loss, base=fingerprint(decoder))
+        whole = run.parallel.gathered()
         if run.world.main:
             folder = args.save_dir / file_stem(args.save_weight, model.config)
-            save_folder(model, folder, run.tokenizer, "SequenceClassification", num_labels=1)
+            save_folder(whole, folder, run.tokenizer, "SequenceClassification", num_labels=1)
             run.say(f"train: {folder} opens with transformers' AutoModelForSequenceClassification")
 
 
