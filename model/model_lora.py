@@ -5,6 +5,7 @@ The base keeps its parameters and their names; a layer that is adapted only has 
 A LoRA file holds those tensors and the settings that attach them: {name: tensor, …, "settings": {…}}.
 """
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from model.chat import ChatTokenizer
 from model.errors import UserError, first_line
 from model.model_minimind import Experts, Linear, expert_product
-from model.weights import OUT_DIR, find_weight, fingerprint, save_weight
+from model.weights import OUT_DIR, find_weight, fingerprint, save_weight, weight_name
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
@@ -158,6 +159,18 @@ def attach_lora(model: nn.Module, lora: LoRA, state: dict[str, Tensor], source: 
     with torch.no_grad():
         for name, value in state.items():
             wanted[name].copy_(value)
+
+
+def find_loras(save_dir: Path, base: str) -> list[str]:
+    """Names of the LoRAs of `save_dir` whose .json says that they were trained on the model of fingerprint `base`."""
+    found = []
+    for path in sorted(Path(save_dir).glob("lora_*.pth")):
+        try:
+            if json.loads(path.with_suffix(".json").read_text("utf-8"))["lora"]["base"] == base:
+                found.append(weight_name(path))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # without its card nobody knows
+    return found
 
 
 def load_lora(model: nn.Module, name: str, save_dir: Path = OUT_DIR) -> LoRA:

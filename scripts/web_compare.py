@@ -28,7 +28,7 @@ def main() -> None:
         with column:
             name = st.selectbox(say("Weight", "权重"), names, side * (len(names) - 1), key=f"weight_{side}",
                                 label_visibility="collapsed", **KEPT)
-            models.append(local_model(name))
+            models.append(local_model(name, str(side)))
     ready = None not in models
     st.chat_input(say("Ask both", "同时问两个模型"), key="asked_both", on_submit=ask_both, disabled=not ready)
     if ready and state.pop("pair_asked", False):

@@ -9,7 +9,8 @@ import streamlit as st
 
 from model.engine import Sampling
 from model.errors import Failure
-from model.weights import OUT_DIR, find_models, load_for_inference
+from model.model_lora import find_loras
+from model.weights import OUT_DIR, find_models, fingerprint, load_folder, load_for_inference, load_weight
 from scripts.web_answers import LocalModel, RemoteModel, Reply
 from trainer.arguments import Parser
 from trainer.distributed import choose_device
@@ -52,22 +53,39 @@ def head() -> None:
 
 
 @st.cache_resource(max_entries=3, show_spinner=False)
-def load(name: str, modified: float, save_dir: Path, tokenizer: Path | None, device: str) -> LocalModel:
-    """The model called `name`, loaded once for all pages until its file is written again (`modified`)."""
+def load(name: str, modified: tuple[float, ...], save_dir: Path, tokenizer: Path | None, device: str,
+         lora: str | None) -> LocalModel:
+    """The model called `name`, loaded once for all pages until a file of it is written again (`modified`)."""
     found = find_models(save_dir)[name]
-    model, chat_tokenizer = load_for_inference(**found, tokenizer_dir=tokenizer, device=choose_device(device))
+    model, chat_tokenizer = load_for_inference(**found, tokenizer_dir=tokenizer, device=choose_device(device),
+                                               lora_weight=lora)
     continues_text = found["load_from"] == "model" and found["weight"].startswith("pretrain")
     return LocalModel(model, chat_tokenizer, continues_text)
 
 
-def local_model(name: str) -> LocalModel | None:
-    """The model called `name`, or None and a line that says why not."""
+@st.cache_data(show_spinner=False)
+def base_of(name: str, modified: float, save_dir: Path) -> str:
+    """The fingerprint by which LoRAs know the model called `name`."""
+    found = find_models(save_dir)[name]
+    model, _ = load_folder(found["load_from"]) if found["load_from"] != "model" else load_weight(
+        found["weight"], save_dir, found["hidden_size"], found["use_moe"])
+    return fingerprint(model)
+
+
+def local_model(name: str, key: str) -> LocalModel | None:
+    """The model called `name`, with a LoRA if one fits and is chosen; None and a line that says why not."""
     options = arguments()
-    found = find_models(options.save_dir)[name]
-    path = Path(found["load_from"]) if found["load_from"] != "model" else options.save_dir / f"{name}.pth"
+    found, folder, lora = find_models(options.save_dir)[name], options.save_dir, None
+    path = Path(found["load_from"]) if found["load_from"] != "model" else folder / f"{name}.pth"
     try:
+        modified = [path.stat().st_mtime]
+        if any(folder.glob("lora_*.pth")) and (fitting := find_loras(folder, base_of(name, modified[0], folder))):
+            lora = st.selectbox("LoRA", (None, *fitting), key=f"lora_{key}_{name}", **KEPT,
+                                format_func=lambda value: value or say("no LoRA", "不用 LoRA"))
+        if lora:
+            modified += [path.stat().st_mtime for path in folder.glob(f"{lora}_*.pth")]
         with st.spinner(say(f"Loading {name}…", f"正在载入 {name}…")):
-            return load(name, path.stat().st_mtime, options.save_dir, options.tokenizer, options.device)
+            return load(name, tuple(modified), folder, options.tokenizer, options.device, lora)
     except (Failure, OSError) as error:
         st.error(str(error), icon=":material/error:")
         return None
@@ -89,7 +107,7 @@ def model_choice() -> LocalModel | RemoteModel | None:
     if not names:
         return None
     name = st.selectbox(say("Weight", "权重"), names, key="weight", label_visibility="collapsed", **KEPT)
-    return local_model(name)
+    return local_model(name, "chat")
 
 
 def no_weights_yet() -> None:

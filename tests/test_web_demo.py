@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -19,8 +20,9 @@ from streamlit.testing.v1 import AppTest
 
 from model.chat import BOS, EOS, ChatTokenizer
 from model.engine import Sampling
+from model.model_lora import LoRA, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import find_models, load_for_inference, save_weight
+from model.weights import find_models, fingerprint, load_for_inference, load_weight, save_weight
 from scripts import web_answers, web_curves, web_parts
 from scripts.web_answers import LocalModel, RemoteModel, Reply, openai_messages
 from scripts.web_chat import worked_out
@@ -398,6 +400,68 @@ def test_a_pretrained_weight_goes_on_with_the_text(page):
     assert page.toggle("thinking").disabled and "go on with" in texts(page)
     ask(page, "Once upon")
     assert page.session_state.messages[-1]["content"] == " a time"
+
+
+def test_a_lora_is_offered_for_its_base_alone_and_changes_the_answer(page, save_dir):
+    base, _ = load_weight("full_sft", save_dir)
+    assert [box.label for box in page.selectbox] == ["Weight"]  # there is no LoRA yet
+    for name, of in (("lora_mute", fingerprint(base)), ("lora_foreign", "of another base")):
+        lora, (adapted, _) = LoRA(2, targets=("q_proj", "o_proj"), base=of), load_weight("full_sft", save_dir)
+        apply_lora(adapted, lora)
+        for value in lora_state(adapted).values():
+            torch.nn.init.normal_(value)
+        save_lora(adapted, name, save_dir, TOKENIZER, lora)
+    try:
+        box = lora_box(healthy(page.run()), "full_sft_64")
+        assert box.options == ["no LoRA", "lora_mute"]
+        ask(page, "Who are you?")
+        assert talk_of(page) == HELLO
+        lora_box(page, "full_sft_64").set_value("lora_mute").run()
+        page.slider("max_new_tokens").set_value(32).run()
+        page.button("retry").click().run()
+        assert talk_of(healthy(page)) != HELLO
+        write_other_base(save_dir)
+        page.run().selectbox("weight").set_value("grpo_64").run()
+        assert [box.label for box in healthy(page).selectbox] == ["Weight"]
+    finally:
+        for path in [*save_dir.glob("lora_*"), *save_dir.glob("grpo_*")]:
+            path.unlink()
+
+
+def lora_box(app: AppTest, name: str):
+    found, = [box for box in app.selectbox if box.key == f"lora_chat_{name}"]
+    return found
+
+
+def write_other_base(folder: Path) -> None:
+    save_weight(MiniMindForCausalLM(MiniMindConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                                   num_key_value_heads=2)), "grpo", folder, TOKENIZER)
+
+
+def test_our_own_server_can_be_talked_to(page, save_dir):
+    command = [sys.executable, ROOT / "scripts/serve_openai_api.py", f"--save_dir={save_dir}", "--port=0",
+               "--device=cpu", "--weight=full_sft", "--api_key=secret"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = server.stdout.readline().split()[-1]
+            page.segmented_control("place").set_value("url").run()
+            page.text_input("url").set_value(url).run()
+            page.chat_input("typed").set_value("Who are you?").run()
+            assert "API key" in page.error[0].value
+            page.text_input("api_key").set_value("secret").run()
+            page.button("retry").click().run()
+            assert talk_of(healthy(page)) == HELLO and page.session_state.messages[1]["facts"]["tokens"] > 5
+            page.button("clear").click().run()
+            page.toggle("thinking").set_value(True).run()
+            ask(page, "Think!")
+            assert talk_of(page) == THOUGHT
+            page.button("clear").click().run()
+            page.toggle("thinking").set_value(False).run()
+            page.multiselect("tools").set_value(["calculate_math"]).run()
+            ask(page, SUM[0]["content"])
+            assert talk_of(page) == SUM
+        finally:
+            server.terminate()
 
 
 def test_a_url_can_be_talked_to(page, endpoint):
