@@ -60,11 +60,13 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
     refusals = {"4XX": {"description": "an error object: the request's fault, or not now"},
                 "5XX": {"description": "an error object: the server's fault, or it is stopping"}}
 
-    @app.post("/v1/chat/completions", responses=refusals)
+    answers = refusals | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+    @app.post("/v1/chat/completions", responses=answers)
     async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
         return await answer(request, body.model, partial(protocol.chat_job, body, tokenizer, defaults))
 
-    @app.post("/v1/completions", responses=refusals)
+    @app.post("/v1/completions", responses=answers)
     async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
         return await answer(request, body.model, partial(protocol.completion_job, body, tokenizer, defaults))
 

@@ -628,6 +628,12 @@ def test_metrics_are_read_by_prometheus(wild):
         assert samples["minimind_places",] == 3 and samples["minimind_sequences_running",] == 0
 
 
+def test_the_schema_tells_both_shapes_of_an_answer(served):
+    paths = httpx.get(f"{served.url}/openapi.json").json()["paths"]
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        assert paths[path]["post"]["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
+
+
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_schemathesis_finds_nothing(mode):
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
