@@ -5,17 +5,21 @@ By default a part of the matrix is run; SCALING=all runs every stage with every 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 import torch
-from lab import DEADLINE, ENVIRONMENT, ROOT, Lab, small_model
+from lab import DEADLINE, ENVIRONMENT, ROOT, Lab, small_model, wait_for
 from ranks import run_all
 from torch.testing import assert_close
+
+from trainer import train_pretrain
 
 CONFIGS = ROOT / "trainer/deepspeed"
 ZERO = sorted(path.stem for path in CONFIGS.glob("*.json"))
@@ -64,14 +68,13 @@ def numbers(lab: Lab, stem: str) -> list[dict]:
             for row in lab.log(stem)]
 
 
-PART = [("pretrain", "ddp"), ("pretrain", "zero1"), ("full_sft", "zero2_offload"), ("lora", "fsdp"), ("lora", "zero3"),
-        ("distillation", "zero2"), ("dpo", "fsdp"), ("reward", "zero3_offload"), ("grpo", "fsdp"), ("grpo", "zero3"),
-        ("agent", "fsdp"), ("ppo", "ddp"), ("ppo", "fsdp"), ("ppo", "zero3")]
+PART = [("pretrain", "fsdp"), ("pretrain", "zero2"), ("pretrain", "zero3"), ("full_sft", "zero1"), ("lora", "zero3"),
+        ("distillation", "zero2_offload"), ("dpo", "fsdp"), ("reward", "zero3_offload"), ("grpo", "zero3"),
+        ("agent", "fsdp"), ("ppo", "ddp"), ("ppo", "fsdp")]
 ALL = os.environ.get("SCALING") == "all"
 CASES = [(stage, strategy) for stage in STAGES for strategy in ("ddp", "fsdp", *ZERO)] if ALL else PART
 SHARDED = ["fsdp", "zero2", "zero3"]
-VARIANTS = {"moe": {"use_moe": 1}, "recomputed": {"activation_checkpointing": 1},
-            "validated": {"eval_interval": 2}}
+needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
 
 
 class Done:
@@ -80,17 +83,18 @@ class Done:
     def __init__(self, folder: Path, data: Path, ranks: int):
         self.folder, self.data, self.held = folder, data, {}
         runs, alone = {}, {}
+        one_prompt = folder / "one_prompt.jsonl"  # so that only one rank generates when it is validated
+        one_prompt.write_text((data / "rlaif.jsonl").read_text().split("\n")[0])
         for stage, strategy in CASES:
-            alone[stage] = run_of(self.place(stage), stage)
-            runs[f"{stage} {strategy}"] = run_of(self.place(f"{stage} {strategy}"), stage, **how(strategy))
-        for name, flags in VARIANTS.items():
-            flags |= {"val_data_path": data / "pretrain_val.jsonl"}
-            alone[name] = run_of(self.place(name), "pretrain", **flags)
-            for strategy in SHARDED:
-                place = self.place(f"{name} {strategy}")
-                runs[f"{name} {strategy}"] = run_of(place, "pretrain", **flags, **how(strategy))
-        first = {"max_steps": 1, "epochs": 4}
+            flags = {"val_data_path": one_prompt} if stage == "grpo" else {}
+            alone[stage] = run_of(self.place(stage), stage, **flags)
+            runs[f"{stage} {strategy}"] = run_of(self.place(f"{stage} {strategy}"), stage, **flags, **how(strategy))
+        moe = {"use_moe": 1, "eval_interval": 2, "val_data_path": data / "pretrain.jsonl"}  # 18 rows
+        alone["moe"] = run_of(self.place("moe"), "pretrain", **moe)
+        first = {"max_steps": 1}
         for strategy in SHARDED:
+            place, twice = self.place(f"moe {strategy}"), {"activation_checkpointing": 1}
+            runs[f"moe {strategy}"] = run_of(place, "pretrain", **twice, **moe, **how(strategy))
             name = f"handed to {strategy}"
             alone[name] = run_of(self.place(name), "pretrain", **first)
             runs[name] = run_of(self.place(name), "pretrain", from_resume=1, **how(strategy))
@@ -99,7 +103,6 @@ class Done:
             name = f"parts of {strategy}"
             runs[f"{name} 1"] = run_of(self.place(name), "pretrain", **first, **how(strategy))
             runs[f"{name} 2"] = run_of(self.place(name), "pretrain", from_resume=1, **how(strategy))
-            runs[f"pretrain {strategy}"] = run_of(self.place(f"pretrain {strategy}"), "pretrain", **how(strategy))
         if not find_spec("deepspeed"):
             runs = {name: run for name, run in runs.items() if run["flags"].get("parallel") != "deepspeed"}
         run_all(data, list(alone.values()))
@@ -121,9 +124,8 @@ class Done:
         assert_close(many.state(stem)["model"], one.state(stem)["model"], rtol=0, atol=2e-5)
         states = [lab.state(stem)["optimizers"][0]["state"] for lab in (one, many)]
         assert_close(states[1], states[0], rtol=1e-3, atol=2e-5)
-        saved = [{key: value for key, value in lab.weight(stem).items() if torch.is_tensor(value)}
-                 for lab in (many, one)]
-        assert_close(*saved, rtol=0, atol=1e-3)
+        weights = [{name: x for name, x in lab.weight(stem).items() if torch.is_tensor(x)} for lab in (one, many)]
+        assert_close(weights[1], weights[0], rtol=0, atol=1e-3)
         assert many.card(stem)["config"] == one.card(stem)["config"]
 
 
@@ -143,9 +145,8 @@ def test_every_stage_takes_the_steps_of_one_process_however_it_is_shared(done, s
 
 
 @pytest.mark.parametrize("strategy", SHARDED)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_so_do_experts_recomputed_activations_and_validation(done, variant, strategy):
-    done.same(variant, f"{variant} {strategy}", "moe" if variant == "moe" else "pretrain")
+def test_so_do_experts_that_are_validated_and_whose_activations_are_computed_twice(done, strategy):
+    done.same("moe", f"moe {strategy}", "moe")
 
 
 @pytest.mark.parametrize("strategy", SHARDED)
@@ -163,8 +164,101 @@ def test_with_as_many_ranks_it_goes_on_bit_for_bit(done, strategy):
 
 def test_each_rank_holds_its_share(done):
     whole = sum(p.numel() for p in small_model().parameters()) * 4
-    for strategy, shares in (("fsdp", True), ("zero2", False), ("zero3", True)):
+    for strategy in SHARDED:
         for rank in done.held.get(f"pretrain {strategy}", ()):
             ranks = len(done.held[f"pretrain {strategy}"])
-            assert rank["weights"] == pytest.approx(whole / (ranks if shares else 1), rel=0.02)
+            assert rank["weights"] == pytest.approx(whole / (1 if strategy == "zero2" else ranks), rel=0.02)
             assert rank["moments"] == pytest.approx(2 * whole / ranks, rel=0.02)
+
+
+# -- launchers ---------------------------------------------------------------------------------------------------------
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def test_when_a_rank_is_killed_all_end_and_say_which_and_a_resume_goes_on(lab):
+    lab = lab()
+    launcher = lab.start(launcher=TORCHRUN, epochs=4000, save_interval=2)
+    wait_for((lab.checkpoints / "pretrain_64_resume.pth").exists, launcher)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(launcher.pid).children(recursive=True)}
+    ranks["1"].kill()
+    _, err = launcher.communicate(timeout=DEADLINE)
+    assert launcher.returncode and "error: rank 0 lost its connection: no answer from rank 1" in err
+    assert "--from_resume 1" in err and not any(rank.is_running() for rank in ranks.values())
+    step = lab.state()["step"]
+    lab.train(epochs=4000, from_resume=1, max_steps=step + 2)
+    assert lab.state()["step"] == step + 2
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them: [(prefix of commands, interface), …]."""
+    names = [f"minimind{os.getpid()}{end}" for end in "ab"]
+    links = [f"mm{os.getpid()}{end}" for end in "ab"]
+    commands = [f"netns add {names[0]}", f"netns add {names[1]}", f"link add {links[0]} type veth peer name {links[1]}"]
+    for i, (name, link) in enumerate(zip(names, links, strict=True)):
+        commands += [f"link set {link} netns {name}", f"-n {name} addr add 10.77.0.{i + 1}/24 dev {link}",
+                     f"-n {name} link set {link} up", f"-n {name} link set lo up"]
+    try:
+        for command in commands:
+            if not shutil.which("ip") or subprocess.run(["ip", *command.split()], capture_output=True).returncode:
+                pytest.skip("network namespaces are not permitted here (they need root and iproute2)")
+        yield [(("ip", "netns", "exec", name), link) for name, link in zip(names, links, strict=True)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True) if shutil.which("ip") else None
+
+
+def test_two_hosts_train_together(lab, two_hosts):
+    flags = {"max_steps": 2, "parallel": "fsdp"}
+    processes = []
+    for rank, (prefix, link) in enumerate(two_hosts):
+        command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank),
+                   "--nproc_per_node", "1", "--master_addr", "10.77.0.1", "--master_port", "29511",
+                   "trainer/train_pretrain.py", *lab("two").flags(train_pretrain, **flags)]
+        environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": link}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                                          stderr=subprocess.STDOUT, text=True))
+    said = [process.communicate(timeout=DEADLINE)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(said)
+    lab("one").train(max_steps=2)
+    assert_close(lab("two").losses(), lab("one").losses(), rtol=0, atol=1e-4)
+
+
+@needs_deepspeed
+@pytest.mark.skipif(not ALL, reason="half a minute of imports: SCALING=all")
+def test_the_deepspeed_launcher_starts_a_stage_unchanged(lab, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "DS_ACCELERATOR", "cpu")
+    two = lab("two").start(launcher=("-m", "deepspeed.launcher.runner", "--num_gpus", "2"), max_steps=2,
+                           **how("zero1"))
+    out, err = two.communicate(timeout=DEADLINE)
+    assert two.returncode == 0 and "on 2 x cpu" in out, out + err
+    lab("one").train(max_steps=2)
+    assert_close(lab("two").losses(), lab("one").losses(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"parallel": "fsdp"}, ["--parallel fsdp", "launcher", "torchrun"]),
+    ({"parallel": "fsdp", "optimizer": "muon"}, ["--optimizer muon", "--parallel fsdp"]),
+    ({"parallel": "deepspeed"}, ["--deepspeed_config", "trainer/deepspeed"]),
+    ({"parallel": "deepspeed", "deepspeed_config": "nowhere.json"}, ["nowhere.json", "No such file"]),
+    ({"parallel": "deepspeed", "deepspeed_config": ROOT / "tests/lab.py"}, ["lab.py", "zero_optimization"]),
+])
+def test_a_strategy_that_cannot_be_is_told_in_one_line(lab, capsys, monkeypatch, flags, words):
+    if len(flags) > 1 or "deepspeed" in flags.values():
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    if "deepspeed" in flags.values():
+        pytest.importorskip("deepspeed")
+    lab().fails(capsys, 2, *words, **flags)
+
+
+def test_the_flag_that_the_deepspeed_launcher_adds_is_taken(lab):
+    lab().train(max_steps=1, local_rank=0)
+
+
+def test_deepspeed_is_imported_only_when_asked_for_and_missed_in_one_line(lab, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    lab("ddp").train(max_steps=1)
+    capsys.readouterr()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    lab("zero").fails(capsys, 2, "pip install deepspeed", **how("zero1"))

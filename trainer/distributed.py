@@ -1,6 +1,8 @@
 """Processes that train together: who am I, and what do we agree on."""
 
 import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,25 +101,26 @@ def joined(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
     except RuntimeError as error:
         if size == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
             raise
-        raise Failure(f"rank {rank} lost its connection: {silent_ranks(rank, size)} gone ({first_line(error)}); "
-                      "--from_resume 1 goes on from the last state") from None
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends this process too: first say why
+        raise Failure(f"rank {rank} lost its connection: no answer from {silent_ranks(rank, size)} "
+                      f"({first_line(error)}); --from_resume 1 goes on from the last state") from None
     finally:
         _control = None
         dist.destroy_process_group()
 
 
-def silent_ranks(rank: int, size: int, patience: timedelta = timedelta(seconds=5)) -> str:
-    """Which ranks do not answer, asked when one must be: those that are alive have lost their connection too."""
-    others = [other for other in range(size) if other != rank]
+def silent_ranks(rank: int, size: int, patience: float = 5.0) -> str:
+    """Which ranks do not answer within `patience` seconds, though all that are alive have lost a connection too."""
+    deadline = time.monotonic() + patience
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"alive/{rank}", "yes")
     except RuntimeError:  # it lived in the first rank, if no launcher keeps one
-        return "rank 0 is"
+        return "rank 0"
     silent = []
-    for other in others:
+    for other in range(size):
         try:
-            store.wait([f"alive/{other}"], patience)
+            store.wait([f"alive/{other}"], timedelta(seconds=max(deadline - time.monotonic(), 0.1)))
         except RuntimeError:
             silent.append(str(other))
-    return f"rank {silent[0]} is" if len(silent) == 1 else f"ranks {', '.join(silent)} are" if silent else "one is"
+    return f"rank {', '.join(silent) or '?'}"

@@ -231,7 +231,7 @@ class DeepSpeed(Shards):
 
         self._link_states()
         step = next(iter(self.optimizers[0].state.values()))["step"]
-        states = {number: {"step": step.cpu(), **{name: self._kept(safe_get_full_optimizer_state(p, name))
+        states = {number: {"step": step.cpu().clone(), **{name: self._kept(safe_get_full_optimizer_state(p, name))
                                                   for name in MOMENTS}} for number, p in enumerate(self.order)}
         now = [{**group, "lr": ours["lr"]} for group, ours in
                zip(self.groups, self.optimizers[0].param_groups, strict=True)]
@@ -243,7 +243,7 @@ class DeepSpeed(Shards):
         zero, optimizer = self.wrapped.optimizer, self.optimizers[0]
         saved = states[0]["state"]
         for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
-            optimizer.state[flat] = {"step": saved[0]["step"].to(flat.device),
+            optimizer.state[flat] = {"step": saved[0]["step"].to(flat.device, copy=True),
                                      **{name: torch.zeros_like(flat) for name in MOMENTS}}
         self._link_states()
         for number, p in enumerate(self.order):
