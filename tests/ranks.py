@@ -9,12 +9,12 @@ from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from lab import Lab  # noqa: E402
+import torch
+import torch.distributed as dist
+from lab import Lab
 
-from trainer.loop import Training  # noqa: E402
-from trainer.rewards import Rewards  # noqa: E402
+from trainer.loop import Training
+from trainer.rewards import Rewards
 
 
 def of_ids(_, trajectories) -> list[float]:
