@@ -15,7 +15,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
@@ -31,18 +30,8 @@ from model.weights import OUT_DIR, find_models, load_for_inference, save_atomica
 from scripts.generate_answers import from_openai, prompt_of, to_openai
 from trainer.arguments import Parser, amount, natural, positive
 from trainer.distributed import choose_device
+from trainer.reward_models import Judge
 
-JUDGE = """Grade the answer of an assistant: is it right, to the point, and in good language?
-
-# Question
-{question}
-
-# Answer
-{answer}
-
-# Grade
-Reply with one whole number from 1 (useless) to 10 (perfect) and nothing else."""
-ATTEMPTS = 3  # at a grade that is a number
 AT_A_TIME = 4  # requests to an endpoint
 
 
@@ -64,11 +53,17 @@ def read_prompts(path: Path) -> list[list[dict]]:
     return prompts
 
 
-def endpoint(spec: str, key: str | None, **options) -> Callable[[list[dict]], dict]:
-    """`URL#model` → what asks it, messages to message. That raises Failure when the client's retries were in vain."""
+def place(spec: str) -> tuple[str, str]:
+    """`URL#model` → both. Raises UserError when no model is named."""
     url, _, name = spec.partition("#")
     if not name:
         raise UserError(f"{spec}: no model named; write {url}#NAME")
+    return url, name
+
+
+def endpoint(spec: str, key: str | None, **options) -> Callable[[list[dict]], dict]:
+    """`URL#model` → what asks it, messages to message. That raises Failure when the client's retries were in vain."""
+    url, name = place(spec)
     client = openai.OpenAI(base_url=url, api_key=key or os.environ.get("OPENAI_API_KEY") or "none", max_retries=4)
 
     def ask(messages: list[dict]) -> dict:
@@ -102,27 +97,18 @@ def answers_of(spec: str, prompts: list[list[dict]], args: argparse.Namespace) -
     return [parse_answer(tokenizer, each.ids).message() for each in generate(model, ids, sampling, tokenizer)]
 
 
-def grade(ask: Callable[[list[dict]], dict], question: str, answer: str) -> int:
-    """The judge's grade of an answer, 1 to 10: the number that is its last line. Raises Failure when there is none."""
-    for _ in range(ATTEMPTS):
-        said = ask([{"role": "user", "content": JUDGE.format(question=question, answer=answer)}])["content"].strip()
-        if match := re.fullmatch(r"\W*(10|[1-9])(\s*/\s*10)?\W*", said.rpartition("\n")[2]):
-            return int(match[1])
-    raise Failure(f"said {said[:60]!r} where a number from 1 to 10 was asked for, {ATTEMPTS} times")
-
-
 def cell(text: str) -> str:
     """Any text as one cell of a Markdown table."""
     escaped = re.sub(r"([\\|*_`\[\]])", r"\\\1", text.strip()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"\r?\n", "<br>", escaped) or " "
 
 
-def markdown(names: list[str], prompts: list[list[dict]], answers: list[list[dict]], grades: list[list[int]]) -> str:
+def markdown(names: list[str], prompts: list[list[dict]], answers: list[list[dict]], grades: list[list[float]]) -> str:
     """One row a prompt, one column a model; a grade stands before the answer it belongs to, the means come last."""
-    def shown(answer: dict, score: int | None) -> str:
+    def shown(answer: dict, score: float | None) -> str:
         parts = [f"({answer['reasoning_content'].strip()})"] if answer.get("reasoning_content") else []
         parts += [answer["content"], *(f"{call['name']} {call['arguments']}" for call in answer.get("tool_calls", ()))]
-        return (f"**{score}** " if score else "") + cell("\n".join(part for part in parts if part))
+        return (f"**{score:g}** " if score is not None else "") + cell("\n".join(part for part in parts if part))
 
     rows = [["prompt", *map(cell, names)], ["---"] * (len(names) + 1)]
     for i, prompt in enumerate(prompts):
@@ -138,7 +124,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="weights, folders, URLs")
     parser.add_argument("--prompts", type=Path, help="lines of text, or .jsonl rows (default: a built-in few)")
     parser.add_argument("--out", type=Path, help="write the Markdown there instead of printing it")
-    parser.add_argument("--judge_url", metavar="URL#MODEL", help="an endpoint that grades every answer")
+    parser.add_argument("--judge_url", metavar="URL#MODEL", help="an endpoint that grades every answer, 0 to 10")
     parser.add_argument("--api_key", help="of the endpoints (OPENAI_API_KEY, if that is set)")
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
@@ -150,13 +136,12 @@ def main() -> None:
     prompts = read_prompts(args.prompts) if args.prompts else [[{"role": "user", "content": q}] for q in QUESTIONS]
     answers, grades, failure = [answers_of(spec, prompts, args) for spec in args.models], [], None
     if args.judge_url:
-        questions = [prompt[-1]["content"] for prompt in prompts]
-        judge = partial(grade, endpoint(args.judge_url, args.api_key, temperature=0.0))
+        judge = Judge(*place(args.judge_url), args.api_key, AT_A_TIME)
         try:
-            with ThreadPoolExecutor(AT_A_TIME) as pool:
-                grades = [list(pool.map(judge, questions, [answer["content"] for answer in of_model]))
-                          for of_model in answers]
-        except Failure as error:
+            grades = [[10 * grade for grade in judge.grade([
+                judge.question([*prompt, answer], []) for prompt, answer in zip(prompts, of_model, strict=True)])]
+                      for of_model in answers]
+        except ValueError as error:
             failure = error  # the answers are worth keeping
     table = markdown(args.models, prompts, answers, grades)
     if args.out:

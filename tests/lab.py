@@ -5,8 +5,11 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -57,6 +60,42 @@ def write_rows(folder: Path) -> None:
             "rlaif": [{"conversations": conversation(1), "gt": [str(dice.randrange(9))]} for _ in range(40)]}
     for name, content in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+class JsonHandler(BaseHTTPRequestHandler):
+    """What a stand-in for a server is made of: `body()` reads what was sent, `reply` answers."""
+
+    def body(self) -> dict:
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def reply(self, status: int, value: dict, **headers: str) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(text)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text)
+
+    def complete(self, message: str | dict, **headers: str) -> None:
+        """Answer as a chat completion does."""
+        message = message if isinstance(message, dict) else {"role": "assistant", "content": message}
+        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
+            {"index": 0, "message": message, "finish_reason": "stop"}]}, **headers)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler], path: str = "/v1") -> Iterator[str]:
+    """A server on a free port of this machine. → its address"""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}{path}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class Lab:

@@ -2,14 +2,12 @@
 
 import json
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
 import openai
 import pytest
 import torch
-from lab import TOKENIZER, small_model
+from lab import TOKENIZER, JsonHandler, serving, small_model
 
 from model.engine import Sampling, generate
 from model.errors import run_main
@@ -17,45 +15,28 @@ from model.weights import save_folder, save_weight
 from scripts import compare_models
 
 
-class Endpoint(BaseHTTPRequestHandler):
-    """Says the last message backwards, or, as `judge`, what `grades` hold, one after another; keeps what it heard."""
+class Endpoint(JsonHandler):
+    """Says the last message backwards (`two`: with a !), or, as `judge`, what `grades` hold, one after another; keeps what it heard."""
 
     heard: list[dict] = []
     grades: list = []
 
     def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request = self.body()
         self.heard.append(request)
-        said = request["messages"][-1]["content"][::-1]
+        said = request["messages"][-1]["content"][::-1] + "!" * (request["model"] == "two")
         if request["model"] == "judge":
             said = self.grades.pop(0) if self.grades else "7"
         if isinstance(said, int):
             return self.reply(said, {"error": {"message": "out of order"}})
-        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
-
-    def reply(self, status: int, value: dict) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+        self.complete(said)
 
 
 @pytest.fixture
 def endpoint():
     kind = type("Endpoint", (Endpoint,), {"heard": [], "grades": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    kind.url = f"http://127.0.0.1:{server.server_port}/v1"
-    with mock.patch.object(openai._base_client, "INITIAL_RETRY_DELAY", 0.0):
+    with serving(kind) as kind.url, mock.patch.object(openai._base_client, "INITIAL_RETRY_DELAY", 0.0):
         yield kind
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
@@ -120,13 +101,14 @@ def test_a_judge_grades_every_answer_and_sees_no_name(compare, endpoint):
     assert [cell.split()[0] for cell in first[1:]] == ["**8**", "**2**"]
     assert [cell.split()[0] for cell in second[1:]] == ["**10**", "**4**"]
     assert means == ["**mean grade**", "**9.00**", "**3.00**"]
-    asked = [request["messages"][0]["content"] for request in endpoint.heard if request["model"] == "judge"]
+    asked = [request["messages"][-1]["content"] for request in endpoint.heard if request["model"] == "judge"]
     assert len(asked) == 6 and all("Who are you?" in text and "?uoy era ohW" in text for text in (asked[0], asked[4]))
-    assert not any("one" in text.partition("# Answer")[2].partition("# Grade")[0] for text in asked)
+    assert not any(name in text for text in asked for name in (one, two, '"one"', '"two"'))
 
 
-@pytest.mark.parametrize("grades, words", [(["no", "11", "0 of 10"], ["'0 of 10'", "3 times", "without grades"]),
-                                           ([401], ["out of order", "without grades"])])
+@pytest.mark.parametrize("grades, words", [
+    (["no", "11", "0 of 10"], ["'0 of 10'", "no number from 0 to 10", "without grades"]),
+    ([401], ["out of order", "without grades"])])
 def test_a_judge_that_fails_is_told_and_the_answers_are_kept(compare, endpoint, capsys, tmp_path, grades, words):
     endpoint.grades += grades
     fails(capsys, 1, ["--judge_url", *words], compare, f"{endpoint.url}#m", judge_url=f"{endpoint.url}#judge")

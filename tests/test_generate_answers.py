@@ -2,56 +2,41 @@
 
 import json
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
 import pytest
-from lab import TOKENIZER
+from lab import TOKENIZER, JsonHandler, serving
 
 from dataset.lm_dataset import SFTDataset
 from model.errors import run_main
 from scripts import generate_answers
 
 
-class Teacher(BaseHTTPRequestHandler):
+class Teacher(JsonHandler):
     """Answers with the last message in capitals; `asked` keeps what it heard; from request `fails_at` on it refuses."""
 
     asked: list[dict] = []
     fails_at, status = 10**9, 401
 
     def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request = self.body()
         self.asked.append(request)
-        failing = len(self.asked) > self.fails_at
         said = request["messages"][-1]["content"].upper()
         message = {"role": "assistant", "content": said, "reasoning_content": "hm"}
         if request.get("tools"):
             function = {"name": "clock", "arguments": '{"zone": "Asia/Seoul"}'}
             message = {"role": "assistant", "content": None,
                        "tool_calls": [{"id": "1", "type": "function", "function": function}]}
-        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "teacher",
-                 "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
-        body = json.dumps({"error": {"message": "no such key"}} if failing else reply).encode()
-        self.send_response(self.status if failing else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+        if len(self.asked) > self.fails_at:
+            return self.reply(self.status, {"error": {"message": "no such key"}})
+        self.complete(message)
 
 
 @pytest.fixture
 def teacher():
     kind = type("Teacher", (Teacher,), {"asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    kind.url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield kind
-    server.shutdown()
-    server.server_close()
+    with serving(kind) as kind.url:
+        yield kind
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 import json
 import random
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from lab import SMALL, TOKENIZER, small_model
+from lab import SMALL, TOKENIZER, JsonHandler, serving, small_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -265,32 +263,18 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
 @pytest.fixture
 def judge():
     """An endpoint that grades by `grades` in turn: text is a reply, a number is a status."""
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         asked, grades = [], []
 
         def do_POST(self):
-            self.asked.append((self.headers["Authorization"],
-                               json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self.asked.append((self.headers["Authorization"], self.body()))
             grade = self.grades.pop(0) if len(self.grades) > 1 else self.grades[0]
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [
-                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": grade}}]}
-            body = json.dumps(reply if isinstance(grade, str) else {"error": {"message": "busy"}}).encode()
-            self.send_response(200 if isinstance(grade, str) else grade)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("retry-after-ms", "1")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            if isinstance(grade, int):
+                return self.reply(grade, {"error": {"message": "busy"}}, **{"retry-after-ms": "1"})
+            self.complete(grade)
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    Handler.url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield Handler
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as Handler.url:
+        yield Handler
 
 
 def test_the_judge_is_asked_once_about_each_answer_and_again_when_it_is_busy(judge, monkeypatch):

@@ -114,24 +114,28 @@ class Judge:
     one answer to one prompt is asked about once.
     """
 
-    def __init__(self, url: str, model: str, concurrency: int = 8):
+    def __init__(self, url: str, model: str, key: str | None = None, concurrency: int = 8):
         self.url, self.model, self.grades = url, model, {}
         self.pool = ThreadPoolExecutor(concurrency)
-        key = os.environ.get("OPENAI_API_KEY") or "none"
+        key = key or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=4, timeout=60)
 
     def __call__(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[float]:
-        questions = [self.question(*pair) for pair in zip(prompts, trajectories, strict=True)]
+        told = [(conversation(t), prompt.gt) for prompt, t in zip(prompts, trajectories, strict=True)]
+        return self.grade([self.question(*one) for one in told])
+
+    def grade(self, questions: list[str]) -> list[float]:
+        """The grades of all questions, each different one asked once. Raises ValueError when one gets none."""
         new = [question for question in dict.fromkeys(questions) if question not in self.grades]
         self.grades.update(zip(new, self.pool.map(self.ask, new), strict=True))
         return [self.grades[question] for question in questions]
 
     @staticmethod
-    def question(prompt: Prompt, trajectory: Trajectory) -> str:
+    def question(talk: list[dict], gt: list[str]) -> str:
         """What the judge is asked: the conversation, what is known of the right answer, the answer, no thinking."""
-        *messages, answer = conversation(trajectory)
+        *messages, answer = talk
         answer = {key: said for key, said in answer.items() if key != "reasoning_content"}
-        told = {"conversation": messages, "expected": prompt.gt, "answer": answer}
+        told = {"conversation": messages, "expected": gt, "answer": answer}
         return json.dumps(told, ensure_ascii=False, indent=1)
 
     def ask(self, question: str) -> float:
