@@ -16,8 +16,7 @@ against them, and what it earns (tests/test_agent_rewards.py holds each):
 from collections.abc import Callable
 
 from dataset.prompts import Prompt
-from model.chat import CALL, END_CALL, END_THINK, EOS
-from trainer.rewards import exact, repetition
+from trainer.rewards import exact, repetition, turn_is_whole
 from trainer.rollout_engine import Trajectory
 
 AGENT_MIX = "truth=1,calls=0.2,form=0.2,unfinished=0.4,repetition=0.2"  # how much each counts
@@ -41,23 +40,10 @@ def calls(prompt: Prompt, episode: Trajectory) -> float:
 
 
 def form(prompt: Prompt, episode: Trajectory) -> float:
-    """1 for an episode that ended in an answer with content and whose turns are all whole, else 0.
-
-    Whole: thinking, if asked for, is closed and not empty; calls, if any, come last, closed and readable; nothing
-    stands out of place.
-    """
-    whole = all(turn_is_whole(ids, prompt.thinking, thought.reasoning, bool(thought.malformed))
-                for ids, thought in zip(sampled_turns(episode), episode.turns, strict=True))
+    """1 for an episode that ended in an answer with content and whose turns are all whole, else 0."""
+    whole = all(turn_is_whole(ids, prompt.thinking, answer)
+                for ids, answer in zip(sampled_turns(episode), episode.turns, strict=True))
     return float(whole and not episode.unfinished and bool(episode.answer.content.strip()))
-
-
-def turn_is_whole(ids: list[int], thinking: bool, reasoning: str, malformed: bool) -> bool:
-    *markers, end = [token for token in ids if token < 36] or [None]
-    if thinking:
-        if markers[:1] != [END_THINK] or not reasoning.strip():
-            return False
-        markers = markers[1:]
-    return end == EOS and not malformed and markers == [CALL, END_CALL] * (len(markers) // 2)
 
 
 def sampled_turns(episode: Trajectory) -> list[list[int]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dataset.prompts import Prompt
-from model.chat import CALL, END_CALL, END_THINK, EOS, ChatTokenizer
+from model.chat import CALL, END_CALL, END_THINK, EOS, Answer, ChatTokenizer
 from model.errors import Failure, UserError, first_line
 from trainer.reward_models import ForeignModel, Judge, OwnModel
 from trainer.rollout_engine import Trajectory
@@ -52,15 +52,20 @@ def exact(prompt: Prompt, trajectory: Trajectory) -> float:
 def well_formed(prompt: Prompt, trajectory: Trajectory) -> float:
     """1 for an answer that ended by itself, whose thinking (if asked for) is closed and not empty and followed by
     content or calls, with no marker out of place and no call that cannot be read; else 0."""
-    turn, answer = last_turn(trajectory), trajectory.answer
-    *markers, end = [i for i in turn if i < 36] or [None]
-    if prompt.thinking:
+    answer = trajectory.answer
+    return float(not trajectory.unfinished and bool(answer.content.strip() or answer.tool_calls)
+                 and turn_is_whole(last_turn(trajectory), prompt.thinking, answer))
+
+
+def turn_is_whole(ids: list[int], thinking: bool, answer: Answer) -> bool:
+    """Whether a turn ended by itself, its thinking, if asked for, is closed and not empty, its calls come last, closed
+    and readable, and no marker stands out of place. `ids` were sampled, `answer` is what they say."""
+    *markers, end = [i for i in ids if i < 36] or [None]
+    if thinking:
         if markers[:1] != [END_THINK] or not answer.reasoning.strip():
-            return 0.0
+            return False
         markers = markers[1:]
-    closed = markers == [CALL, END_CALL] * (len(markers) // 2)
-    ended = trajectory.finish_reason == "stop" and turn[-1:] == [EOS] == [end]
-    return float(ended and closed and not answer.malformed and bool(answer.content.strip() or answer.tool_calls))
+    return ids[-1:] == [EOS] == [end] and not answer.malformed and markers == [CALL, END_CALL] * (len(markers) // 2)
 
 
 def length_rule(tokenizer: ChatTokenizer) -> Rule:
