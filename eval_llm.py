@@ -4,16 +4,13 @@ import argparse
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from model.chat import BOS, Answer, AnswerParser, ChatTokenizer
 from model.engine import Engine, Sampling
 from model.errors import UserError, run_main
-from model.weights import OUT_DIR, load_for_inference
-from trainer.arguments import Parser, amount, model_flags, natural, positive, share
-from trainer.distributed import choose_device
+from trainer.arguments import Parser, amount, load_asked, loading_flags, natural, positive, share
 
 QUESTIONS = ("你好，你是谁？", "你有什么特长？", "为什么天空是蓝色的？", "请介绍一下北京。", "推荐一些中国的美食。",
              "Who are you?", "What is machine learning?", "Why does it rain?", "Give me tips for learning English.")
@@ -37,25 +34,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repetition_penalty", type=amount, default=1.0, help="above 1: repeat less; 1: off")
     parser.add_argument("--seed", type=natural, help="of sampling (another one each time by default)")
     return parser.parse_args()
-
-
-def loading_flags(parser: argparse.ArgumentParser) -> None:
-    """What says which model to load, beside the name of the weight."""
-    parser.add_argument("--load_from", default="model",
-                        help="'model': a weight of --save_dir; else a transformers folder")
-    parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
-    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
-    model_flags(parser)
-    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than were trained on")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
-
-
-def load(args: argparse.Namespace, weight: str) -> tuple[torch.nn.Module, ChatTokenizer]:
-    """The model that `loading_flags` and the name of the weight say."""
-    use_moe = None if args.use_moe is None else bool(args.use_moe)
-    return load_for_inference(args.load_from, weight, args.save_dir, args.tokenizer, choose_device(args.device),
-                              args.hidden_size, use_moe, args.inference_rope_scaling, args.lora_weight)
 
 
 class Chat:
@@ -139,7 +117,7 @@ def interact(chat: Chat) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    chat = Chat(*load(args, args.weight), args)
+    chat = Chat(*load_asked(args, args.weight), args)
     if args.prompt is not None:
         if not args.prompt.strip():
             raise UserError("--prompt is empty")

@@ -23,7 +23,7 @@ from pathlib import Path
 import openai
 
 from dataset.prompts import Prompt
-from eval_llm import Chat, interact, load, loading_flags
+from eval_llm import Chat, interact
 from model.chat import TOKENIZER_DIR, Answer, ChatTokenizer, read_json
 from model.engine import Sampling
 from model.errors import UserError, run_main
@@ -31,7 +31,7 @@ from model.weights import save_atomically
 from scripts.chat_api import chat, mistakes_in_one_line
 from scripts.tool_cases import Case, held_out_tasks, is_accepted, read_cases
 from trainer.agent_rewards import truth
-from trainer.arguments import Parser, amount, natural, positive, share
+from trainer.arguments import Parser, amount, load_asked, loading_flags, natural, positive, share
 from trainer.episodes import run_calls, run_episodes
 from trainer.rewards import NUMBER
 from trainer.rollout_engine import LocalEngine, Trajectory
@@ -222,7 +222,7 @@ def main() -> None:
         client = openai.OpenAI(base_url=args.api_base_url, api_key=args.api_key)
     if not (args.benchmark or args.cases):
         (args.weight,) = args.weight
-        talk = ApiChat(client, args) if args.backend == "api" else ToolChat(*load(args, args.weight), args)
+        talk = ApiChat(client, args) if args.backend == "api" else ToolChat(*load_asked(args, args.weight), args)
         return talk.answer(args.prompt) if args.prompt else interact(talk)
     counted = {}
     for weight in [args.model] if args.backend == "api" else args.weight:
@@ -230,7 +230,7 @@ def main() -> None:
             tokenizer = ChatTokenizer(args.tokenizer or TOKENIZER_DIR)
             play = api_player(client, args)
         else:
-            model, tokenizer = load(args, weight)
+            model, tokenizer = load_asked(args, weight)
             play = local_player(model, tokenizer, args)
 
         def prompt_of(messages: list[dict], gt: tuple | list = (), tokenizer=tokenizer) -> Prompt:

@@ -27,10 +27,9 @@ from model.chat import BOS, ChatTokenizer
 from model.errors import UserError, run_main
 from model.likelihood import Request, likelihoods
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import OUT_DIR, load_for_inference, save_atomically
+from model.weights import save_atomically
 from scripts.benchmark_formats import FORMATS, Question, read_questions
-from trainer.arguments import Parser, model_flags, natural, positive
-from trainer.distributed import choose_device
+from trainer.arguments import Parser, load_asked, loading_flags, natural, positive
 
 PLACES, PREDICTED = 16, 256  # of a long text: places that are looked at, and tokens predicted at each
 
@@ -165,25 +164,20 @@ def summarise(results: list[dict]) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load_from", default="model", help="'model': a weight of --save_dir; else a folder")
     parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
-    parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
-    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
-    model_flags(parser)
-    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN; --long_text measures both")
+    loading_flags(parser)
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, or .gz of them")
     parser.add_argument("--max_seq_len", type=positive, default=512, help="of --text: tokens in a row (%(default)s)")
     parser.add_argument("--benchmark", nargs=2, action="append", default=[], metavar=("NAME", "FILE"),
                         help=f"{', '.join(FORMATS)}, and its file or folder (.csv, .jsonl, .jsonl.gz)")
     parser.add_argument("--fewshot", type=natural, default=0, help="answered examples before a question (%(default)s)")
     parser.add_argument("--fewshot_path", type=Path, help="file or folder of the examples, of the benchmark's format")
-    parser.add_argument("--long_text", type=Path, metavar="FILE", help="a text to predict with ever more context")
+    parser.add_argument("--long_text", type=Path, metavar="FILE",
+                        help="a text to predict with ever more context, with and without YaRN")
     parser.add_argument("--lengths", type=positive, nargs="+", default=[512, 1024, 2048, 4096, 8192],
                         help="of --long_text: tokens of its windows (%(default)s)")
     parser.add_argument("--picture", type=Path, help="of --long_text: the curves, as a PNG")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
     if not (args.text or args.benchmark or args.long_text):
@@ -211,10 +205,7 @@ def main() -> None:
         examples = read_questions(args.benchmark[0][0], args.fewshot_path)
         benchmarks = {key: with_examples(of_key, examples, args.fewshot) for key, of_key in benchmarks.items()}
     long_text = "\n".join(read_texts(args.long_text)) if args.long_text else ""
-    use_moe = None if args.use_moe is None else bool(args.use_moe)
-    model, tokenizer = load_for_inference(args.load_from, args.weight, args.save_dir, args.tokenizer,
-                                          choose_device(args.device), args.hidden_size, use_moe,
-                                          args.inference_rope_scaling, args.lora_weight)
+    model, tokenizer = load_asked(args, args.weight)
     model.to(getattr(torch, args.dtype))
     figures = {"weight": args.weight if args.load_from == "model" else args.load_from, "lora": args.lora_weight,
                "dtype": args.dtype, "texts": {}, "benchmarks": {}}

@@ -13,9 +13,8 @@ from dataset.sample_world import is_correct
 from model.chat import parse_answer
 from model.engine import Sampling, generate
 from model.errors import run_main
-from model.weights import OUT_DIR, ROOT, load_for_inference
-from trainer.arguments import Parser, model_flags, positive
-from trainer.distributed import choose_device
+from model.weights import ROOT
+from trainer.arguments import Parser, load_asked, loading_flags, positive
 
 
 def score(model, tokenizer, cases: list[dict], max_new_tokens: int = 128) -> list[dict]:
@@ -37,17 +36,12 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, nargs="+", default=[ROOT / "dataset/sample/heldout.jsonl"],
                         help="held-out cases; a row without a skill counts under the name of its file")
     parser.add_argument("--weight", default="full_sft", help="name of the weight")
-    parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
-    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
-    model_flags(parser)
+    loading_flags(parser)
     parser.add_argument("--max_new_tokens", type=positive, default=128, help="longest answer, in tokens")
-    parser.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto: the best there is")
     parser.add_argument("--json", type=Path, help="write the scores there")
     parser.add_argument("--show_wrong", type=int, default=0, help="print so many wrong answers a skill")
     args = parser.parse_args()
-    use_moe = None if args.use_moe is None else bool(args.use_moe)
-    model, tokenizer = load_for_inference("model", args.weight, args.save_dir, None, choose_device(args.device),
-                                          args.hidden_size, use_moe, lora_weight=args.lora_weight)
+    model, tokenizer = load_asked(args, args.weight)
     cases = [{"skill": path.stem} | parse_row(line) for path in args.data_path for _, line in read_rows(path)]
     results = score(model, tokenizer, cases, args.max_new_tokens)
 

@@ -34,12 +34,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from model.chat import ChatTokenizer
 from model.engine import Engine
 from model.errors import UserError, run_main
-from model.weights import OUT_DIR, load_for_inference
 from scripts import openai_protocol as protocol
 from scripts.engine_thread import EngineThread, QueueFull, Stopping, Ticket, metrics_text
 from scripts.openai_protocol import ApiError, Defaults, Job
-from trainer.arguments import Parser, amount, model_flags, natural, positive, share
-from trainer.distributed import choose_device
+from trainer.arguments import Parser, amount, load_asked, loading_flags, natural, positive, share
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 LARGEST_BODY = 4 * 2**20  # bytes; 32,768 positions hold far less text
@@ -295,15 +293,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load_from", default="model",
-                        help="'model': a weight of --save_dir; else a transformers folder (%(default)s)")
     parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
-    parser.add_argument("--lora_weight", help="name of a LoRA to add")
-    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
-    model_flags(parser)
-    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than were trained on")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+    loading_flags(parser)
     group = parser.add_argument_group("defaults of requests that do not say otherwise")
     group.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
     group.add_argument("--max_new_tokens", type=positive, default=1024, help="longest answer, in tokens (%(default)s)")
@@ -324,10 +315,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     with listen(args.host, args.port) as listener:
-        use_moe = None if args.use_moe is None else bool(args.use_moe)
-        model, tokenizer = load_for_inference(args.load_from, args.weight, args.save_dir, args.tokenizer,
-                                              choose_device(args.device), args.hidden_size, use_moe,
-                                              args.inference_rope_scaling, args.lora_weight)
+        model, tokenizer = load_asked(args, args.weight)
         service = EngineThread(partial(Engine, model, tokenizer, args.max_batch, args.max_cache_tokens), args.max_queue)
         defaults = Defaults(args.model_name, args.max_new_tokens, args.temperature, args.top_p,
                             bool(args.open_thinking))

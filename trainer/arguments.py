@@ -4,9 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from torch import nn
+
 from dataset.lm_dataset import CACHE_DIR
-from model.chat import TOKENIZER_DIR
-from model.weights import CHECKPOINT_DIR, OUT_DIR
+from model.chat import TOKENIZER_DIR, ChatTokenizer
+from model.weights import CHECKPOINT_DIR, OUT_DIR, load_for_inference
+from trainer.distributed import choose_device
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +55,25 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--use_moe", type=int, choices=(0, 1), help="mixture of 4 experts instead of dense")
     group.add_argument("--norm_topk_prob", type=int, choices=(0, 1),
                        help="MoE: weights of the chosen experts sum to 1 (0 for a new model, 1 in the published ones)")
+
+
+def loading_flags(parser: argparse.ArgumentParser) -> None:
+    """What says which model to load for inference, beside the name of the weight."""
+    parser.add_argument("--load_from", default="model",
+                        help="'model': a weight of --save_dir; else a transformers folder")
+    parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
+    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
+    model_flags(parser)
+    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than were trained on")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+
+
+def load_asked(args: argparse.Namespace, weight: str) -> tuple[nn.Module, ChatTokenizer]:
+    """The model that `loading_flags` and the name of the weight say, and its tokenizer."""
+    use_moe = None if args.use_moe is None else bool(args.use_moe)
+    return load_for_inference(args.load_from, weight, args.save_dir, args.tokenizer, choose_device(args.device),
+                              args.hidden_size, use_moe, args.inference_rope_scaling, args.lora_weight)
 
 
 def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
