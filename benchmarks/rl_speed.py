@@ -1,11 +1,12 @@
 """Online RL: tokens a second of rollouts and of whole steps, against the plain recipe, same prompts, in one run.
 
-Plain: twelve prompts at a time, padded on the left, a cache grown by concatenation until the longest answer ends; then
-log-probabilities of policy and reference over the whole vocabulary at every padded position, in fp32; AdamW one tensor
-at a time. Ours: `trainer/experience.py` on `model/engine.py`: answers leave when they end, rows are packed, logits are
-computed where there is a label. Both take the same number of answers of the same, very different lengths. `--agent`
-compares episodes of several turns instead: ours all at once, each turn going on from the cache of those before; plain
-one after the other, everything read again at each turn. Weights are random: speed does not depend on what they say.
+Plain: twelve prompts at a time, padded on the left, products as `F.linear` makes them, a cache grown by concatenation
+until the longest answer ends; then log-probabilities of policy and reference over the whole vocabulary at every padded
+position, in fp32; AdamW one tensor at a time. Ours: `trainer/experience.py` on `model/engine.py`: answers leave when
+they end, rows are packed, logits are computed where there is a label. Both take the same number of answers of the same,
+very different lengths. `--agent` compares episodes of several turns instead: `run_episodes` with all at once, each turn
+going on from the cache of those before, on an engine that says what is written for it; plain one after the other,
+everything read again at each turn. Weights are random: speed does not depend on what they say.
 
     python benchmarks/rl_speed.py
     python benchmarks/rl_speed.py --agent
@@ -13,35 +14,43 @@ one after the other, everything read again at each turn. Weights are random: spe
 
 import argparse
 import copy
+import json
 import random
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.decode_speed import GrowingCache, plain_loop
 from benchmarks.machine import save_result
-from dataset.prompts import Prompt
-from model.chat import ChatTokenizer
+from dataset.prompts import Prompt, PromptDataset
+from model import model_minimind
+from model.chat import CALL, END_CALL, EOS, RESPONSE, ChatTokenizer
 from model.engine import Engine, Sampling
 from model.errors import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.arguments import Parser, policy_parser, positive, read_policy
 from trainer.distributed import World
+from trainer.episodes import run_episodes
 from trainer.experience import Experience
 from trainer.losses import k3, policy_loss
 from trainer.optimizer import make_optimizers
+from trainer.rewards import reward_flags
 from trainer.rollout_engine import LocalEngine
+from trainer.tools import SCHEMAS
 
 PLAIN_BATCH, GENERATIONS, LONGEST, BETA = 12, 6, 192, 0.1
+KEY = 8  # tokens that tell an episode's prompt from the others
 
 
 class Timed(LocalEngine):
@@ -71,6 +80,7 @@ class Lengths:
 
 
 @torch.inference_mode()
+@mock.patch.object(model_minimind, "product", F.linear)
 def plain_rollout(model: nn.Module, prompts: list[list[int]], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-padded prompts answered together. → ids [B, T] and mask"""
     width = max(map(len, prompts))
@@ -117,13 +127,16 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
     """Both recipes on the same prompts and lengths of answers, in turn."""
     model = MiniMindForCausalLM(config)
     policy, reference = copy.deepcopy(model), copy.deepcopy(model).eval().requires_grad_(False)
-    args = read_policy(policy_parser("", data_path="x", from_weight="x", save_weight="x"), [
+    parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
+    reward_flags(parser)
+    args = read_policy(parser, [
         "--batch_size", "4", "--accumulation_steps", str(answers // GENERATIONS // 4), "--num_generations",
         str(GENERATIONS), "--max_seq_len", "128", "--max_gen_len", str(LONGEST), "--beta", str(BETA)])
     run = SimpleNamespace(args=args, world=World(), device=torch.device("cpu"), tokenizer=ChatTokenizer(),
                           autocast=nullcontext, whole=nullcontext)
-    prompts = [Prompt([dice.randrange(36, config.vocab_size) for _ in range(dice.randint(16, 96))], [])
-               for _ in range(answers // GENERATIONS)]
+    prompts = object.__new__(PromptDataset)  # no file behind them
+    prompts.prompts = [Prompt([dice.randrange(36, config.vocab_size) for _ in range(dice.randint(16, 96))], [])
+                       for _ in range(answers // GENERATIONS)]
     timed = Timed(model, run.tokenizer)
     rollouts = Experience(run, model, prompts, timed, Lengths(), reference)
     ours_optimizer, = make_optimizers(model, "adamw", 1e-6, 0.0)
@@ -143,7 +156,7 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
         ours_optimizer.step()
         ours_optimizer.zero_grad()
         seconds = time.perf_counter() - began
-        asked = [prompt.ids for prompt in prompts for _ in range(GENERATIONS)]
+        asked = [prompt.ids for prompt in prompts.prompts for _ in range(GENERATIONS)]
         sampling, whole = plain_step(policy, reference, optimizer, asked, lengths)
         if repeat:
             for name, of_one in zip(speeds, (sampling, timed.seconds, whole, seconds), strict=True):
@@ -156,39 +169,55 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
     return medians | {"ratios": ratios, "answers": answers, "all": speeds}
 
 
+class Reciting(Engine):
+    """Draws as ever, and then says what stands in `scripts`: of each prompt, by its beginning, the turns."""
+
+    scripts: dict[tuple, list[list[int]]] = {}
+
+    def _draw(self, logits, sequences):
+        _, *rest = super()._draw(logits, sequences)
+        turns = [(self.scripts[tuple(s.prompt[:KEY])][s.prompt.count(RESPONSE)], len(s.ids)) for s in sequences]
+        return [turn[place] for turn, place in turns], *rest
+
+
+class RecitingEngine(LocalEngine):
+    """A LocalEngine whose answers are known before."""
+
+    @contextmanager
+    def open(self, requests: int):
+        with torch.no_grad():
+            yield Reciting(self.model, max_batch=max(1, min(self.max_batch, requests)))
+
+
 def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: random.Random) -> dict:
-    """Episodes of three turns with observations between: all at once, and one after the other."""
-    model = MiniMindForCausalLM(config).eval().requires_grad_(False)
-
-    def ids(low: int, high: int) -> list[int]:
-        return [dice.randrange(36, config.vocab_size) for _ in range(dice.randint(low, high))]
-
+    """Episodes of two calls and an answer: all at once, and one after the other, read anew at each turn."""
+    model, tokenizer = MiniMindForCausalLM(config).eval().requires_grad_(False), ChatTokenizer()
+    system = {"role": "system", "content": "", "tools": [SCHEMAS[name] for name in ("calculate_math", "text_length")]}
     speeds: dict[str, list[float]] = {"plain": [], "ours": []}
     for _ in range(repeats):
-        # a prompt with tools, two calls with what they return, and the answer
-        plans = [(ids(150, 300), [(dice.randint(16, 48), ids(15, 40)) for _ in range(2)] + [(dice.randint(12, 32), [])])
-                 for _ in range(episodes)]
-        for kind, chosen in (("ours", plans), ("plain", plans[::8])):
-            began = time.perf_counter()
-            if kind == "plain":
-                for prompt, turns in chosen:
-                    text = list(prompt)
-                    for tokens, seen in turns:
-                        text += plain_loop(model, [text], tokens)[0].tolist() + seen
-            else:
-                engine = Engine(model, max_batch=64)
-                left = {engine.add(prompt, Sampling(turns[0][0], 1.0, 1.0, stop_ids=())): (prompt, turns, 0)
-                        for prompt, turns in chosen}
-                while engine.busy:
-                    for sequence in engine.step():
-                        if sequence.finish_reason:
-                            text, turns, at = left.pop(sequence)
-                            text = text + sequence.ids + turns[at][1]
-                            if at + 1 < len(turns):
-                                how = Sampling(turns[at + 1][0], 1.0, 1.0, stop_ids=())
-                                left[engine.add(text, how)] = text, turns, at + 1
-            tokens = sum(tokens for _, turns in chosen for tokens, _ in turns)
-            speeds[kind].append(tokens / (time.perf_counter() - began))
+        prompts, scripts = [], {}
+        for _ in range(episodes):
+            # something of its own at the beginning, so that no prompt is read for another one
+            own = [dice.randrange(36, config.vocab_size) for _ in range(KEY)]
+            asked = {"role": "user", "content": f"What is {dice.randint(100, 999)} + 7, twice?"}
+            prompts.append(Prompt(own + tokenizer.prompt([system, asked]), [system]))
+            calls = [{"name": "calculate_math", "arguments": {"expression": f"{dice.randint(100, 999)} + {n}"}}
+                     for n in range(2)]
+            turns = [[CALL, *tokenizer.encode_text(f"\n{json.dumps(call)}\n"), END_CALL, EOS] for call in calls]
+            answer = [dice.randrange(36, config.vocab_size) for _ in range(dice.randint(12, 32))]
+            scripts[tuple(own)] = [*turns, [*answer, EOS]]
+        Reciting.scripts = scripts
+        began = time.perf_counter()
+        played = run_episodes(RecitingEngine(model, tokenizer), prompts, [Sampling(64, 1.0, 1.0)] * episodes, tokenizer)
+        speeds["ours"].append(sum(sum(episode.sampled) for episode in played) / (time.perf_counter() - began))
+        assert all(len(episode.turns) == 3 for episode in played), "an episode did not go as written"
+        few, began = played[::8], time.perf_counter()
+        for episode in few:
+            for end in (i + 1 for i, sampled in enumerate(episode.sampled)
+                        if sampled and not (episode.sampled[i + 1:] or [False])[0]):
+                start = end - (episode.sampled[:end][::-1] + [False]).index(False)
+                plain_loop(model, [episode.prompt.ids + episode.ids[:start]], end - start)
+        speeds["plain"].append(sum(sum(episode.sampled) for episode in few) / (time.perf_counter() - began))
     result = {kind: statistics.median(values) for kind, values in speeds.items()}
     result["ratio"] = result["ours"] / result["plain"]
     print(f"episodes  plain {result['plain']:8,.1f}   ours {result['ours']:8,.1f} sampled tokens/s   "

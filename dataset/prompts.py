@@ -1,5 +1,7 @@
 """jsonl rows → prompts for online RL: the conversation without its last answer, and what is known of the right one."""
 
+import hashlib
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +62,12 @@ class PromptDataset:
             self.report.append(f"{too_long:,} prompts of more than --max_seq_len {max_seq_len} tokens are left out")
         if not self.prompts:
             raise UserError(f"{self.path}: no usable prompt in it" + "; all are too long" * bool(too_long))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all prompts and what is known of their answers."""
+        told = json.dumps([[prompt.ids, prompt.gt] for prompt in self.prompts])
+        return hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
 
     def __len__(self) -> int:
         return len(self.prompts)

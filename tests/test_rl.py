@@ -173,9 +173,13 @@ def experience(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: t
     defaults = {"--batch_size": 2, "--accumulation_steps": 2, "--num_generations": 3, "--max_seq_len": 24,
                 "--max_gen_len": 24, "--beta": 0, "--device": "cpu"}
     flags = [str(part) for pair in defaults.items() for part in pair] + [str(flag) for flag in flags]
-    args = read_policy(policy_parser("", data_path="x", from_weight="x", save_weight="x"), flags)
+    parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
+    parser.set_defaults(reward_mix="")
+    args = read_policy(parser, flags)
     dice = np.random.default_rng(0)
-    prompts = [Prompt(dice.integers(40, 6400, dice.integers(3, 20)).tolist(), [], where=f"rows:{i}") for i in range(10)]
+    prompts = object.__new__(PromptDataset)
+    prompts.prompts = [Prompt(dice.integers(40, 6400, dice.integers(3, 20)).tolist(), [], where=f"rows:{i}")
+                       for i in range(10)]
     run = SimpleNamespace(args=args, world=World(rank, size), device=torch.device("cpu"), autocast=nullcontext,
                           whole=nullcontext, tokenizer=TOKENIZER)
     return Experience(run, small_model(), prompts, engine or Scripted(), rewards or Seeded(), **options)
@@ -356,7 +360,8 @@ def test_sampling_at_another_temperature_is_scored_at_that_temperature(lab):
 def test_a_policy_learns_what_is_rewarded():
     """Answers that begin with an odd id: by chance a half, and nearly all after a few updates."""
     rollouts = experience(flags=("--max_gen_len", 2, "--batch_size", 16, "--num_generations", 4))
-    rollouts.model, rollouts.prompts = small_model(vocab_size=64), [Prompt([40, 50], []), Prompt([50, 60, 40], [])]
+    rollouts.model = small_model(vocab_size=64)
+    rollouts.prompts.prompts = [Prompt([40, 50], []), Prompt([50, 60, 40], [])]
     rollouts.engine = LocalEngine(rollouts.model, TOKENIZER, nullcontext())
     rollouts.rewards.names, rollouts.rewards.weights = ["odd", "short"], torch.tensor([1.0, 0.0])
     optimizer = torch.optim.AdamW(rollouts.model.parameters(), 3e-3)
@@ -384,7 +389,9 @@ def test_the_critic_is_the_decoder_with_one_norm_and_starts_at_zero(lab):
 
 @pytest.mark.parametrize("flags, words", [
     ({"num_generations": 1}, ["--num_generations 1"]), ({"temperature": 0}, ["--temperature 0"]),
-    ({"mini_batches": 100}, ["--mini_batches 100"]), ({"loss_type": "spo", "resample": 1}, ["--resample"])])
+    ({"mini_batches": 100}, ["100 --mini_batches"]),
+    ({"loss_type": "spo", "batch_size": 1}, ["a rollout of 1 answers"]),
+    ({"loss_type": "spo", "resample": 1}, ["--resample"])])
 def test_what_cannot_be_learned_from_is_a_mistake(lab, capsys, flags, words):
     with_base(lab()).fails(capsys, 2, *words, stage=train_grpo, **{**RL, **flags})
 

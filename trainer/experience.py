@@ -44,14 +44,17 @@ class Experience:
         if self.prompts_per_rollout % self.world.size:
             raise UserError(f"a rollout of {self.prompts_per_rollout} prompts (--batch_size x --accumulation_steps) "
                             f"cannot be shared evenly by {self.world.size} ranks")
-        if self.prompts_per_rollout * args.num_generations < args.mini_batches:
-            raise UserError(f"--mini_batches {args.mini_batches}: a rollout has fewer answers")
+        answers = self.prompts_per_rollout * args.num_generations
+        if answers < max(2, args.mini_batches):
+            raise UserError(f"a rollout of {answers} answers is too small to compare them or for {args.mini_batches} "
+                            "--mini_batches; raise --batch_size or --num_generations")
         self.length = getattr(args, "max_total_len", args.max_seq_len + args.max_gen_len)  # of a trajectory
         self.steps = (math.ceil(args.epochs * len(prompts) / self.prompts_per_rollout)
                       * args.update_epochs * args.mini_batches)
         self.settings = {name: getattr(args, name) for name in (
             "batch_size", "accumulation_steps", "num_generations", "update_epochs", "mini_batches", "temperature",
-            "max_gen_len", "thinking_ratio")} | {"prompts": len(prompts)}
+            "max_gen_len", "thinking_ratio", "aggregation", "resample", "reward_mix")}
+        self.settings["prompts"] = prompts.fingerprint
         self.cursor = self.rollouts = 0  # prompts drawn so far, and rollouts made
         self._minis: list[tuple] = []  # of this rollout, each learned from several times,
         self._pending: list[tuple] = []  # and what of that is still to come
@@ -129,7 +132,7 @@ class Experience:
         """Prompts with their scored answers. With --resample, groups whose answers all score alike are drawn anew."""
         kept: list[Group] = []
         spare: list[Group] = []
-        self._alike = drawn = 0
+        self._alike = drawn = self._own_tokens = 0
         for _ in range(MOST_DRAWS if self.args.resample else 1):
             groups = self._answer(self.cursor)
             self.cursor += len(groups)
@@ -152,7 +155,7 @@ class Experience:
                for i in mine for k in range(n)]
         trajectories = self.engine.generate(asked, how)
         scores = self.rewards.score(asked, trajectories)
-        self._own_tokens = sum(len(trajectory.ids) for trajectory in trajectories)
+        self._own_tokens += sum(sum(trajectory.sampled) for trajectory in trajectories)
         groups = [Group(int(order[i]), trajectories[at * n:at * n + n], scores[at * n:at * n + n],
                         self.rewards.total(scores[at * n:at * n + n])) for at, i in enumerate(mine)]
         by_rank = self.world.gather(groups)
@@ -180,10 +183,8 @@ class Experience:
         by_sequence = self.args.aggregation == "sequence"
         tokens = np.concatenate([trajectory.tokens for trajectory in trajectories])
         lengths = np.array([len(trajectory.tokens) for trajectory in trajectories])
-        padding = [np.zeros(len(trajectory.prompt.ids)) for trajectory in trajectories]
-        mask = np.concatenate([part for pad, t in zip(padding, trajectories, strict=True) for part in (pad, t.sampled)])
-        logprobs = np.concatenate([part for pad, t in zip(padding, trajectories, strict=True)
-                                   for part in (pad, t.logprobs)])
+        mask = np.concatenate([[False] * len(t.prompt.ids) + t.sampled for t in trajectories])
+        logprobs = np.concatenate([[0.0] * len(t.prompt.ids) + t.logprobs for t in trajectories])
         of_token = np.repeat(np.arange(len(trajectories)), lengths)
 
         longest, world, B = int(lengths.max()) - 1, self.world.size, self.args.batch_size
@@ -269,11 +270,13 @@ class Experience:
         rewards = torch.cat([group.rewards for group in groups])
         scores = torch.cat([group.scores for group in groups])
         self._noted = {
-            "reward": float(rewards.mean()), "reward_std": float(rewards.std()), "alike": self._alike,
+            "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
             "length": sum(map(len, (trajectory.ids for trajectory in trajectories))) / len(trajectories),
             "truncated": sum(t.finish_reason != "stop" for t in trajectories) / len(trajectories),
             "rollout_s": sampling, "scoring_s": preparing, "rollout_tokens_per_s": self._own_tokens / sampling,
         }
+        if self.args.num_generations > 1:
+            self._noted["alike"] = self._alike
         for name, of_one in zip(self.rewards.names, scores.unbind(1), strict=True):
             self._noted |= {f"reward_{name}": float(of_one.mean()), f"reward_{name}_std": float(of_one.std())}
         if self.args.show_samples and self.world.main:
