@@ -57,7 +57,8 @@ def job(folder: Path, data: Path, runs: list[dict], ranks: int = 2) -> list[list
     (folder / "runs.json").write_text(json.dumps({"data": str(data), "runs": runs}, default=str))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
                ROOT / "tests/ranks.py", folder]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=2 * DEADLINE)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=(20 if ALL else 2) * DEADLINE)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return [json.loads((folder / f"held_{rank}.json").read_text()) for rank in range(ranks)]
 
