@@ -16,7 +16,7 @@ from scripts import compare_models
 
 
 class Endpoint(JsonHandler):
-    """Says the last message backwards (`two`: with a !), or, as `judge`, what `grades` hold in turn; keeps what it heard."""
+    """Says the last message backwards (`two`: with a !), or, as `judge`, what `grades` hold; keeps what it heard."""
 
     heard: list[dict] = []
     grades: list = []
