@@ -523,6 +523,7 @@ def test_two_weights_answer_side_by_side(page):
 
 
 def test_curves_show_the_newest_run_and_what_is_asked_for(page, save_dir):
+    (save_dir / "logs/pretrain_64.jsonl").touch()  # an old one is not in training
     page.switch_page("web_curves.py").run()
     assert {metric.label: metric.value for metric in healthy(page).metric} == {
         "Step": "5", "Loss": "1", "Validation": "0.5", "Tokens": "0.00 M", "Tokens/s": "1,234"}
