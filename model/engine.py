@@ -10,6 +10,7 @@ its prompt, its sampling and its seed, and on its neighbours only through the ro
 import codecs
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from model.chat import MARKERS, ChatTokenizer
 from model.kv_cache import KVCache
+from model.model_minimind import few_sizes
 from model.sampling import Sampling, draw, penalise
 
 __all__ = ["Engine", "Sampling", "Sequence", "generate", "stream"]
@@ -124,6 +126,8 @@ class Engine:
         self._running = 0
         self._clock = 0
         self._compiled = torch.compile(model.model, dynamic=True) if compile else None
+        # for training, one shape: any other would be compiled too, and training itself soon not any more
+        self._blocks_compiled = any(module._compiled_call_impl is not None for module in model.modules())
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
         length = min(SMALLEST_LENGTH, self.longest)
@@ -207,6 +211,7 @@ class Engine:
             sequence._take(*result)
             if sequence.finish_reason is None and len(sequence._tokens) > self.longest:
                 sequence._end("length")
+        for sequence in reversed(ready):  # the last place first: those that leave together swap few places
             if sequence.finish_reason is not None:
                 self._leave(sequence)
         return ready
@@ -249,13 +254,15 @@ class Engine:
         seen = max(row[-1] for row in positions) + 1
         ids = [chunk + [chunk[-1]] * (width - len(chunk)) for chunk in chunks]
         if width == 1 and self._compiled is not None:  # rows of nobody, in the next places: a graph for few sizes only
-            spare = min(1 << (len(places) - 1).bit_length(), self._cache.places) - len(places)
+            spare = min(few_sizes(len(places)), self._cache.places) - len(places)
             places = [*places, *range(len(places), len(places) + spare)]
             ids, positions = ids + [[0]] * spare, positions + [[self._cache.length]] * spare
-        read = self.model.model if width > 1 or self._compiled is None else self._compiled
+        whole = width == 1 and self._compiled is not None
+        read = self._compiled if whole else self.model.model
         ids, positions = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
         mask = self._cache.point(places, positions, seen)
-        hidden = read(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache)[0]
+        with nullcontext() if whole or not self._blocks_compiled else torch.compiler.set_stance("force_eager"):
+            hidden = read(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache)[0]
         done = []
         for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
             sequence._computed += len(chunk)

@@ -49,7 +49,9 @@ class KVCache:
     def swap(self, one: int, other: int, tokens: int) -> None:
         """Exchange the first `tokens` of two places."""
         for memory in (*self.keys, *self.values):
-            memory[[one, other], :, :tokens] = memory[[other, one], :, :tokens]
+            kept = memory[one, :, :tokens].clone()
+            memory[one, :, :tokens] = memory[other, :, :tokens]
+            memory[other, :, :tokens] = kept
 
     def resize(self, places: int, length: int) -> None:
         """Change the shape, keeping what still fits. One layer at a time, so that memory never holds all twice."""

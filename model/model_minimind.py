@@ -96,6 +96,11 @@ class RMSNorm(nn.Module):
         return (self.weight * x32).to(x.dtype)
 
 
+def few_sizes(rows: int, step: int = 16) -> int:
+    """So many rows or some more: a power of two or a multiple of `step`. A CPU's products of other sizes are slower."""
+    return 1 << (rows - 1).bit_length() if rows < step else -(-rows // step) * step
+
+
 LARGEST_FEW = 128  # rows; above it an fp32 product takes as long with the weight on either side
 
 
@@ -113,11 +118,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     if M == 1 and not half:
         pieces = math.gcd(len(weight), 64)
         return (weight.unflatten(0, (pieces, -1)) @ rows.T.expand(pieces, -1, -1)).view(*x.shape[:-1], -1)
-    if torch.compiler.is_compiling():  # whoever compiles sends few sizes: rounding them here would make a graph of each
-        wanted = M
-    else:
-        wanted = max(2, 1 << (M - 1).bit_length()) if M < 32 else -(-M // 32) * 32 if half else M
-    right = rows.expand(2, -1) if M == 1 else F.pad(rows, (0, 0, 0, wanted - M))
+    # who compiles sends few sizes: rounding them here would make a graph of each
+    wanted = M if torch.compiler.is_compiling() else few_sizes(M, 32 if half else 16)
+    right = rows.expand(2, -1) if M == 1 else F.pad(rows, (0, 0, 0, wanted - M)).contiguous()  # else 5 times as slow
     return (weight @ right.T).T[:M].unflatten(0, x.shape[:-1])
 
 

@@ -137,6 +137,8 @@ def test_products_are_those_of_linear(dtype):
         x = torch.randn(shape).to(dtype)
         with torch.inference_mode():
             assert_close(product(x, weight), F.linear(x, weight))
+            columns = x.mT.contiguous().mT  # as another product leaves them
+            assert_close(product(columns, weight), F.linear(x, weight))
 
 
 def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
@@ -154,6 +156,25 @@ def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
         engine.step()
     assert [sequence.ids for sequence in sequences] == expected
     assert counter.frame_count == 2  # for one row, and for more
+
+
+def test_blocks_compiled_for_training_are_not_compiled_for_sampling():
+    model, prompts = lively_model(), some_prompts(15, 3)
+    expected, counter = [plainly(model, prompt, 4) for prompt in prompts], CompileCounter()
+    for layer in model.model.layers:
+        layer.compile(dynamic=False, backend=counter)
+    assert answers(model, prompts, greedy(4)) == expected and counter.frame_count == 0
+    model(torch.tensor(prompts[:1]))
+    assert counter.frame_count > 0
+
+
+def test_a_compiled_step_reads_the_weights_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, prompts = lively_model(), some_prompts(15, 3)
+    for _ in range(2):
+        assert answers(model, prompts, greedy(4), compile=True) == [plainly(model, prompt, 4) for prompt in prompts]
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def test_after_the_weights_changed_the_engine_forgets():
