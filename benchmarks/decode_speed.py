@@ -8,6 +8,7 @@ two take turns, and the median of the repeats counts.
 
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --use_moe 1
+    python benchmarks/decode_speed.py --profile   # instead: where the milliseconds of a step go, on a CPU
 """
 
 import argparse
@@ -15,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +30,7 @@ from benchmarks.machine import save_result
 from model import model_minimind
 from model.engine import Engine, Sampling
 from model.errors import run_main
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
 from model.weights import inference_dtype
 from trainer.arguments import Parser, positive
 from trainer.distributed import choose_device
@@ -110,6 +112,50 @@ def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, 
     return result | {"all": speeds}
 
 
+def seconds_of(work: Callable[[], object], repeats: int = 15) -> float:
+    """The median, after a warm-up."""
+    times = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
+
+
+@torch.inference_mode()
+def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[str, float]:
+    """Milliseconds of a decoding step with so many sequences, after about 100 tokens, and the least it could take."""
+    engine, drawing = Engine(model, max_batch=32, compile=compile), []
+    for number, prompt in enumerate(prompts):
+        engine.add(prompt, Sampling(200, TEMPERATURE, TOP_P, seed=number, stop_ids=()))
+    for _ in range(30):
+        engine.step()
+    result, draw = {"step": seconds_of(engine.step)}, engine._draw
+
+    def timed(*arguments):
+        began = time.perf_counter()
+        drawn = draw(*arguments)
+        drawing.append(time.perf_counter() - began)
+        return drawn
+
+    engine._draw = timed
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        for _ in range(10):
+            engine.step()
+    of_op = {event.key: event.self_cpu_time_total / 1e7 for event in trace.key_averages()}
+    result["attention"] = sum(seconds for name, seconds in of_op.items() if "scaled_dot_product" in name)
+    result["drawing"] = statistics.median(drawing)
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    inputs = {weight.shape[1]: torch.randn(len(prompts), weight.shape[1], dtype=weight.dtype) for weight in weights}
+    # a compiled step hides some of its products from the profiler: so they are done once more, by themselves
+    result["products alone"] = seconds_of(lambda: [product(inputs[weight.shape[1]], weight) for weight in weights])
+    square, long = torch.randn(1024, 1024), torch.randn(2**26)
+    numbers = sum(weight.numel() for weight in weights)
+    result["their FLOP at best"] = 2 * numbers * len(prompts) * seconds_of(lambda: square @ square) / 2 / 1024**3
+    result["weights read once"] = numbers * weights[0].element_size() * seconds_of(lambda: long.sum()) / 2**28
+    return {name: 1000 * seconds for name, seconds in result.items()}
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden_size", type=positive, default=768)
@@ -120,6 +166,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--cases", nargs="+", default=["alone", "at once", "arriving"])
     parser.add_argument("--compile", type=int, choices=(0, 1), default=0)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = choose_device(args.device)
@@ -137,13 +184,20 @@ def main() -> None:
     def prompt(length: int) -> list[int]:
         return [dice.randrange(36, config.vocab_size) for _ in range(length)]
 
+    kind = "_moe" * args.use_moe + "_compiled" * args.compile
+    if args.profile:
+        counts = (1, 8, 32)
+        results = {str(n): profile(fast, [prompt(64) for _ in range(n)], bool(args.compile)) for n in counts}
+        for name in results["1"]:
+            print(f"{name:20}", *(f"{results[str(n)][name]:8.1f}" for n in counts), "ms")
+        save_result(f"decode_profile{kind}_{args.hidden_size}x{args.num_hidden_layers}", results)
+        return
     cases = {
         "alone": ([(prompt(args.prompt), args.tokens)], True),
         "at once": ([(prompt(args.prompt), args.tokens) for _ in range(32)], True),
         "arriving": ([(prompt(dice.randint(16, 200)), dice.randint(32, 192)) for _ in range(32)], False),
     }
     results = {name: compare(name, cases[name][0], plain, fast, args, cases[name][1]) for name in args.cases}
-    kind = "_moe" * args.use_moe + "_compiled" * args.compile
     save_result(f"decode_speed{kind}_{args.hidden_size}x{args.num_hidden_layers}",
                 {"dtype": str(fast.dtype).removeprefix("torch."), **results})
 

@@ -4,9 +4,10 @@ Plain: twelve prompts at a time, padded on the left, products as `F.linear` make
 until the longest answer ends; then log-probabilities of policy and reference over the whole vocabulary at every padded
 position, in fp32; AdamW one tensor at a time. Ours: `trainer/experience.py` on `model/engine.py`: answers leave when
 they end, rows are packed, logits are computed where there is a label. Both take the same number of answers of the same,
-very different lengths. `--agent` compares episodes of several turns instead: `run_episodes` with all at once, each turn
-going on from the cache of those before, on an engine that says what is written for it; plain one after the other,
-everything read again at each turn. Weights are random: speed does not depend on what they say.
+very different lengths. `--agent` compares episodes of several turns instead, eight to a prompt and all prompts with the
+same tools, as in training: `run_episodes` with all at once, each turn going on from the cache of those before, on an
+engine that says what is written for it; plain one after the other, everything read again at each turn. Weights are
+random: speed does not depend on what they say.
 
     python benchmarks/rl_speed.py
     python benchmarks/rl_speed.py --agent
@@ -35,13 +36,13 @@ from benchmarks.decode_speed import GrowingCache, plain_loop
 from benchmarks.machine import save_result
 from dataset.prompts import Prompt, PromptDataset
 from model import model_minimind
-from model.chat import CALL, END_CALL, EOS, RESPONSE, ChatTokenizer
+from model.chat import CALL, END_CALL, EOS, ChatTokenizer
 from model.engine import Engine, Sampling
 from model.errors import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.arguments import Parser, policy_parser, positive, read_policy
 from trainer.distributed import World
-from trainer.episodes import run_episodes
+from trainer.episodes import SEED_STEP, run_episodes
 from trainer.experience import Experience
 from trainer.losses import k3, policy_loss
 from trainer.optimizer import make_optimizers
@@ -50,7 +51,7 @@ from trainer.rollout_engine import LocalEngine
 from trainer.tools import SCHEMAS
 
 PLAIN_BATCH, GENERATIONS, LONGEST, BETA = 12, 6, 192, 0.1
-KEY = 8  # tokens that tell an episode's prompt from the others
+PER_PROMPT = 8  # episodes; plain plays one of them
 
 
 class Timed(LocalEngine):
@@ -170,14 +171,14 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
 
 
 class Reciting(Engine):
-    """Draws as ever, and then says what stands in `scripts`: of each prompt, by its beginning, the turns."""
+    """Draws as ever, and then says what stands in `scripts`: of each episode the turns, which its seeds tell."""
 
-    scripts: dict[tuple, list[list[int]]] = {}
+    scripts: list[list[list[int]]] = []
 
     def _draw(self, logits, sequences):
         _, *rest = super()._draw(logits, sequences)
-        turns = [(self.scripts[tuple(s.prompt[:KEY])][s.prompt.count(RESPONSE)], len(s.ids)) for s in sequences]
-        return [turn[place] for turn, place in turns], *rest
+        asked = [(divmod(s.sampling.seed, SEED_STEP), len(s.ids)) for s in sequences]
+        return [self.scripts[episode][turn][place] for (turn, episode), place in asked], *rest
 
 
 class RecitingEngine(LocalEngine):
@@ -190,28 +191,28 @@ class RecitingEngine(LocalEngine):
 
 
 def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: random.Random) -> dict:
-    """Episodes of two calls and an answer: all at once, and one after the other, read anew at each turn."""
+    """Episodes of two calls and an answer, eight to a prompt: all at once, and one after the other, read anew."""
     model, tokenizer = MiniMindForCausalLM(config).eval().requires_grad_(False), ChatTokenizer()
     system = {"role": "system", "content": "", "tools": [SCHEMAS[name] for name in ("calculate_math", "text_length")]}
     speeds: dict[str, list[float]] = {"plain": [], "ours": []}
     for _ in range(repeats):
-        prompts, scripts = [], {}
-        for _ in range(episodes):
-            # something of its own at the beginning, so that no prompt is read for another one
-            own = [dice.randrange(36, config.vocab_size) for _ in range(KEY)]
+        prompts, scripts = [], []
+        for _ in range(episodes // PER_PROMPT):
             asked = {"role": "user", "content": f"What is {dice.randint(100, 999)} + 7, twice?"}
-            prompts.append(Prompt(own + tokenizer.prompt([system, asked]), [system]))
+            prompts += [Prompt(tokenizer.prompt([system, asked]), [system])] * PER_PROMPT
+        for _ in range(episodes):
             calls = [{"name": "calculate_math", "arguments": {"expression": f"{dice.randint(100, 999)} + {n}"}}
                      for n in range(2)]
             turns = [[CALL, *tokenizer.encode_text(f"\n{json.dumps(call)}\n"), END_CALL, EOS] for call in calls]
             answer = [dice.randrange(36, config.vocab_size) for _ in range(dice.randint(12, 32))]
-            scripts[tuple(own)] = [*turns, [*answer, EOS]]
+            scripts.append([*turns, [*answer, EOS]])
         Reciting.scripts = scripts
         began = time.perf_counter()
-        played = run_episodes(RecitingEngine(model, tokenizer), prompts, [Sampling(64, 1.0, 1.0)] * episodes, tokenizer)
+        samplings = [Sampling(64, 1.0, 1.0, seed=number) for number in range(episodes)]
+        played = run_episodes(RecitingEngine(model, tokenizer), prompts, samplings, tokenizer)
         speeds["ours"].append(sum(sum(episode.sampled) for episode in played) / (time.perf_counter() - began))
         assert all(len(episode.turns) == 3 for episode in played), "an episode did not go as written"
-        few, began = played[::8], time.perf_counter()
+        few, began = played[::PER_PROMPT], time.perf_counter()
         for episode in few:
             for end in (i + 1 for i, sampled in enumerate(episode.sampled)
                         if sampled and not (episode.sampled[i + 1:] or [False])[0]):
