@@ -609,7 +609,11 @@ class World:
         return {"conversations": [*case.messages[:-1], reply("无")], "gt": [case.value]}
 
     def agent_rl_row(self) -> Message:
-        """Sums in words of three numbers, of which fine-tuning shows two only."""
+        """Sums in words of three numbers, of which fine-tuning shows two only; in training every third is as it shows
+        them, since what is never mentioned is forgotten."""
+        if self.split == "train" and self.chance(1 / 3):
+            task = self.task("calculate_math")
+            return {"conversations": [self.offer(["calculate_math"]), task.messages[0], reply("")], "gt": [task.value]}
         tree, text = 0, "("
         while "(" in text or text.count(" ") < 4:  # words have no parentheses
             (tree,) = self.fresh(lambda: (self.random_tree(),))

@@ -81,8 +81,8 @@ STAGES = (
         *ANSWERS, "--critic_learning_rate", "5e-4", "--kl_coef", 0, "--update_epochs", 1, "--max_steps", 24), False),
     Stage("agent", "trainer/train_agent.py", (
         *ONLINE, "--data_path", SAMPLE / "agent_rl.jsonl", "--val_data_path", SAMPLE / "agent_rl_val.jsonl",
-        "--max_seq_len", 384, "--max_gen_len", 96, "--max_total_len", 640, "--beta", "0.02",
-        "--accumulation_steps", 2, "--max_steps", 8)),
+        "--num_generations", 4, "--max_seq_len", 384, "--max_gen_len", 96, "--max_total_len", 640, "--beta", "0.02",
+        "--accumulation_steps", 4, "--max_steps", 10)),
 )
 CHAT = ("你好！", "Who are you?", "217 + 8等于多少？", "What is the colour of the ink cat?")
 
