@@ -73,8 +73,8 @@ STAGES = (
     Stage("dpo", "trainer/train_dpo.py", (*PAIRS, "--learning_rate", "2e-5"), False),
     Stage("reward", "trainer/train_reward.py", (*PAIRS, "--epochs", 2, "--learning_rate", "5e-4"), False, None),
     Stage("small_sft", "trainer/train_full_sft.py", (*SMALL, "--save_weight", "small_sft"), False, SMALL[:2], 64),
-    Stage("full_dist", "trainer/train_distillation.py", (*SMALL, "--teacher_hidden_size", HIDDEN_SIZE), False,
-          SMALL[:2], 64),  # what small_sft is without a teacher
+    Stage("full_dist", "trainer/train_distillation.py", (
+        *SMALL, "--teacher_hidden_size", HIDDEN_SIZE, "--temperature", 1), False, SMALL[:2], 64),  # small_sft, taught
     Stage("grpo", "trainer/train_grpo.py", (*GROUPS, "--loss_type", "grpo"), False),
     Stage("cispo", "trainer/train_grpo.py", (*GROUPS, "--loss_type", "cispo", "--save_weight", "cispo"), False),
     Stage("ppo_actor", "trainer/train_ppo.py", (
