@@ -376,7 +376,7 @@ class Training:
         if self.world.main:
             print(f"{self.args.save_weight} before · " + " ".join(f"{name} {value:.4f}" for name, value in row.items()),
                   flush=True)
-            self.log.write({"step": 0, **row})
+            self.log.write({"step": 0, "tokens": 0, **row})
 
     def _save(self, row: dict) -> None:
         """Weights for use, and the state to resume from."""
