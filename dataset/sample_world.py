@@ -39,12 +39,11 @@ LANGS = ("en", "zh")
 SKILLS = ("facts", "arithmetic", "thinking", "dialogue", "identity", "tools")
 SFT_MIX = (20, 31, 17, 11, 4, 17)  # percent, in the order of SKILLS
 DPO_MIX = (20, 20, 10, 15, 10, 25)
-RLAIF_MIX = (10, 25, 0, 60, 5, 0)
 HELDOUT_PERCENT, VAL_PERCENT = 12, 6
 HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
     "pretrain": 4200, "pretrain_val": 100, "sft": 15000, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
-    "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "rlaif_val": 100, "agent_rl": 1500, "agent_rl_val": 100,
+    "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "rlaif_val": 200, "agent_rl": 1500, "agent_rl_val": 200,
     "lora_identity": 600, "lora_identity_val": 40}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 dumps = partial(json.dumps, ensure_ascii=False)
@@ -409,13 +408,16 @@ class World:
     def reword(self, expression: str) -> str:
         """Write an expression like people do: as it is, without spaces, or (one operator, so no doubt) in words."""
         if self.chance(0.15) and expression.count(" ") == 2:
-            for sign, words in SPOKEN.items():
-                expression = expression.replace(sign, words[self.lang])
-            return expression
+            return self.in_words(expression)
         return expression.replace(" ", "") if self.chance(0.15) else expression
 
-    def thinking_case(self) -> Case:
-        rng, comma, kind = self.rng, (", ", "、")[self.lang], self.rng.choice((SUM, SORT, LETTERS))
+    def in_words(self, expression: str) -> str:
+        for sign, words in SPOKEN.items():
+            expression = expression.replace(sign, words[self.lang])
+        return expression
+
+    def thinking_case(self, kind: tuple[Text, Text] | None = None) -> Case:
+        rng, comma, kind = self.rng, (", ", "、")[self.lang], kind or self.rng.choice((SUM, SORT, LETTERS))
         if kind is SORT:
             _, *items = self.fresh(lambda: ("sort", *rng.sample(range(10, 100), 3)))
             low, middle, high = sorted(items)
@@ -601,15 +603,23 @@ class World:
         return {"chosen": [*prompt, right], "rejected": [*prompt, bad]}
 
     def rlaif_row(self) -> Message:
-        """Mostly what fine-tuning leaves unfinished in a small model."""
-        case = self.case(self.rng.choices(SKILLS, RLAIF_MIX)[0])
+        """Words whose letters fine-tuning counts with thinking on only. With thinking off it has to be found out that
+        the steps may be said aloud."""
+        case = self.thinking_case(LETTERS)
         return {"conversations": [*case.messages[:-1], reply("无")], "gt": [case.value]}
 
     def agent_rl_row(self) -> Message:
-        """Tasks whose result any honest implementation of the tool computes alike."""
-        name = self.rng.choices(("calculate_math", "unit_converter", "text_length"), (80, 12, 8))[0]
-        task = self.task(name)
-        return {"conversations": [self.offer([name]), task.messages[0], reply("")], "gt": [task.value]}
+        """Sums in words of three numbers, of which fine-tuning shows two only; in training every third is as it shows
+        them, since what is never mentioned is forgotten."""
+        if self.split == "train" and self.chance(1 / 3):
+            task = self.task("calculate_math")
+            return {"conversations": [self.offer(["calculate_math"]), task.messages[0], reply("")], "gt": [task.value]}
+        tree, text = 0, "("
+        while "(" in text or text.count(" ") < 4:  # words have no parentheses
+            (tree,) = self.fresh(lambda: (self.random_tree(),))
+            text = show(tree)
+        question = self.ask(MATH, x=self.in_words(text))
+        return {"conversations": [self.offer(["calculate_math"]), *turn(question, "")], "gt": [str(evaluate(tree))]}
 
     def lora_identity_row(self) -> Message:
         """The new identity; as often, in training, an ordinary row, since what is never mentioned is forgotten."""

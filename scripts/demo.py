@@ -50,11 +50,12 @@ PAIRS = ("--data_path", SAMPLE / "dpo.jsonl", "--val_data_path", SAMPLE / "dpo_v
 SMALL = ("--hidden_size", 64, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--num_key_value_heads", 1,
          "--from_weight", "none", "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl",
          "--learning_rate", "4e-3", "--empty_think_ratio", 1, "--system_prompt_ratio", 0, "--max_steps", 300)
-ONLINE = ("--thinking_ratio", 0, "--accumulation_steps", 4, "--num_generations", 8, "--optimizer", "adamw",
-          "--use_compile", 0, "--log_interval", 5)
-ANSWERS = ("--data_path", SAMPLE / "rlaif.jsonl", "--val_data_path", SAMPLE / "rlaif_val.jsonl", "--max_seq_len", 256,
-           "--max_gen_len", 64, "--reward_mix", "exact=1,format=0.2,length=0,repetition=0", "--max_steps", 20,
-           "--beta", "0.02", "--learning_rate", "2e-4")
+ONLINE = ("--thinking_ratio", 0, "--num_generations", 8, "--optimizer", "adamw", "--learning_rate", "2e-4",
+          "--use_compile", 0, "--log_interval", 4)
+ANSWERS = (*ONLINE, "--data_path", SAMPLE / "rlaif.jsonl", "--val_data_path", SAMPLE / "rlaif_val.jsonl",
+           "--batch_size", 8, "--accumulation_steps", 4, "--max_seq_len", 256, "--max_gen_len", 64,
+           "--reward_mix", "exact=1,format=0.2,length=0,repetition=0")
+GROUPS = (*ANSWERS, "--beta", 0, "--max_steps", 12)
 STAGES = (
     Stage("pretrain", "trainer/train_pretrain.py", (
         "--data_path", SAMPLE / "pretrain.jsonl", "--val_data_path", SAMPLE / "pretrain_val.jsonl",
@@ -72,17 +73,16 @@ STAGES = (
     Stage("dpo", "trainer/train_dpo.py", (*PAIRS, "--learning_rate", "2e-5"), False),
     Stage("reward", "trainer/train_reward.py", (*PAIRS, "--epochs", 2, "--learning_rate", "5e-4"), False, None),
     Stage("small_sft", "trainer/train_full_sft.py", (*SMALL, "--save_weight", "small_sft"), False, SMALL[:2], 64),
-    Stage("full_dist", "trainer/train_distillation.py", (*SMALL, "--teacher_hidden_size", HIDDEN_SIZE), False,
-          SMALL[:2], 64),  # what small_sft is without a teacher
-    Stage("grpo", "trainer/train_grpo.py", (*ONLINE, *ANSWERS, "--loss_type", "grpo"), False),
-    Stage("cispo", "trainer/train_grpo.py", (
-        *ONLINE, *ANSWERS, "--loss_type", "cispo", "--save_weight", "cispo"), False),
+    Stage("full_dist", "trainer/train_distillation.py", (
+        *SMALL, "--teacher_hidden_size", HIDDEN_SIZE, "--temperature", 1), False, SMALL[:2], 64),  # small_sft, taught
+    Stage("grpo", "trainer/train_grpo.py", (*GROUPS, "--loss_type", "grpo"), False),
+    Stage("cispo", "trainer/train_grpo.py", (*GROUPS, "--loss_type", "cispo", "--save_weight", "cispo"), False),
     Stage("ppo_actor", "trainer/train_ppo.py", (
-        *ONLINE, *ANSWERS[:-4], "--learning_rate", "1e-4", "--critic_learning_rate", "3e-4", "--max_steps", 80), False),
+        *ANSWERS, "--critic_learning_rate", "5e-4", "--kl_coef", 0, "--update_epochs", 1, "--max_steps", 24), False),
     Stage("agent", "trainer/train_agent.py", (
         *ONLINE, "--data_path", SAMPLE / "agent_rl.jsonl", "--val_data_path", SAMPLE / "agent_rl_val.jsonl",
-        "--max_seq_len", 384, "--max_gen_len", 96, "--max_total_len", 640, "--learning_rate", "2e-4", "--beta", "0.02",
-        "--accumulation_steps", 2, "--max_steps", 8)),
+        "--num_generations", 4, "--max_seq_len", 384, "--max_gen_len", 96, "--max_total_len", 640, "--beta", "0.02",
+        "--accumulation_steps", 4, "--max_steps", 10)),
 )
 CHAT = ("你好！", "Who are you?", "217 + 8等于多少？", "What is the colour of the ink cat?")
 
@@ -106,7 +106,8 @@ def score(stage: Stage) -> dict[str, float]:
 
 def count_calls() -> None:
     """What the agent gained in using tools: the counts, not each case."""
-    command = ["eval_toolcall.py", *map(str, SIZE), "--weight", "full_sft", "agent", "--benchmark", "100"]
+    command = ["eval_toolcall.py", *map(str, SIZE), "--weight", "full_sft", "agent", "--benchmark", "50",
+               "--cases", str(SAMPLE / "agent_rl_val.jsonl")]
     print(f"\n$ python {' '.join(command)}", flush=True)
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, encoding="utf-8",
                           env=os.environ | {"PYTHONIOENCODING": "utf-8"})
@@ -141,10 +142,12 @@ def main() -> None:
         cells = [f"{of_stage[skill]:.0%}" if skill in of_stage else "" for skill in skills]
         print(f"{name:13}{minutes[name]:8.1f}" + "".join(
             f"{cell:>{len(skill) + 4}}" for skill, cell in zip(skills, cells, strict=True)))
-    print("\nheld-out rows of each stage's own, at its end:")
+    print("\nheld-out rows of each stage's own, at its end (online RL: before and after):")
     for stage in stages:
-        print(f"{stage.name:13} " + " ".join(f"{name} {value:.3f}" for name, value in read_log(stage.log)[-1].items()
-                                             if name.startswith("val_")))
+        first, last = (read_log(stage.log)[place] for place in (0, -1))
+        print(f"{stage.name:13} " + " ".join(
+            f"{name} " + f"{first[name]:.3f} -> " * (first["step"] == 0) + f"{value:.3f}"
+            for name, value in last.items() if name.startswith("val_")))
     print(f"\nloss curves: {curves.relative_to(ROOT)}   talk to it: .venv/bin/python eval_llm.py"
           f"   ({(time.perf_counter() - began) / 60:.1f} minutes in all)")
 

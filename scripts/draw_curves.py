@@ -1,11 +1,15 @@
 """Draw the loss of training runs over their steps, or the reward of online RL, from their logs, as a PNG.
 
+Logs of one stage with several seeds, named like grpo_s1_128.jsonl and grpo_s2_128.jsonl, share a panel.
+
     python scripts/draw_curves.py out/logs/pretrain_256.jsonl out/logs/full_sft_256.jsonl --out out/curves.png
 """
 
 import argparse
 import json
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
@@ -23,20 +27,23 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw_curves(logs: list[Path], target: Path) -> None:
-    """Loss, or reward where there is one, in training and validation, one panel a log."""
+    """Loss, or reward where there is one, in training and validation, one panel a stage, one colour a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(logs), figsize=(5 * len(logs), 3.5), squeeze=False)
-    for axis, log in zip(axes[0], logs, strict=True):
-        rows = read_log(log)
-        name = "reward" if any("reward" in row for row in rows) else "loss"
-        for key, style in ((name, "-"), (f"val_{name}", "o")):
-            if points := [(row["step"], row[key]) for row in rows if key in row]:
-                axis.plot(*zip(*points, strict=True), style, label=key)
-        axis.set(title=log.stem, xlabel="step", ylabel=name)
+    panels: dict[str, list[Path]] = defaultdict(list)
+    for log in logs:
+        panels[re.sub(r"_s\d+(?=_|$)", "", log.stem)].append(log)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
+    for axis, (stage, seeds) in zip(axes[0], panels.items(), strict=True):
+        for number, rows in enumerate(map(read_log, seeds)):
+            name = "reward" if any("reward" in row for row in rows) else "loss"
+            for key, style in ((name, "-"), (f"val_{name}", "o--")):
+                if points := [(row["step"], row[key]) for row in rows if key in row]:
+                    axis.plot(*zip(*points, strict=True), style, color=f"C{number}", label=None if number else key)
+        axis.set(title=stage, xlabel="step", ylabel=name)
         axis.legend()
     figure.tight_layout()
     figure.savefig(target, dpi=110)

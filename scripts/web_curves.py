@@ -71,7 +71,7 @@ def curves() -> None:
         logarithmic = st.toggle(say("Logarithmic loss", "对数损失"), key="logarithmic", **KEPT)
         more = st.pills(say("More", "更多"), others, selection_mode="multi", key="more", **KEPT,
                         label_visibility="collapsed")
-    shown = [key for key in (*FIRST, *more) if key in known]
+    shown = [key for key in (*FIRST, *more) if key in known] or others[:1]  # online RL begins with a validation
     rows = [{"run": name, **row} for name in chosen for row in thinned(runs[name])]
     st.altair_chart(chart(rows, shown[0], axis, chosen, 320, logarithmic and shown[0] == "loss"), width="stretch",
                     key="chart_first")

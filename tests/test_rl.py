@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from dataset.prompts import Prompt, PromptDataset
 from model.chat import EOS
 from model.errors import UserError
+from scripts.draw_curves import draw_curves
 from trainer import losses, train_grpo, train_ppo
 from trainer.arguments import policy_parser, read_policy
 from trainer.distributed import World
@@ -331,7 +332,8 @@ def test_a_resumed_run_ends_as_the_whole_one_to_the_bit(lab, data, stage, name, 
     parts.train(**flags, from_resume=1)
     assert parts.state(f"{name}_64")["step"] == 4
     assert parts.ended_like(whole, f"{name}_64")
-    log = whole.log(f"{name}_64")
+    before, *log = whole.log(f"{name}_64")
+    assert before["step"] == 0 and {"val_reward", "val_exact"} <= before.keys()  # what it could do before
     assert log[0]["approx_kl"] == 0 and log[0].get("kl", 0) == 0  # ratio 1, KL 0 before the first update
     assert log[0]["mismatch"] < 1e-5 and "reward_format_std" in log[0] and {"val_reward", "val_exact"} <= log[1].keys()
     assert (whole.out / f"{name}_best_64.pth").exists()
@@ -405,3 +407,12 @@ def test_sampled_log_probabilities_are_those_of_the_whole_distribution():
         logits = model(torch.tensor([answer.tokens])).logits[0, 2:-1] / 0.7
         expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
         assert_close(torch.tensor(answer.logprobs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_seeds_of_a_stage_share_a_panel(tmp_path):
+    logs = [tmp_path / f"{name}_64.jsonl" for name in ("grpo_s1", "grpo_s2", "cispo_s1")]
+    for log in logs:
+        log.write_text('{"step": 0, "val_reward": 0.1}\n{"step": 1, "reward": 0.5, "loss": 0.0}\n')
+    draw_curves(logs, tmp_path / "curves.png")
+    head = (tmp_path / "curves.png").read_bytes()[16:24]  # width and height
+    assert (int.from_bytes(head[:4], "big"), int.from_bytes(head[4:], "big")) == (2 * 550, 385)  # two panels

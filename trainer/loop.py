@@ -232,6 +232,8 @@ class Training:
             return
         self.peak = peak_flops(self.device, self.run_.dtype) * self.world.size
         self.flops = flops_per_token(self.parallel.plain, self.stream.length / 2)
+        if self.validate and not self.step:  # online RL: what could be done before is the measure of what is learned
+            self._report_start(self.validate())
         self._start_interval()
         stopping = ending = save_due = False
         while not ending:
@@ -369,6 +371,12 @@ class Training:
         print(" · ".join(parts), flush=True)
         self.log.write(row)
         self.tracker.log(row)
+
+    def _report_start(self, row: dict) -> None:
+        if self.world.main:
+            print(f"{self.args.save_weight} before · " + " ".join(f"{name} {value:.4f}" for name, value in row.items()),
+                  flush=True)
+            self.log.write({"step": 0, "tokens": 0, **row})
 
     def _save(self, row: dict) -> None:
         """Weights for use, and the state to resume from."""
