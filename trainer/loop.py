@@ -232,6 +232,8 @@ class Training:
             return
         self.peak = peak_flops(self.device, self.run_.dtype) * self.world.size
         self.flops = flops_per_token(self.parallel.plain, self.stream.length / 2)
+        if args.eval_first and self._can_validate and not self.step:
+            self._report_first(self._validate())
         self._start_interval()
         stopping = ending = save_due = False
         while not ending:
@@ -369,6 +371,12 @@ class Training:
         print(" · ".join(parts), flush=True)
         self.log.write(row)
         self.tracker.log(row)
+
+    def _report_first(self, found: dict) -> None:
+        """What held-out rows say before the first step."""
+        if self.world.main:
+            print(f"{self.args.save_weight} before: " + " ".join(f"{name} {found[name]:.4f}" for name in found))
+            self.log.write({"step": 0, "epoch": 0.0, "tokens": 0, **found})
 
     def _save(self, row: dict) -> None:
         """Weights for use, and the state to resume from."""
