@@ -111,19 +111,24 @@ def plain_recipe(args: argparse.Namespace) -> dict:
             "memory_gb": peak_memory(device)}
 
 
+def default_flags(args: argparse.Namespace, folder: Path, steps: int, log_interval: int) -> list[str]:
+    """Of the stage's own script, from random weights, all it writes in `folder`."""
+    flags = {"data_path": args.data_path, "from_weight": "none", "save_dir": folder, "checkpoint_dir": folder,
+             "hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers, "use_moe": args.use_moe,
+             "batch_size": args.batch_size, "accumulation_steps": 1, "max_steps": steps,
+             "log_interval": log_interval, "epochs": 1000, "use_compile": 1, "device": args.device}
+    if args.stage == "dpo":
+        flags["cache_dir"] = folder  # else an earlier run's reference would be taken from there
+    return [f"--{key}={value}" for key, value in flags.items()]
+
+
 def default_recipe(args: argparse.Namespace, folder: Path) -> dict:
     """Run the stage's own script; → the numbers of its second log line, whose steps come after the warm-up.
 
     DPO's includes the pass of the reference over the file, as if it served one epoch only.
     """
     _, script, _ = STAGES[args.stage]
-    flags = {"data_path": args.data_path, "from_weight": "none", "save_dir": folder, "checkpoint_dir": folder,
-             "hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers, "use_moe": args.use_moe,
-             "batch_size": args.batch_size, "accumulation_steps": 1, "max_steps": 2 * args.steps,
-             "log_interval": args.steps, "epochs": 1000, "use_compile": 1, "device": args.device}
-    if args.stage == "dpo":
-        flags["cache_dir"] = folder  # else an earlier run's reference would be taken from there
-    command = [sys.executable, ROOT / script, *(f"--{key}={value}" for key, value in flags.items())]
+    command = [sys.executable, ROOT / script, *default_flags(args, folder, 2 * args.steps, args.steps)]
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     log, = (folder / "logs").glob("*.jsonl")
     row = json.loads(log.read_text("utf-8").splitlines()[-1])
@@ -134,17 +139,23 @@ def default_recipe(args: argparse.Namespace, folder: Path) -> dict:
     return {key: row[key] for key in ("tokens_per_s", "training_tokens_per_s", "mfu", "memory_gb") if key in row}
 
 
-def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def speed_parser(description: str) -> Parser:
+    """The flags of what trains a stage for a few steps."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, default="pretrain", help="row format and length")
     parser.add_argument("--data_path", type=Path, required=True, help="rows to train on")
     parser.add_argument("--hidden_size", type=positive, default=768)
     parser.add_argument("--num_hidden_layers", type=positive, default=8)
     parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
     parser.add_argument("--batch_size", type=positive, default=8, help="rows a step")
-    parser.add_argument("--warmup", type=int, default=1, help="steps of the plain recipe that are not counted")
+    parser.add_argument("--warmup", type=int, default=1, help="steps that are not counted")
     parser.add_argument("--steps", type=positive, default=4, help="steps that are")
     parser.add_argument("--device", default="auto")
+    return parser
+
+
+def main() -> None:
+    parser = speed_parser(__doc__)
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)  # run only the plain recipe, numbers to there
     args = parser.parse_args()
     if args.plain:

@@ -2,7 +2,8 @@
 
 The token file lies in `cache_dir`, in a folder named after the data's content, the tokenizer and the settings:
 `tokens.bin` (uint16), `mask.bin` (uint8, 1 where the assistant speaks), `ends.npy` and `meta.json`. It is made in one
-pass over the file, a few megabytes at a time, on all cores, and can be carried to another machine.
+pass over the file, a few megabytes at a time, on all cores. Such a folder can be carried to another machine without the
+file (`scripts/prepare_data.py` makes one): it is a data path like any other.
 """
 
 import gzip
@@ -101,6 +102,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 class TokenDataset:
     """Packed rows of one data file. A subclass says how a row reads (`pieces`) and how a document is cut (`cut`).
 
+    `data_path`: the file, or the folder of its tokens; `key` names the tokens, wherever they lie.
     len(dataset) rows of `row_length` positions; `batch(indices)` → the tensors of these rows; `units[r]`: what the
     loss of row r is a sum over; `supervised[r]`, `real[r]`: tokens with a label, and tokens, in it; `report`: what
     was skipped or cut, as sentences for the user.
@@ -114,15 +116,21 @@ class TokenDataset:
         self.path, self.tokenizer, self.max_seq_len = Path(data_path), tokenizer, max_seq_len
         self.row_length = self.sides * max_seq_len
         self.settings, self.skip_bad_rows = settings, skip_bad_rows
-        if not self.path.is_file():
+        made_by = [VERSION, type(self).__name__, tokenizer.hash, settings]
+        if self.path.is_dir():
+            self.folder = self.path
+            self.meta = self._ready_made(made_by)
+        elif self.path.is_file():
+            cache_dir = Path(cache_dir)
+            identity = [*made_by[:2], content_hash(self.path, cache_dir), *made_by[2:]]
+            key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+            self.folder = cache_dir / key
+            if not (self.folder / "meta.json").exists():
+                self._tokenise(self.folder, made_by)
+            self.meta = json.loads((self.folder / "meta.json").read_text("utf-8"))
+        else:
             raise UserError(f"--data_path {data_path}: no such file")
-        cache_dir = Path(cache_dir)
-        identity = [VERSION, type(self).__name__, content_hash(self.path, cache_dir), tokenizer.hash, settings]
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-        self.folder = cache_dir / key
-        if not (self.folder / "meta.json").exists():
-            self._tokenise(self.folder)
-        self.meta = json.loads((self.folder / "meta.json").read_text("utf-8"))
+        self.key = self.meta.get("key", self.folder.name)
         if self.meta["bad"] and not skip_bad_rows:
             raise self._bad_row(self.meta["first_bad"][0])
         self.tokens = np.memmap(self.folder / "tokens.bin", np.uint16, "r")
@@ -162,7 +170,21 @@ class TokenDataset:
         """Share of the rows' positions that hold a token."""
         return float(self.real.sum() / (len(self) * self.row_length))
 
-    def _tokenise(self, folder: Path) -> None:
+    def _ready_made(self, made_by: list) -> dict:
+        """The meta.json of a folder of tokens, if they are those that the file would become here."""
+        try:
+            meta = json.loads((self.path / "meta.json").read_text("utf-8"))
+            found = meta["made_by"]
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"--data_path {self.path}: a folder, but not of tokens (python scripts/prepare_data.py "
+                            "makes one of a file)") from None
+        for name, there, wanted in zip(("version", "kind", "tokenizer", "settings"), found, made_by, strict=True):
+            if there != wanted:
+                raise UserError(f"--data_path {self.path}: its tokens are of {name} {there}, needed is {wanted}; "
+                                "make them anew with scripts/prepare_data.py")
+        return meta
+
+    def _tokenise(self, folder: Path, made_by: list) -> None:
         """Write the token file, whole or not at all."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -186,7 +208,7 @@ class TokenDataset:
                 raise UserError(f"{self.path}: no usable row in it")
             np.save(work / "ends.npy", np.array(ends, np.int64))
             meta = {"source": str(self.path), "documents": len(ends), "tokens": total, "bad": bad,
-                    "first_bad": first_bad, "settings": self.settings}
+                    "first_bad": first_bad, "key": folder.name, "made_by": made_by}
             write_atomically(work / "meta.json", json.dumps(meta, ensure_ascii=False).encode())
             os.rename(work, folder)
         except OSError:

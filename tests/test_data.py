@@ -6,8 +6,10 @@ import json
 import random
 import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from dataset import lm_dataset, packing
 from dataset.lm_dataset import SYSTEM_PROMPTS, PretrainDataset, SFTDataset, TokenDataset, read_rows
 from model.chat import BOS, END_THINK, EOS, THINK, ChatTokenizer
 from model.errors import UserError
+from scripts import prepare_data
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared" / "data"
@@ -232,6 +235,41 @@ def test_the_cache_can_be_carried_elsewhere(make, tmp_path, tokenizer, monkeypat
     forbid_tokenising(monkeypatch)
     second = PretrainDataset(path, tokenizer, 64, cache_dir=tmp_path / "elsewhere" / "cache")
     assert documents(second) == documents(first)
+
+
+def prepared(tmp_path, rows: list, kind: str = "sft", *flags: str) -> Path:
+    """The folder of tokens that scripts/prepare_data.py makes of `rows`, which are gone then, as it is moved."""
+    rows, made = write(tmp_path / "to_prepare.jsonl", rows), tmp_path / "tokens"
+    with mock.patch.object(sys, "argv", ["prepare_data.py", f"--kind={kind}", f"--data_path={rows}", f"--out={made}",
+                                         "--max_seq_len=64", *flags]):
+        prepare_data.main()
+    rows.unlink()
+    assert {path.name for path in tmp_path.iterdir()} <= {"tokens", "rows.jsonl", "cache"}  # nothing else is left
+    return Path(shutil.move(made, tmp_path / "carried"))
+
+
+@pytest.mark.parametrize("length", [64, 32])
+def test_a_prepared_folder_is_carried_without_its_file(make, tmp_path, tokenizer, monkeypatch, length):
+    rows = random_chats(7)
+    first = make(SFTDataset, rows, length)
+    folder = prepared(tmp_path, rows)
+    forbid_tokenising(monkeypatch)
+    second = SFTDataset(folder, tokenizer, length)
+    assert second.key == first.key and second.folder == folder  # so that a run goes on with either
+    for wanted, batch in batches(first):
+        assert all(batch[name].equal(tensor) for name, tensor in second.batch(wanted).items())
+
+
+def test_a_prepared_folder_is_refused_where_the_file_would_become_other_tokens(tmp_path, tokenizer):
+    folder = prepared(tmp_path, random_chats(8), "sft", "--system_prompt_ratio=0.5")
+    SFTDataset(folder, tokenizer, 64, system_prompt_ratio=0.5)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads((REPO / "model/tokenizer.json").read_text("utf-8"))))
+    for word, attempt in {"settings": lambda: SFTDataset(folder, tokenizer, 64),
+                          "kind": lambda: PretrainDataset(folder, tokenizer, 64),
+                          "tokenizer": lambda: SFTDataset(folder, ChatTokenizer(tmp_path), 64, system_prompt_ratio=0.5),
+                          "not of tokens": lambda: SFTDataset(tmp_path, tokenizer, 64)}.items():
+        with pytest.raises(UserError, match=word):
+            attempt()
 
 
 def test_other_content_settings_kind_or_tokenizer_make_another_cache(make, tmp_path):

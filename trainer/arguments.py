@@ -134,6 +134,7 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--log_interval", type=positive, default=100, help="steps between log lines")
     group.add_argument("--save_interval", type=positive, default=1000, help="steps between saves")
     group.add_argument("--eval_interval", type=natural, default=0, help="steps between validations (0: at the end)")
+    group.add_argument("--eval_first", type=int, choices=(0, 1), default=0, help="validate before the first step too")
     group.add_argument("--use_wandb", action="store_true", help="track with SwanLab (offline when it has no network)")
     group.add_argument("--wandb_project", help="project of the tracker")
     parser.set_defaults(**{"data_path": None, **defaults})

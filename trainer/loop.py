@@ -232,8 +232,9 @@ class Training:
             return
         self.peak = peak_flops(self.device, self.run_.dtype) * self.world.size
         self.flops = flops_per_token(self.parallel.plain, self.stream.length / 2)
-        if self.validate and not self.step:  # online RL: what could be done before is the measure of what is learned
-            self._report_start(self.validate())
+        # online RL always: what could be done before is the measure of what is learned
+        if not self.step and (self.validate or self._can_validate and args.eval_first):
+            self._report_first(self._validate())
         self._start_interval()
         stopping = ending = save_due = False
         while not ending:
@@ -372,11 +373,12 @@ class Training:
         self.log.write(row)
         self.tracker.log(row)
 
-    def _report_start(self, row: dict) -> None:
+    def _report_first(self, found: dict) -> None:
+        """What held-out rows say before the first step."""
         if self.world.main:
-            print(f"{self.args.save_weight} before · " + " ".join(f"{name} {value:.4f}" for name, value in row.items()),
-                  flush=True)
-            self.log.write({"step": 0, "tokens": 0, **row})
+            told = " ".join(f"{name} {value:.4f}" for name, value in found.items())
+            print(f"{self.args.save_weight} before · {told}", flush=True)
+            self.log.write({"step": 0, "epoch": 0.0, "tokens": 0, **found})
 
     def _save(self, row: dict) -> None:
         """Weights for use, and the state to resume from."""

@@ -53,7 +53,7 @@ class RowStream:
         self.micro_steps = next(n for n in range(-(-rows // args.batch_size), rows + 1) if rows % n == 0)
         self.steps = math.ceil(args.epochs * len(dataset) / self.rows_per_step)
         self.length = dataset.row_length  # positions of a row
-        self.settings = {"rows_per_step": self.rows_per_step, "data": dataset.folder.name, "packing": args.packing}
+        self.settings = {"rows_per_step": self.rows_per_step, "data": dataset.key, "packing": args.packing}
 
     def __str__(self) -> str:
         return f"{self.rows_per_step} rows a step"

@@ -1,0 +1,75 @@
+"""What measures: a step taken apart, and choices compared in the same time."""
+
+import json
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from lab import ROOT
+
+from benchmarks import profile_step, quality
+from trainer import loop, train_pretrain
+from trainer.losses import next_token_loss
+
+
+@pytest.fixture
+def saved(monkeypatch) -> dict:
+    """What a benchmark saves, by name."""
+    found = {}
+    for module in (profile_step, quality):
+        monkeypatch.setattr(module, "save_result", lambda name, numbers: found.update({name: numbers}))
+    return found
+
+
+def test_a_profile_takes_a_step_apart(data, saved, one_thread, monkeypatch):
+    monkeypatch.setattr(loop, "compile_blocks", lambda *_: None)
+    with mock.patch.object(sys, "argv", [
+            "profile_step.py", f"--data_path={data / 'pretrain.jsonl'}", "--hidden_size=64", "--num_hidden_layers=2",
+            "--batch_size=2", "--steps=2", "--device=cpu"]):
+        profile_step.main()
+    found, = saved.values()
+    assert sum(found["kinds"].values()) == pytest.approx(1) and found["kinds"]["matrix products"] > 0.1
+    assert len(found["largest"]) == 5 and found["largest"][0]["share"] >= found["largest"][1]["share"]
+    products, = [one["calls_a_step"] for one in found["largest"] if one["kernel"] == "aten::mm"]
+    assert products == 3 * (2 * 7 + 1)  # forward, and both gradients, of each layer's weights and of the head
+    assert found["seconds_a_step"] > 0 and 0 < found["data_wait"] < 1
+
+
+def test_without_document_masking_training_rows_are_one_document_and_validation_is_as_ever(lab, monkeypatch):
+    lab, seen = lab(), {True: [], False: []}
+
+    def watched(model, batch):
+        seen[model.training].append(batch)
+        return next_token_loss(model, batch)
+
+    monkeypatch.setattr(train_pretrain, "next_token_loss", watched)
+    monkeypatch.setattr(loop.Training, "_text_loss", lambda _, model, batch: watched(model, batch))
+    val = lab.data / "pretrain_val.jsonl"
+    quality.run_stage(lab.flags(train_pretrain, max_steps=2, val_data_path=val))
+    for training, batches in seen.items():
+        for batch in batches:
+            B, T = batch["input_ids"].shape
+            bounds = batch["cu_seqlens"].unique()
+            assert bounds.equal(torch.arange(B + 1, dtype=torch.int32) * T) is training
+            assert batch["position_ids"].equal(torch.arange(T).expand(B, T)) is training
+
+
+def test_choices_get_the_same_time(data, saved, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((data / "pretrain.jsonl").read_text() * 40)
+    with mock.patch.object(sys, "argv", [
+            "quality.py", "--choices=levers", "--only", "+ 8 rows a step, 2e-3", "--seconds=1", "--seeds=1",
+            "--hidden_size=64", "--num_hidden_layers=2", f"--data_path={rows}",
+            f"--val_data_path={data / 'pretrain_val.jsonl'}"]), mock.patch.object(quality, "CALIBRATION", 64):
+        quality.main()
+    (one,), = saved["quality_levers"].values()
+    assert one["val_bpb"] > 0 and one["steps"] > 1 and one["seconds"] > 0
+    json.dumps(saved)
+
+
+def test_levers_want_a_time(capsys):
+    with mock.patch.object(sys, "argv", ["quality.py", "--choices=levers", "--data_path=x", "--val_data_path=x"]), \
+            pytest.raises(SystemExit) as ended:
+        quality.main()
+    assert ended.value.code == 2 and "--seconds" in capsys.readouterr().err and (ROOT / "benchmarks").is_dir()
