@@ -339,6 +339,13 @@ def test_a_resumed_run_ends_as_the_whole_one_to_the_bit(lab, data, stage, name, 
     assert (whole.out / f"{name}_best_64.pth").exists()
 
 
+def test_before_the_first_update_nothing_has_moved_in_bf16_either(lab):
+    place = with_base(lab())
+    place.train(stage=train_grpo, **{**RL, "max_steps": 1}, beta=0.1, dtype="bfloat16", log_interval=1)
+    row = place.log("grpo_64")[-1]
+    assert row["approx_kl"] <= 1e-3 and row["kl"] <= 1e-3 and row["mismatch"] < 0.05
+
+
 def test_two_ranks_are_one_rank(lab, data):
     for stage, name, flags in (STAGES[0], STAGES[3]):
         one, two = (with_base(lab(f"{place}_{name}")) for place in ("one", "two"))
