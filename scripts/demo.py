@@ -65,7 +65,7 @@ def main() -> None:
     for stage in stages:
         first, last = (read_log(stage.log)[place] for place in (0, -1))
         print(f"{stage.name:13} " + " ".join(
-            f"{name} " + f"{first[name]:.3f} -> " * (first["step"] == 0) + f"{value:.3f}"
+            f"{name} " + (f"{first[name]:.3f} -> " if first["step"] == 0 else "") + f"{value:.3f}"
             for name, value in last.items() if name.startswith("val_")))
     print(f"\nloss curves: {curves.relative_to(ROOT)}   talk to it: .venv/bin/python eval_llm.py"
           f"   ({(time.perf_counter() - began) / 60:.1f} minutes in all)")
