@@ -2,8 +2,8 @@
 
     python benchmarks/dry_run.py --hidden_size 2048 --num_hidden_layers 20 --num_attention_heads 16 \\
                                  --num_key_value_heads 8 --ranks 8                    # 1 B on 8 GPUs, computed
-    python benchmarks/dry_run.py --check 1      # the same formulas for 64 M on this machine, beside what is measured
-    python benchmarks/dry_run.py --cost 1       # stage x model: hours and yuan on one RTX 3090, computed
+    python benchmarks/dry_run.py --check        # the same formulas for 64 M on this machine, beside what is measured
+    python benchmarks/dry_run.py --cost         # stage x model: hours and yuan on one RTX 3090, computed
 
 Nothing is allocated for the prediction: shapes come from the meta device, formulas from docs/scaling.md.
 """
@@ -21,10 +21,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import torch
 
 from benchmarks.machine import save_result
-from model.errors import run_main
+from model.errors import UserError, run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT
-from trainer.arguments import Parser, amount, model_flags, natural, positive, share
+from trainer.arguments import Parser, amount, model_flags, positive, share
+from trainer.loop import SIZES
 from trainer.metrics import flops_per_token
 
 # bytes of weights, gradients and moments that a rank holds, for P parameters on N ranks (fp32, AdamW)
@@ -33,8 +34,6 @@ STATE = {"ddp": lambda P, N: (4 * P, 4 * P, 8 * P),
          "zero2": lambda P, N: (4 * P + 4 * P / N, 4 * P / N, 8 * P / N),
          "zero3": lambda P, N: (8 * P / N, 4 * P / N, 8 * P / N),
          "fsdp": lambda P, N: (4 * P / N, 4 * P / N, 8 * P / N)}
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-         "use_moe")
 BYTES_PER_TOKEN = 3.3  # of our tokenizer: 3.39 Chinese, 3.25 English (docs/results.md)
 MOE_TIME = 1.4  # of a token against dense: the published hours, 3.23 / 2.31
 # bytes of the published files, and how often the recipe goes over them
@@ -156,7 +155,7 @@ def cost_table(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser)
-    parser.add_argument("--ranks", type=positive, default=8)
+    parser.add_argument("--ranks", type=positive, default=8, help="processes, one GPU each (default: 8)")
     parser.add_argument("--batch_size", type=positive, default=8, help="rows a rank takes at a time (default: 8)")
     parser.add_argument("--max_seq_len", type=positive, default=340, help="tokens in a row (default: 340)")
     parser.add_argument("--tflops", type=amount, default=71, help="of a rank's products, bf16 (default: a 3090's 71)")
@@ -164,8 +163,8 @@ def main() -> None:
     parser.add_argument("--link", type=amount, default=300, help="GB/s between ranks (default: NVLink's 300)")
     parser.add_argument("--width", type=int, choices=(2, 4), default=2, help="bytes of an activation")
     parser.add_argument("--price_per_hour", type=amount, default=1.3, help="yuan (default: 1.3)")
-    parser.add_argument("--check", type=natural, default=0, help="1: measure 64 M on this machine beside the formulas")
-    parser.add_argument("--cost", type=natural, default=0, help="1: the table of costs")
+    parser.add_argument("--check", action="store_true", help="measure 64 M on this machine beside the formulas")
+    parser.add_argument("--cost", action="store_true", help="the table of costs")
     parser.add_argument("--hold", type=Path, help=argparse.SUPPRESS)  # be a rank that writes there what it holds,
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)  # and trains with these flags, after --
     args = parser.parse_args()
@@ -177,7 +176,10 @@ def main() -> None:
         return save_result("dry_run_check", found)
     if args.cost:
         return print(cost_table(args))
-    model = outline(**{name: value for name in SIZES if (value := getattr(args, name)) is not None})
+    try:
+        model = outline(**{name: value for name in SIZES if (value := getattr(args, name)) is not None})
+    except ValueError as error:
+        raise UserError(str(error)) from None
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, "
           f"{flops_per_token(model, args.max_seq_len / 2) / 1e9:.2f} GFLOP a token; {args.ranks} ranks of "
           f"{args.tflops:g} TFLOP/s at MFU {args.mfu:.0%} (assumed), {args.batch_size} x {args.max_seq_len} tokens "

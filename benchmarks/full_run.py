@@ -32,7 +32,7 @@ from model.errors import Failure, UserError, run_main
 from model.weights import OUT_DIR, ROOT, load_for_inference, save_atomically
 from scripts.score_sample import score
 from scripts.stages import CHAT, COMMON, STAGES, run
-from trainer.arguments import Parser, amount
+from trainer.arguments import Parser, amount, positive
 from trainer.distributed import choose_device
 
 SAMPLE = {stage.name: stage for stage in STAGES}
@@ -194,7 +194,7 @@ def main() -> None:
                         help="folders of data files, the first that has one gives it (default: %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="STAGE.FLAG=VALUE", help="a stage's flag; all: of all")
     parser.add_argument("--sample_scale", type=amount, default=1.0, help="factor on the sample world's rows")
-    parser.add_argument("--every", type=int, default=1, help="evaluate on every so manieth held-out case")
+    parser.add_argument("--every", type=positive, default=1, help="evaluate on every so manieth held-out case")
     parser.add_argument("--price-per-hour", "--price_per_hour", type=amount, default=1.3,
                         help="of this machine, in yuan (default: %(default)s, a rented 3090)")
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="where the run's folder is made (default: out)")
@@ -212,7 +212,10 @@ def main() -> None:
         asked = flags.get(stage) or {"data": {"sample_scale": args.sample_scale, **token_flags(flags["full_sft"])},
                                      "evaluation": {"every": args.every}}[stage]
         asked = {key: str(value).replace(str(place), ".") for key, value in asked.items()}  # also where it is carried
-        parent, record = records.get(PARENTS.get(stage, "full_sft")), records.get(stage)
+        before = PARENTS.get(stage, "full_sft")
+        parent, record = records.get(before), records.get(stage)
+        if before and not (parent and parent["done"]):
+            raise UserError(f"--stages {stage}: begins with {before}, which is not done in {place}; name it too")
         if stage == "evaluation":  # of all there is
             parent = max((of for of in records.values() if of is not record and of["done"]), key=itemgetter("ended"))
         if record and (why := changes(record, asked, parent)):

@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="of these choices, only those with such a name")
     parser.add_argument("--data_path", type=Path, required=True, help="text to train on")
     parser.add_argument("--val_data_path", type=Path, required=True, help=f"text to compare on: {VAL_ROWS} rows of it")
-    parser.add_argument("--seconds", type=amount, default=0, help="training time of each (0: the same rows for all)")
+    parser.add_argument("--seconds", type=amount, default=0, help="of training for each choice (0: the same rows)")
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--hidden_size", type=positive, default=256)
     parser.add_argument("--num_hidden_layers", type=positive, default=4)

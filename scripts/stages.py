@@ -34,6 +34,7 @@ class Stage:
         return OUT_DIR / "logs" / f"{self.name}_{self.hidden_size}.jsonl"
 
 
+LONG_ROWS = ("--max_seq_len", 1024, "--batch_size", 2)  # as many tokens a step as 4 rows of 512, and 8% faster
 PAIRS = ("--data_path", SAMPLE / "dpo.jsonl", "--val_data_path", SAMPLE / "dpo_val.jsonl", "--optimizer", "adamw",
          "--batch_size", 2)
 SMALL = ("--hidden_size", 64, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--num_key_value_heads", 1,
@@ -47,11 +48,11 @@ ANSWERS = (*ONLINE, "--data_path", SAMPLE / "rlaif.jsonl", "--val_data_path", SA
 GROUPS = (*ANSWERS, "--beta", 0, "--max_steps", 12)
 STAGES = (
     Stage("pretrain", "trainer/train_pretrain.py", (
-        "--data_path", SAMPLE / "pretrain.jsonl", "--val_data_path", SAMPLE / "pretrain_val.jsonl",
+        *LONG_ROWS, "--data_path", SAMPLE / "pretrain.jsonl", "--val_data_path", SAMPLE / "pretrain_val.jsonl",
         "--num_hidden_layers", 4, "--num_attention_heads", 4, "--num_key_value_heads", 2, "--learning_rate", "4e-3"),
         scored=None),  # it only continues texts
     Stage("full_sft", "trainer/train_full_sft.py", (
-        "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl",
+        *LONG_ROWS, "--data_path", SAMPLE / "sft.jsonl", "--val_data_path", SAMPLE / "sft_val.jsonl",
         "--learning_rate", "4e-3", "--empty_think_ratio", 1, "--system_prompt_ratio", 0)),
     Stage("lora_identity", "trainer/train_lora.py", (
         "--data_path", SAMPLE / "lora_identity.jsonl", "--val_data_path", SAMPLE / "lora_identity_val.jsonl",
@@ -67,7 +68,8 @@ STAGES = (
     Stage("grpo", "trainer/train_grpo.py", (*GROUPS, "--loss_type", "grpo"), False),
     Stage("cispo", "trainer/train_grpo.py", (*GROUPS, "--loss_type", "cispo", "--save_weight", "cispo"), False),
     Stage("ppo_actor", "trainer/train_ppo.py", (
-        *ANSWERS, "--critic_learning_rate", "5e-4", "--kl_coef", 0, "--update_epochs", 1, "--max_steps", 24), False),
+        *ANSWERS, "--critic_learning_rate", "5e-4", "--kl_coef", 0, "--update_epochs", 1, "--learning_rate", "1e-4",
+        "--max_steps", 24), False),
     Stage("agent", "trainer/train_agent.py", (
         *ONLINE, "--data_path", SAMPLE / "agent_rl.jsonl", "--val_data_path", SAMPLE / "agent_rl_val.jsonl",
         "--num_generations", 4, "--max_seq_len", 384, "--max_gen_len", 96, "--max_total_len", 640, "--beta", "0.02",
