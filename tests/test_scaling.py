@@ -6,10 +6,12 @@ By default a part of the matrix is run; SCALING=all runs every stage with every 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import psutil
@@ -20,6 +22,8 @@ from ranks import run_all
 from torch.testing import assert_close
 
 from trainer import train_pretrain
+from trainer.distributed import World
+from trainer.loop import Run
 
 CONFIGS = ROOT / "trainer/deepspeed"
 ZERO = sorted(path.stem for path in CONFIGS.glob("*.json"))
@@ -189,6 +193,16 @@ def test_when_a_rank_is_killed_all_end_and_say_which_and_a_resume_goes_on(lab):
     step = lab.state()["step"]
     lab.train(epochs=4000, from_resume=1, max_steps=step + 2)
     assert lab.state()["step"] == step + 2
+
+
+def test_a_rank_that_failed_is_not_ended_by_the_launcher_before_it_said_why():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RuntimeError), Run._signals(SimpleNamespace(world=World(0, 2), stop_signal=None)):
+            raise RuntimeError("gloo: connection closed by peer")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

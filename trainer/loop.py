@@ -183,6 +183,10 @@ class Run:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except Exception:
+            if self.world.size > 1:  # the launcher ends the other ranks of a failed one: each first says why it failed
+                before[signal.SIGTERM] = signal.SIG_IGN
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
