@@ -126,3 +126,37 @@ def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray
     batch = {"input_ids": ids, "position_ids": positions, "attention_mask": real,
              "cu_seqlens": np.array(bounds, np.int32), "logits_at": logits_at, "targets": targets.ravel()[logits_at]}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def branched(trees: list[tuple[list[int], list[list[int]]]], size: int) -> dict[str, torch.Tensor]:
+    """Prompts, each with answers to it → one row [1, size] in which a prompt stands once, before all of its answers.
+
+    A batch like `collate`'s, in which every token of an answer is a target [M], in order. Answers see their prompt and
+    themselves: attention is computed over documents, bounded by `cu_seqlens`, in which each answer has its own copy of
+    the prompt. `spread` [S] says which position of the row each token of these is, `fold` [size] where in them the
+    result of each position stands. All else in the model is computed once a position.
+    """
+    ids, positions, targets, logits_at, spread, fold, bounds = [], [], [], [], [], [], [0]
+    for prompt, answers in trees:
+        trunk = range(len(ids), len(ids) + len(prompt))
+        ids += prompt
+        positions += range(len(prompt))
+        fold += range(len(spread), len(spread) + len(prompt))
+        for answer in answers:
+            own = range(len(ids), len(ids) + len(answer) - 1)  # the last token asks nothing
+            ids += answer[:-1]
+            positions += range(len(prompt), len(prompt) + len(own))
+            logits_at += [trunk[-1], *own]
+            targets += answer
+            spread += [*trunk, *own]
+            fold += range(len(spread) - len(own), len(spread))
+            bounds.append(len(spread))
+    used, padding = len(ids), size - len(ids)
+    fold += range(len(spread), len(spread) + padding)
+    spread += range(used, size)
+    bounds.append(len(spread))
+    batch = {"input_ids": [ids + [0] * padding], "position_ids": [positions + [0] * padding],
+             "attention_mask": [[1] * used + [0] * padding], "cu_seqlens": bounds, "logits_at": logits_at,
+             "targets": targets, "spread": spread, "fold": fold}
+    return {name: torch.tensor(value, dtype=torch.int32 if name == "cu_seqlens" else torch.int64)
+            for name, value in batch.items()}

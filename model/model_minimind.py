@@ -113,7 +113,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """
     half, rows = x.dtype == torch.bfloat16, x.flatten(0, -2)
     M = len(rows)
-    if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_grad_enabled() or M > LARGEST_FEW and not half:
+    # under no_grad alone all is as in training, to the bit; a compiler can only be asked for that
+    training = torch.is_grad_enabled() if torch.compiler.is_compiling() else not torch.is_inference_mode_enabled()
+    if x.device.type != "cpu" or x.dtype != weight.dtype or training or M > LARGEST_FEW and not half:
         return F.linear(x, weight)
     if M == 1 and not half:
         pieces = math.gcd(len(weight), 64)
@@ -223,12 +225,25 @@ def _loop_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Te
     return torch.cat(attended, dim=1).transpose(0, 1).reshape(q.shape)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+@torch.compiler.disable  # as many sizes as there are batches
+def _attend_apart(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spread: Tensor, fold: Tensor) -> Tensor:
+    """The same where documents share their first tokens, which only here stand as often as they are shared."""
+    apart = [x.flatten(0, 1).index_select(0, spread)[None] for x in (q, k, v)]
+    fused = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    out = (_flash_by_document if fused else _loop_by_document)(*apart, cu_seqlens)
+    return out[0].index_select(0, fold).view(q.shape)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+           spread: Tensor | None = None, fold: Tensor | None = None) -> Tensor:
     """softmax(q·kᵀ/√D)·v with shared key-value heads: q [B, T, heads, D], k, v [B, S, kv_heads, D] → as q.
 
     `mask` [B, 1, T, S] bool says which keys a query sees. `cu_seqlens` [documents + 1] int32 bounds the documents
     of packed rows in the flattened [B*T]; repeated bounds are empty documents. With neither: plain causal, T = S.
+    With `spread` and `fold` (`dataset.packing.branched`) several documents share their first tokens.
     """
+    if spread is not None:
+        return _attend_apart(q, k, v, cu_seqlens, spread, fold)
     if cu_seqlens is not None and mask is None:
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             return _flash_by_document(q, k, v, cu_seqlens)
@@ -259,13 +274,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-                cache) -> Tensor:
+                cache, spread: Tensor | None, fold: Tensor | None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_index)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return self.o_proj(attend(q, k, v, mask, cu_seqlens).flatten(2))
+        return self.o_proj(attend(q, k, v, mask, cu_seqlens, spread, fold).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -377,8 +392,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None, cu_seqlens=None, cache=None,
-                real: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cu_seqlens, cache)
+                real: Tensor | None = None, spread=None, fold=None) -> tuple[Tensor, Tensor | None]:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cu_seqlens, cache, spread, fold)
         normed = self.post_attention_layernorm(x)
         if not self.use_moe:
             return x + self.mlp(normed), None
@@ -421,11 +436,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                past_key_values=None, cu_seqlens: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
+                past_key_values=None, cu_seqlens: Tensor | None = None, spread: Tensor | None = None,
+                fold: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
         """[B, T] → hidden states [B, T, H] and, for MoE, the load-balancing loss (not yet times its coefficient).
 
-        `attention_mask`: [B, S] with 0 on padding, or a ready [B, 1, T, S] bool. `cu_seqlens`: see `attend`; then
-        `attention_mask` only says which tokens are real. `past_key_values`: anything with transformers' `update`.
+        `attention_mask`: [B, S] with 0 on padding, or a ready [B, 1, T, S] bool. `cu_seqlens`, `spread`, `fold`: see
+        `attend`; then `attention_mask` only says which tokens are real. `past_key_values`: anything with transformers'
+        `update`.
         """
         T = input_ids.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None and position_ids is None else 0
@@ -449,7 +466,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
         x, balances = self.embed_tokens(input_ids), []
         for layer in self.layers:
-            x, balance = layer(x, cos, sin, mask, cu_seqlens, past_key_values, real)
+            x, balance = layer(x, cos, sin, mask, cu_seqlens, past_key_values, real, spread, fold)
             balances.append(balance)
         return self.norm(x), self.balancing_loss(balances) if self.config.use_moe else None
 
@@ -472,8 +489,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values=None, labels: Tensor | None = None, use_cache: bool = False,
-                logits_to_keep: int | Tensor = 0, logits_at: Tensor | None = None, cu_seqlens: Tensor | None = None,
-                **_) -> MoeCausalLMOutputWithPast:
+                logits_to_keep: int | Tensor = 0, logits_at: Tensor | None = None,
+                **packed) -> MoeCausalLMOutputWithPast:
         """Logits [B, T, V], or of the last `logits_to_keep` of each row, or [M, V] at the flat indices `logits_at` [M].
 
         `labels` [B, T] (-100 ignored) are the input ids; the shift happens here, and `loss` is the mean next-token
@@ -481,7 +498,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, past_key_values, cu_seqlens)
+        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, past_key_values, **packed)
         if logits_at is not None:
             logits = self.lm_head(round_up(hidden.flatten(0, 1)[logits_at]))[:len(logits_at)]
         else:

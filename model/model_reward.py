@@ -30,9 +30,9 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
         return model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                logits_at: Tensor | None = None, cu_seqlens: Tensor | None = None, **_) -> MoeCausalLMOutputWithPast:
+                logits_at: Tensor | None = None, **packed) -> MoeCausalLMOutputWithPast:
         """Rewards as `logits` [B, 1] at the last real token of each row, or [M, 1] at the flat indices `logits_at`."""
-        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, None, cu_seqlens)
+        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, None, **packed)
         if logits_at is None:
             B, T = input_ids.shape
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask

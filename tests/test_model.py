@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from dataset.packing import branched
 from model import model_minimind as mm
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, _grouped_by_expert, _loop_by_expert
 
@@ -204,6 +205,32 @@ def test_balancing_loss_of_packed_documents_equals_qwen3_on_a_padded_batch(kind,
     same_gradient((our.loss, our.aux_loss), (their.loss, their.aux_loss))
     our.loss.backward()
     their.loss.backward()
+    same_gradient(gradients(ours), gradients(theirs))
+
+
+def some_trees() -> list[tuple[list[int], list[list[int]]]]:
+    """Prompts of other lengths, each with answers, one of a single token."""
+    return [(tokens(1, prompt)[0].tolist(), [tokens(1, n)[0].tolist() for n in lengths])
+            for prompt, lengths in ((7, (5, 1, 9)), (1, (4,)), (12, (2, 6)))]
+
+
+@every_kind
+def test_answers_that_share_their_prompt_equal_qwen3_on_each_conversation_alone(kind, device):
+    (ours, theirs), trees = twins(kind, device), some_trees()
+    batch = {name: x.to(device) for name, x in branched(trees, 64).items()}
+    assert int(batch["attention_mask"].sum()) == 7 + 12 + 1 + 3 + 12 + 6  # a prompt once, no answer's last token
+    targets = batch.pop("targets")
+    assert targets.tolist() == sum((answer for _, answers in trees for answer in answers), [])
+    log_p = -F.cross_entropy(ours(**batch).logits, targets, reduction="none")
+    alone = []
+    for prompt, answers in trees:
+        for answer in answers:
+            logits = theirs(torch.tensor([prompt + answer], device=device)).logits[0, len(prompt) - 1:-1]
+            alone.append(-F.cross_entropy(logits, torch.tensor(answer, device=device), reduction="none"))
+    same(log_p, torch.cat(alone))
+    weight = torch.linspace(-1, 1, len(targets), device=device)
+    (log_p * weight).sum().backward()
+    (torch.cat(alone) * weight).sum().backward()
     same_gradient(gradients(ours), gradients(theirs))
 
 

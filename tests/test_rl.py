@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lab import DEADLINE, TOKENIZER, small_model
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from dataset.prompts import Prompt, PromptDataset
@@ -19,7 +20,7 @@ from scripts.draw_curves import draw_curves
 from trainer import losses, train_grpo, train_ppo
 from trainer.arguments import policy_parser, read_policy
 from trainer.distributed import World
-from trainer.experience import Experience, ValueTracker, coloured
+from trainer.experience import Experience, ValueTracker, coloured, share_prompts
 from trainer.losses import gae, group_advantages, k3, policy_losses, policy_terms, value_losses
 from trainer.rollout_engine import LocalEngine, Trajectory, full_distribution
 
@@ -237,6 +238,35 @@ def test_what_is_known_before_the_update_is_exactly_what_the_update_starts_from(
             loss = losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.1, 0.0, 1.0)
             assert float(loss.seen["approx_kl"]) == float(loss.seen["kl"]) == float(loss.seen["clipped"]) == 0
     assert len(rollouts.engine.asked) == 12
+
+
+def test_a_prompt_is_computed_once_for_all_of_its_answers_that_fit():
+    rollouts = experience(flags=("--batch_size", 4, "--accumulation_steps", 1, "--max_gen_len", 60))
+    (batch,) = (step := rollouts.take(0)).batches
+    prompts = {tuple(prompt.ids): prompt.ids for prompt, _ in rollouts.engine.asked}
+    answers = Scripted().generate(*map(list, zip(*rollouts.engine.asked, strict=True)))
+    assert len(prompts) == 4 and len(answers) == 12
+    expected = sum(map(len, prompts)) + sum(len(answer.ids) - 1 for answer in answers)
+    assert int(batch["attention_mask"].sum()) == expected
+    assert share_prompts(answers[:3], 10_000)[0].answers == [0, 1, 2]
+    size = len(answers[0].tokens) - 1
+    assert [tree.answers for tree in share_prompts(answers[:3], size)] == [[0], [1], [2]]  # none is too large
+    assert step.tokens == expected
+
+
+def test_batches_of_any_size_share_the_graphs_of_the_first():
+    torch._dynamo.reset()
+    counters.clear()
+    rollouts = experience(flags=("--use_compile", 1))
+    for layer in rollouts.model.model.layers:
+        layer.compile(dynamic=False, backend="aot_eager")
+    graphs, sizes = [], set()
+    for number in range(3):
+        for batch in rollouts.take(number).batches:
+            losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.0, 0.0, 1.0).total.backward()
+            sizes |= {len(batch["spread"]), len(batch["cu_seqlens"])}
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert len(sizes) > 3 and len(set(graphs)) == 1, graphs
 
 
 def test_groups_that_teach_nothing_are_counted_and_drawn_again():

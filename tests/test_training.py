@@ -26,7 +26,7 @@ from model.errors import UserError
 from model.weights import find_weight, load_weight, save_weight
 from trainer import loop, train_full_sft, train_pretrain
 from trainer.distributed import World
-from trainer.losses import MODEL_INPUTS, Loss, balancing, next_token_loss
+from trainer.losses import Loss, balancing, inputs, next_token_loss
 from trainer.metrics import MetricsLog, flops_per_token
 from trainer.optimizer import Muon, learning_rate, make_optimizers
 from trainer.stream import RowStream
@@ -226,7 +226,7 @@ def test_a_step_is_the_plain_mean_over_its_tokens_and_the_balancing_loss(lab, mo
     batches, expected = [], {}
 
     def plain(model, batch):
-        out = model(**{name: batch[name] for name in MODEL_INPUTS})
+        out = model(**inputs(batch))
         loss = F.cross_entropy(out.logits, batch["targets"]) + model.config.router_aux_loss_coef * out.aux_loss
         named = dict(model.named_parameters())
         expected.update(zip(named, torch.autograd.grad(loss, named.values()), strict=True))

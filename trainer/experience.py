@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.packing import collate, layout, pack
+from dataset.packing import best_fit, branched
 from dataset.prompts import PromptDataset
 from model.chat import ChatTokenizer
 from model.errors import UserError
 from model.sampling import Sampling
-from trainer.losses import MODEL_INPUTS, Loss, gae, group_advantages, k3, token_log_probs
+from trainer.losses import Loss, gae, group_advantages, inputs, k3, token_log_probs
 from trainer.rollout_engine import Trajectory, full_distribution
 from trainer.stream import Step, places
 
@@ -174,40 +174,40 @@ class Experience:
         return group_advantages(rewards, bool(self.args.scale_rewards)).flatten()
 
     def _mini_batch(self, trajectories: list[Trajectory], advantages: Tensor) -> tuple[list[dict], int, int]:
-        """Trajectories → this rank's micro-batches of packed rows, the units of all ranks, their tokens.
+        """Trajectories → this rank's micro-batches, the units of all ranks, the tokens that are read.
 
-        A micro-batch has what `collate` gives and, of each target [M]: `document`, which trajectory of the micro-batch
+        A micro-batch has what `branched` gives and, of each target [M]: `document`, which trajectory of the micro-batch
         it belongs to, `advantage`, `weight` and `sampled_logp`.
         """
-        counts = np.array([sum(trajectory.sampled) for trajectory in trajectories])
-        by_sequence = self.args.aggregation == "sequence"
-        tokens = np.concatenate([trajectory.tokens for trajectory in trajectories])
-        lengths = np.array([len(trajectory.tokens) for trajectory in trajectories])
-        mask = np.concatenate([[False] * len(t.prompt.ids) + t.sampled for t in trajectories])
-        logprobs = np.concatenate([[0.0] * len(t.prompt.ids) + t.logprobs for t in trajectories])
-        of_token = np.repeat(np.arange(len(trajectories)), lengths)
-
-        longest, world, B = int(lengths.max()) - 1, self.world.size, self.args.batch_size
-        capacity = self.length
-        if not self.args.use_compile:  # no shape has to stay: rows no longer than what there is
-            capacity = min(capacity, -(-max(longest, int(lengths.sum()) // world) // 64) * 64)
-        rows = pack(np.cumsum(lengths) - lengths, lengths - 1, max(capacity, longest))
-        micro_steps = -(-len(rows) // (world * B))
-        wanted = np.full((micro_steps, world, -(-len(rows) // (world * micro_steps))), -1)
-        wanted.ravel()[:len(rows)] = np.arange(len(rows))
-        batches = []
-        for mine in wanted[:, self.world.rank]:
-            batch = collate(rows, mine, tokens, mask, capacity, int(np.diff(rows.first).max()))
-            pieces, begins = layout(rows, mine, capacity)
-            document = np.searchsorted(begins, batch["logits_at"].numpy(), side="right") - 1
-            at = rows.start[pieces[document]] + batch["logits_at"].numpy() - begins[document] + 1  # in `tokens`
-            trajectory = of_token[at]
-            weight = 1 / counts[trajectory] if by_sequence else np.ones(len(at))
-            batch |= {"document": torch.from_numpy(document), "advantage": advantages[torch.from_numpy(trajectory)],
-                      "weight": torch.from_numpy(weight).float(),
-                      "sampled_logp": torch.from_numpy(logprobs[at]).float()}
+        args, world, by_sequence = self.args, self.world, self.args.aggregation == "sequence"
+        budget = args.batch_size * self.length  # tokens of a micro-batch
+        if not args.use_compile:  # no shape has to stay: there is something for each rank
+            budget = min(budget, -(-sum(len(trajectory.tokens) for trajectory in trajectories) // world.size))
+        trees = share_prompts(trajectories, budget)
+        sizes = np.array([tree.size for tree in trees])
+        budget = max(budget, int(sizes.max()))
+        place, batches = best_fit(sizes, budget), []
+        for number in range(world.rank, -(-(int(place.max()) + 1) // world.size) * world.size, world.size):
+            mine = [trees[i] for i in np.flatnonzero(place == number)]
+            size = budget if args.use_compile else -(-max(sum(tree.size for tree in mine), 1) // 64) * 64
+            batch = branched([(tree.prompt, [trajectories[i].ids for i in tree.answers]) for tree in mine], size)
+            numbers = torch.tensor([i for tree in mine for i in tree.answers], dtype=torch.int64)
+            answers = [trajectories[i] for i in numbers]
+            lengths = torch.tensor([len(answer.ids) for answer in answers], dtype=torch.int64)
+            weight = torch.tensor([1 / sum(answer.sampled) if by_sequence else 1.0 for answer in answers])
+            batch |= {"document": torch.arange(len(answers)).repeat_interleave(lengths),
+                      "advantage": advantages[numbers].repeat_interleave(lengths),
+                      "weight": weight.repeat_interleave(lengths),
+                      "sampled_logp": torch.tensor([logp for answer in answers for logp in answer.logprobs])}
+            drawn = torch.tensor([drawn for answer in answers for drawn in answer.sampled], dtype=torch.bool)
+            for name in ("logits_at", "targets", "document", "advantage", "weight", "sampled_logp"):
+                batch[name] = batch[name][drawn]
             batches.append({name: value.to(self.run.device) for name, value in batch.items()})
-        return batches, len(trajectories) if by_sequence else int(counts.sum()), int(lengths.sum())
+            if args.use_compile:
+                for name in ("spread", "cu_seqlens"):
+                    torch._dynamo.maybe_mark_dynamic(batches[-1][name], 0)
+        units = len(trajectories) if by_sequence else sum(sum(trajectory.sampled) for trajectory in trajectories)
+        return batches, units, int(sizes.sum())
 
     @torch.no_grad()
     def _look(self, batches: list[dict]) -> None:
@@ -216,7 +216,7 @@ class Experience:
         for batch in batches:
             with self.run.autocast():
                 if self.critic:
-                    output, batch["value"] = self.model(**{name: batch[name] for name in MODEL_INPUTS})
+                    output, batch["value"] = self.model(**inputs(batch))
                     batch["old"] = token_log_probs(output.logits, batch["targets"], self.args.temperature)
                 elif several or self.tracker:
                     batch["old"] = self._log_probs(self.model, batch)
@@ -224,7 +224,7 @@ class Experience:
                     batch["reference"] = self._log_probs(self.reference, batch)
 
     def _log_probs(self, model: nn.Module, batch: dict) -> Tensor:
-        logits = model(**{name: batch[name] for name in MODEL_INPUTS}).logits
+        logits = model(**inputs(batch)).logits
         return token_log_probs(logits, batch["targets"], self.args.temperature)
 
     def _judge(self, batches: list[dict]) -> None:
@@ -298,6 +298,29 @@ class Group:
     def alike(self) -> bool:
         """Whether no answer is better than another, so that nothing can be learned from them."""
         return bool((self.rewards == self.rewards[0]).all())
+
+
+@dataclass
+class Tree:
+    """A prompt and answers to it, by number, that are learned from together; `size` in tokens, the prompt once."""
+
+    prompt: list[int]
+    answers: list[int]
+    size: int
+
+
+def share_prompts(trajectories: list[Trajectory], budget: int) -> list[Tree]:
+    """Answers to one prompt share a tree as long as it has at most `budget` tokens."""
+    trees, last = [], {}
+    for number, trajectory in enumerate(trajectories):
+        prompt, own = tuple(trajectory.prompt.ids), len(trajectory.ids) - 1
+        tree = last.get(prompt)
+        if tree is None or tree.size + own > budget:
+            tree = last[prompt] = Tree(trajectory.prompt.ids, [], len(prompt))
+            trees.append(tree)
+        tree.answers.append(number)
+        tree.size += own
+    return trees
 
 
 class ValueTracker:

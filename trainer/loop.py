@@ -28,7 +28,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPr
 from model.weights import cpu_has_bfloat16, file_stem, load_state, load_weight, save_weight
 from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
 from trainer.distributed import joined
-from trainer.losses import MODEL_INPUTS, Loss
+from trainer.losses import Loss, inputs
 from trainer.metrics import MetricsLog, Tracker, duration, flops_per_token, peak_flops, peak_memory
 from trainer.optimizer import learning_rate, make_optimizers
 from trainer.parallel import STRATEGIES, checkpoint_blocks
@@ -358,7 +358,7 @@ class Training:
 
     def _text_loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
         """Next-token loss; the nats of the text's tokens and the bytes these stand for are counted beside it."""
-        logits = model(**{name: batch[name] for name in MODEL_INPUTS}).logits
+        logits = model(**inputs(batch)).logits
         nats = nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none").cpu().double()
         lengths = torch.tensor([0 if i < 36 else len(b) for i, b in enumerate(self.run_.tokenizer.token_bytes)])
         size = lengths[batch["targets"].cpu()]

@@ -9,8 +9,13 @@ from torch import Tensor, nn
 from model.chat import CALL, END_CALL, END_THINK, THINK
 from model.model_minimind import MiniMindForCausalLM, document_mask
 
-MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "cu_seqlens", "logits_at")
+MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "cu_seqlens", "logits_at", "spread", "fold")
 TAGS = (THINK, END_THINK, CALL, END_CALL)
+
+
+def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the model takes."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
 class Loss(NamedTuple):
@@ -32,7 +37,7 @@ def next_token_loss(model: nn.Module, batch: dict[str, Tensor], tag_weight: floa
 
     A target that is a tag of thinking or of a tool call counts `tag_weight` times, and once as a token.
     """
-    output = model(**{name: batch[name] for name in MODEL_INPUTS})
+    output = model(**inputs(batch))
     logits, targets = output.logits.float(), batch["targets"]
     total = F.cross_entropy(logits, targets, reduction="sum")
     if tag_weight != 1:
@@ -55,7 +60,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, reverse: bo
 def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Logits [M, V] of any decoder at `logits_at`; one of transformers' gets the documents' bounds as a mask."""
     if isinstance(teacher, MiniMindForCausalLM):
-        return teacher(**{name: batch[name] for name in MODEL_INPUTS}).logits
+        return teacher(**inputs(batch)).logits
     mask = document_mask(batch["cu_seqlens"], *batch["input_ids"].shape)
     hidden = teacher.base_model(batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"],
                                 use_cache=False).last_hidden_state
@@ -65,7 +70,7 @@ def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def distillation_loss(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module, alpha: float, temperature: float,
                       reverse: bool) -> Loss:
     """Σ alpha · (-log p(target)) + (1 - alpha) · T² · KL over the supervised tokens; T² keeps gradients of one size."""
-    output = model(**{name: batch[name] for name in MODEL_INPUTS})
+    output = model(**inputs(batch))
     with torch.no_grad():
         theirs = teacher_logits(teacher, batch).float()
     logits = output.logits.float()
@@ -82,7 +87,7 @@ PREFERENCES = ("sigmoid", "ipo", "simpo")
 
 def answer_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Σ log p over the answer of each document: [D], and the load-balancing loss."""
-    output = model(**{name: batch[name] for name in MODEL_INPUTS})
+    output = model(**inputs(batch))
     log_p = -F.cross_entropy(output.logits.float(), batch["targets"], reduction="none")
     return log_p.new_zeros(len(batch["ends"])).index_add(0, batch["document"], log_p), output.aux_loss
 
@@ -123,7 +128,7 @@ def dpo_loss(model: nn.Module, batch: dict[str, Tensor], kind: str, beta: float,
 
 def reward_loss(model: nn.Module, batch: dict[str, Tensor]) -> Loss:
     """Σ over pairs of -log σ(r(chosen) - r(rejected)) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)."""
-    output = model(**{name: batch[name] for name in MODEL_INPUTS} | {"logits_at": batch["ends"]})
+    output = model(**inputs(batch) | {"logits_at": batch["ends"]})
     reward = output.logits.float()[:, 0]
     margin = reward[0::2] - reward[1::2]
     return Loss(-F.logsigmoid(margin).sum(), balancing(model, output.aux_loss),
@@ -213,7 +218,7 @@ def policy_terms(new: Tensor, batch: dict[str, Tensor], kind: str, low: float, h
 def policy_loss(model: nn.Module, batch: dict[str, Tensor], kind: str, low: float, high: float, beta: float,
                 is_cap: float, temperature: float) -> Loss:
     """`policy_terms` of the sampled tokens of a batch."""
-    output = model(**{name: batch[name] for name in MODEL_INPUTS})
+    output = model(**inputs(batch))
     new = token_log_probs(output.logits, batch["targets"], temperature)
     total, seen = policy_terms(new, batch, kind, low, high, beta, is_cap)
     return Loss(total, balancing(model, output.aux_loss), seen)
@@ -234,7 +239,7 @@ def ppo_loss(model: nn.Module, batch: dict[str, Tensor], epsilon: float, value_c
     `model` gives logits and values [M]; of each token `value` was the critic's before the update, `returns` its target.
     The KL to the reference is part of the rewards, so here it is only logged.
     """
-    output, values = model(**{name: batch[name] for name in MODEL_INPUTS})
+    output, values = model(**inputs(batch))
     new = token_log_probs(output.logits, batch["targets"], temperature)
     total, seen = policy_terms(new, batch, "ppo", epsilon, epsilon, 0.0, is_cap)
     of_value = (batch["weight"] * value_losses(values, batch["value"], batch["returns"], value_clip)).sum()
