@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal: interactively, with one --prompt, or with the built-in --questions."""
+"""Talk to a model in the terminal: interactively, with --prompt, or with the built-in --questions."""
 
 import argparse
 import sys
@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weight", default="full_sft",
                         help="name of the weight; 'pretrain…' continues text, others chat")
     loading_flags(parser)
-    parser.add_argument("--prompt", help="answer this and exit")
+    parser.add_argument("--prompt", nargs="+", help="answer this, or each of these by itself, and exit")
     parser.add_argument("--questions", action="store_true", help="answer the built-in questions and exit")
     parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
     parser.add_argument("--max_new_tokens", type=positive, default=1024, help="longest answer, in tokens")
@@ -118,17 +118,16 @@ def interact(chat: Chat) -> None:
 def main() -> None:
     args = parse_arguments()
     chat = Chat(*load_asked(args, args.weight), args)
-    if args.prompt is not None:
-        if not args.prompt.strip():
-            raise UserError("--prompt is empty")
-        chat.answer(args.prompt)
-    elif args.questions:
-        for question in TEXTS if chat.continues_text else QUESTIONS:
+    if not args.prompt and not args.questions:
+        return interact(chat)
+    asked = args.prompt or (TEXTS if chat.continues_text else QUESTIONS)
+    if not all(map(str.strip, asked)):
+        raise UserError("--prompt is empty")
+    for question in asked:
+        if len(asked) > 1:
             print(f"\n> {question}")
-            chat.messages.clear()
-            chat.answer(question)
-    else:
-        interact(chat)
+        chat.messages.clear()
+        chat.answer(question)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,8 @@ def score(stage: Stage) -> dict[str, float]:
 
 
 def count_calls() -> None:
-    """What the agent gained in using tools: the counts, not each case."""
-    said = run("eval_toolcall.py", *SIZE, "--weight", "full_sft", "agent", "--benchmark", 50, "--cases",
-               SAMPLE / "agent_rl_val.jsonl", show=False)
+    """What the agent gained with each tool, beside the task of its stage: the counts, not each case."""
+    said = run("eval_toolcall.py", *SIZE, "--weight", "full_sft", "agent", "--benchmark", 50, show=False)
     print("\n".join(line for line in said.splitlines() if line[:1] not in "✅❌"))
 
 
@@ -49,8 +48,7 @@ def main() -> None:
         minutes[stage.name] = (time.perf_counter() - start) / 60
         scores[stage.name] = score(stage)
     count_calls()
-    for question in CHAT:
-        run("eval_llm.py", *SIZE, "--temperature", 0, "--prompt", question)
+    run("eval_llm.py", *SIZE, "--temperature", 0, "--prompt", *CHAT)
 
     curves = OUT_DIR / "demo.png"
     draw_curves([stage.log for stage in stages], curves)
