@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -156,6 +157,53 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
     return {name: 1000 * seconds for name, seconds in result.items()}
 
 
+@torch.inference_mode()
+def profile_arriving(model: nn.Module, requests: list[tuple[list[int], int]], every: int) -> dict[str, dict]:
+    """Seconds that requests take which arrive `every` so many steps, or all at once: where they go.
+
+    "least": the products' FLOP at the speed of a 1024³ product, but at least the weights read once in each pass.
+    """
+    engine = Engine(model, max_batch=32)
+    found, phase = {name: Counter() for name in ("reading", "answering", "beside")}, "beside"
+    square, long = torch.randn(1024, 1024), torch.randn(2**26)
+    speed = 2e-12 * 1024**3 / seconds_of(lambda: square @ square)
+    reading = sum(p.nbytes for p in model.parameters()) / (long.nbytes / seconds_of(lambda: long.sum()))
+
+    def timed(part: str, work: Callable) -> Callable:
+        def measured(*arguments, **options):
+            began = time.perf_counter()
+            result = work(*arguments, **options)
+            found[phase][part] += time.perf_counter() - began
+            if part == "products":
+                found[phase]["TFLOP"] += 2e-12 * arguments[1].numel() * arguments[0].numel() / arguments[0].shape[-1]
+            return result
+        return measured
+
+    def forward(places: list[int]) -> tuple:
+        nonlocal phase
+        sequences = [engine._places[place] for place in places]
+        lengths = [min(len(s._tokens) - s._computed, engine.prefill_chunk) for s in sequences]
+        phase = "reading" if max(lengths) > 1 else "answering"
+        here, before = found[phase], found[phase]["TFLOP"]
+        here.update(passes=1, tokens=sum(lengths), rows=len(lengths) * max(lengths))
+        result = passed(places)
+        here["least"] += max((here["TFLOP"] - before) / speed, reading)
+        phase = "beside"
+        return result
+
+    passed = timed("whole", engine._forward)
+    engine._forward = forward
+    engine._draw, engine._admit, engine._leave, engine._reserve = (
+        timed(part, work) for part, work in (("drawing", engine._draw), ("places", engine._admit),
+                                             ("places", engine._leave), ("places", engine._reserve)))
+    with mock.patch.object(model_minimind, "product", timed("products", product)), \
+            mock.patch.object(model_minimind, "attend", timed("attention", model_minimind.attend)):
+        began = time.perf_counter()
+        engine_run(engine, requests, every)
+        found["beside"]["whole"] = time.perf_counter() - began - sum(found[name]["whole"] for name in found)
+    return found
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden_size", type=positive, default=768)
@@ -184,19 +232,27 @@ def main() -> None:
     def prompt(length: int) -> list[int]:
         return [dice.randrange(36, config.vocab_size) for _ in range(length)]
 
+    cases = {
+        "alone": ([(prompt(args.prompt), args.tokens)], True),
+        "at once": ([(prompt(args.prompt), args.tokens) for _ in range(32)], True),
+        "arriving": ([(prompt(dice.randint(16, 200)), dice.randint(32, 192)) for _ in range(32)], False),
+    }
     kind = "_moe" * args.use_moe + "_compiled" * args.compile
     if args.profile:
         counts = (1, 8, 32)
         results = {str(n): profile(fast, [prompt(64) for _ in range(n)], bool(args.compile)) for n in counts}
         for name in results["1"]:
             print(f"{name:20}", *(f"{results[str(n)][name]:8.1f}" for n in counts), "ms")
+        if not args.compile:  # which would hide what a pass is made of
+            clients = [(prompt(200), 64) for _ in range(32)]  # as benchmarks/serve_load.py --rounds 1 --tokens 64
+            for name, requests, every in (("arriving", cases["arriving"][0], 2), ("32 clients", clients, 0)):
+                results[name] = profile_arriving(fast, requests, every)
+                parts = list(dict.fromkeys(part for of in results[name].values() for part in of))
+                print(f"\n{name}, seconds", *(f"{phase:>12}" for phase in results[name]))
+                for part in parts:
+                    print(f"{part:20}", *(f"{of[part]:12,.2f}" for of in results[name].values()))
         save_result(f"decode_profile{kind}_{args.hidden_size}x{args.num_hidden_layers}", results)
         return
-    cases = {
-        "alone": ([(prompt(args.prompt), args.tokens)], True),
-        "at once": ([(prompt(args.prompt), args.tokens) for _ in range(32)], True),
-        "arriving": ([(prompt(dice.randint(16, 200)), dice.randint(32, 192)) for _ in range(32)], False),
-    }
     results = {name: compare(name, cases[name][0], plain, fast, args, cases[name][1]) for name in args.cases}
     save_result(f"decode_speed{kind}_{args.hidden_size}x{args.num_hidden_layers}",
                 {"dtype": str(fast.dtype).removeprefix("torch."), **results})

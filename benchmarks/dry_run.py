@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -24,9 +25,11 @@ from benchmarks.machine import save_result
 from model.errors import UserError, run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT
+from trainer import train_pretrain
 from trainer.arguments import Parser, amount, model_flags, positive, share
 from trainer.loop import SIZES
 from trainer.metrics import flops_per_token
+from trainer.parallel import MOMENTS, STRATEGIES, DeepSpeed, Replicas
 
 # bytes of weights, gradients and moments that a rank holds, for P parameters on N ranks (fp32, AdamW)
 STATE = {"ddp": lambda P, N: (4 * P, 4 * P, 8 * P),
@@ -73,32 +76,46 @@ def predict(model: MiniMindForCausalLM, args: argparse.Namespace) -> list[dict]:
 # -- the check ---------------------------------------------------------------------------------------------------------
 
 
+def bytes_of(tensors: Iterable) -> int:
+    """Of what this rank has of them."""
+    return sum(getattr(x, "ds_tensor", x.to_local() if hasattr(x, "to_local") else x).nbytes for x in tensors)
+
+
+def held(parallel: Replicas) -> dict[str, int]:
+    """Bytes that this rank holds between the backward pass and the update, counted from the live tensors."""
+    weights = list(parallel.model.parameters())
+    gradients = [p.grad for p in weights if p.grad is not None]
+    moments = [x for optimizer in parallel.optimizers for state in optimizer.state.values()
+               for key, x in state.items() if key in MOMENTS]
+    if isinstance(parallel, DeepSpeed):  # steps a flat copy, and has gradients of its own from stage 2 on
+        zero = parallel.wrapped.optimizer
+        if parallel.stage == 3:
+            weights, gradients = weights + zero.fp32_partitioned_groups_flat, [zero.grad_partitions_flat_buffer]
+        else:
+            weights = weights + list(zero.single_partition_of_fp32_groups)
+            gradients += [x for group in zero.all_grad_tensors.values() for x in group or ()]
+    return {part: bytes_of(of) for part, of in
+            {"weights": weights, "gradients": gradients, "moments": moments}.items()}
+
+
 def hold(target: Path, flags: list[str]) -> None:
-    """Run in every rank: train two steps, and write what this rank held before the second update, in bytes."""
-    from trainer import train_pretrain
-    from trainer.parallel import Replicas
+    """Run in every rank: train, and write what this rank held before the last update."""
+    def watched(update: Callable) -> Callable:
+        def measured(parallel, limit):
+            if parallel.run.world.main:
+                target.write_text(json.dumps(held(parallel)))
+            return update(parallel, limit)
+        return measured
 
-    def bytes_of(tensors) -> int:
-        return sum(getattr(x, "ds_tensor", x.to_local() if hasattr(x, "to_local") else x).nbytes for x in tensors)
-
-    def watched(parallel, limit):
-        moments = [x for optimizer in parallel.optimizers for state in optimizer.state.values()
-                   for key, x in state.items() if key in ("exp_avg", "exp_avg_sq")]
-        weights = list(parallel.model.parameters())
-        held = {"weights": bytes_of(weights), "moments": bytes_of(moments),
-                "gradients": bytes_of(p.grad for p in weights if p.grad is not None)}
-        if parallel.run.world.main:
-            target.write_text(json.dumps(held))
-        return update(parallel, limit)
-
-    update = Replicas.update
-    with mock.patch.object(Replicas, "update", watched), mock.patch.object(sys, "argv", ["train_pretrain.py", *flags]):
+    with mock.patch.object(Replicas, "update", watched(Replicas.update)), \
+            mock.patch.object(DeepSpeed, "update", watched(DeepSpeed.update)), \
+            mock.patch.object(sys, "argv", ["train_pretrain.py", *flags]):
         train_pretrain.main()
 
 
 def check(args: argparse.Namespace) -> dict:
-    """64 M here: state of one of two ranks, counted from the live tensors, memory and speed of one process."""
-    found = {"ranks": 2, "state": {}, "runs": {}}
+    """64 M here: state and speed of two ranks by every strategy, memory and speed of one process."""
+    found = {"ranks": 2, "state": {}, "tokens_per_s": {}, "runs": {}}
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
         rows.write_text("".join(json.dumps({"text": f"{n} " + "the sea is wide and deep, 天空很高。" * 40}) + "\n"
@@ -106,14 +123,21 @@ def check(args: argparse.Namespace) -> dict:
         common = [f"--data_path={rows}", f"--save_dir={folder}", f"--checkpoint_dir={folder}", f"--cache_dir={folder}",
                   "--accumulation_steps=1", f"--batch_size={args.batch_size}", f"--max_seq_len={args.max_seq_len}"]
         P = sum(p.numel() for p in outline().parameters())
-        for strategy in ("ddp", "fsdp"):
-            target = Path(folder, f"{strategy}.json")
+        for strategy in STATE:
+            target, place = Path(folder, f"{strategy}.json"), Path(folder, strategy)
+            how = [f"--parallel={strategy}"] if strategy in STRATEGIES else \
+                ["--parallel=deepspeed", f"--deepspeed_config={ROOT / 'trainer/deepspeed' / strategy}.json"]
             subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                            __file__, f"--hold={target}", "--", *common, f"--parallel={strategy}", "--max_steps=2",
-                            "--batch_size=2", "--max_seq_len=64"], check=True, stdout=subprocess.DEVNULL)
-            held, wanted = json.loads(target.read_text()), STATE[strategy](P, 2)
-            found["state"][strategy] = {part: {"predicted_gb": size / 1e9, "measured_gb": held[part] / 1e9}
-                                        for part, size in zip(("weights", "gradients", "moments"), wanted, strict=True)}
+                            __file__, f"--hold={target}", "--", *common, *how, f"--save_dir={place}", "--max_steps=4",
+                            "--log_interval=2"], check=True, stdout=subprocess.DEVNULL)
+            counted, wanted = json.loads(target.read_text()), STATE[strategy](P, 2)
+            found["state"][strategy] = {part: {"predicted_gb": size / 1e9, "measured_gb": counted[part] / 1e9}
+                                        for part, size in zip(counted, wanted, strict=True)}
+            log, = Path(place, "logs").glob("*.jsonl")
+            found["tokens_per_s"][strategy] = json.loads(log.read_text().splitlines()[-1])["tokens_per_s"]
+            print(f"{strategy:6}", *(f"{part} {gb['measured_gb']:.4f} ({gb['predicted_gb']:.4f}) GB" for part, gb in
+                                     found["state"][strategy].items()), found["tokens_per_s"][strategy], "tokens/s",
+                  flush=True)
         for name, sizes in {"30 M": {"hidden_size": 512}, "64 M": {}}.items():
             subprocess.run([sys.executable, ROOT / "trainer/train_pretrain.py", *common, "--max_steps=6",
                             "--log_interval=3", *(f"--{key}={value}" for key, value in sizes.items())], check=True,

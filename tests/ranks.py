@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lab import Lab
 
+from benchmarks.dry_run import held as bytes_held
 from trainer.loop import Training
 from trainer.rewards import Rewards
 
@@ -28,12 +29,7 @@ def run_all(data: Path, runs: list[dict]) -> list[dict]:
 
     def measured(training: Training) -> None:
         run_it(training)
-        parallel = training.parallel
-        local = [p.to_local() if hasattr(p, "to_local") else p for p in parallel.model.parameters()]
-        local = [getattr(p, "ds_tensor", p) for p in local]
-        moments = [x.to_local() if hasattr(x, "to_local") else x for optimizer in parallel.optimizers
-                   for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-        held.append({"weights": sum(x.nbytes for x in local), "moments": sum(x.nbytes for x in moments)})
+        held.append(bytes_held(training.parallel))
 
     run_it = Training.run
     with ExitStack() as stack:

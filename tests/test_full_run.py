@@ -80,6 +80,23 @@ def test_what_is_done_is_not_done_again_unless_it_would_become_something_else(li
     assert not list((lived / "tiny/checkpoints").glob("dpo_*"))  # the state of the old one is gone
 
 
+@pytest.mark.parametrize("preset", ["tiny", "zero"])
+def test_with_experts_the_same_stages_make_a_model_of_its_own_beside_the_dense_one(tmp_path, preset):
+    asked, reported = {}, mock.Mock()
+    with mock.patch.object(full_run, "run", lambda script, *flags, **_: asked.update({script: flags}) or ""), \
+            mock.patch.object(full_run, "prepare", return_value={}), \
+            mock.patch.object(full_run, "evaluate", return_value={}), \
+            mock.patch.object(full_run, "write_report", reported):
+        start(tmp_path, "--moe", preset=preset)
+    assert list(asked) == [f"trainer/train_{name}.py" for name in (
+        "pretrain", "full_sft", "lora", "dpo", "reward", "grpo", "agent")]
+    assert [script for script, flags in asked.items() if "--use_moe=1" in flags] == ["trainer/train_pretrain.py"]
+    for flags in asked.values():  # the others take it from the weight they begin with
+        assert f"--save_dir={tmp_path / preset}_moe" in flags
+    assert reported.call_args.args[:2] == (f"{preset}_moe", tmp_path / f"{preset}_moe")
+    assert json.loads((tmp_path / f"{preset}_moe/run.json").read_text())["agent"]["done"]
+
+
 def test_a_run_that_was_stopped_goes_on_where_it_was(lived, tmp_path):
     shutil.copytree(lived / "tiny/data", tmp_path / "tiny/data")
     done_before = json.loads((lived / "tiny/run.json").read_text())["data"]

@@ -21,6 +21,7 @@ from lab import DEADLINE, ENVIRONMENT, ROOT, Lab, small_model, wait_for
 from ranks import run_all
 from torch.testing import assert_close
 
+from benchmarks.dry_run import STATE
 from trainer import train_pretrain
 from trainer.distributed import World
 from trainer.loop import Run
@@ -168,12 +169,13 @@ def test_with_as_many_ranks_it_goes_on_bit_for_bit(done, strategy):
 
 
 def test_each_rank_holds_its_share(done):
-    whole = sum(p.numel() for p in small_model().parameters()) * 4
-    for strategy in SHARDED:
-        for rank in done.held.get(f"pretrain {strategy}", ()):
-            ranks = len(done.held[f"pretrain {strategy}"])
-            assert rank["weights"] == pytest.approx(whole / (1 if strategy == "zero2" else ranks), rel=0.02)
-            assert rank["moments"] == pytest.approx(2 * whole / ranks, rel=0.02)
+    """After the run, so without gradients: benchmarks/dry_run.py --check counts them too."""
+    whole = sum(p.numel() for p in small_model().parameters())
+    for run in ("pretrain fsdp", "full_sft zero1", "pretrain zero2", "pretrain zero3"):
+        for rank in done.held.get(run, ()):
+            weights, _, moments = STATE[run.split()[1]](whole, len(done.held[run]))
+            assert rank["weights"] == pytest.approx(weights, rel=0.02)
+            assert rank["moments"] == pytest.approx(moments, rel=0.02)
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------------
