@@ -2,7 +2,8 @@
 
 Each client sends one request after another over HTTP and reads the stream: a prompt of its own (200 tokens), an answer
 of 128 tokens. Beside it, in the same run and on the same prompts, the plain loop (`decode_speed.py`), one request at a
-time and without a server. Weights are random. Clients and server share the machine.
+time and without a server, and the engine as the server's, also without one: what is lost between them is HTTP, events
+and the clients. Weights are random. Clients and server share the machine.
 
     python benchmarks/serve_load.py
     python benchmarks/serve_load.py --hidden_size 256 --num_hidden_layers 2 --clients 1 8   # a quick look
@@ -25,10 +26,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 import httpx
 import torch
+from torch import nn
 
 from benchmarks.decode_speed import plain_loop
 from benchmarks.machine import save_result
 from model.chat import ChatTokenizer
+from model.engine import Sampling, generate
 from model.errors import Failure, run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, load_weight, save_weight
@@ -65,7 +68,7 @@ async def answer(client: httpx.AsyncClient, prompt: list[int], tokens: int) -> t
 
 
 async def load(url: str, prompts: list[list[int]], clients: int, tokens: int) -> dict:
-    """So many clients share out the prompts. → tokens a second of all together, seconds to the first token."""
+    """So many clients share out the prompts. → tokens a second of all together, seconds to the first token, of CPU."""
     waiting, answers = iter(prompts), []
 
     async def work(client: httpx.AsyncClient) -> None:
@@ -73,12 +76,20 @@ async def load(url: str, prompts: list[list[int]], clients: int, tokens: int) ->
             answers.append(await answer(client, prompt, tokens))
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), time.process_time()
         await asyncio.gather(*(work(client) for _ in range(clients)))
-        seconds = time.perf_counter() - began
+        seconds, computed = time.perf_counter() - began, time.process_time() - computed
     firsts = sorted(first for first, _ in answers)
-    return {"requests": len(answers), "tokens_per_s": sum(count for _, count in answers) / seconds,
+    return {"requests": len(answers), "seconds": seconds, "clients_cpu_s": computed,
+            "tokens_per_s": sum(count for _, count in answers) / seconds,
             "first_token_p50_s": statistics.median(firsts), "first_token_p95_s": firsts[int(0.95 * (len(firsts) - 1))]}
+
+
+def engine_alone(model: nn.Module, prompts: list[list[int]], clients: int, tokens: int) -> float:
+    """Seconds that the same requests take without a server, as many of them together."""
+    began = time.perf_counter()
+    generate(model, prompts, Sampling(tokens), ChatTokenizer(), max_batch=clients)
+    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -116,10 +127,13 @@ def main() -> None:
             for clients in args.clients:
                 count = args.rounds * (8 if clients == 1 else clients)
                 result = asyncio.run(load(url, prompts(count), clients, args.tokens))
-                results[str(clients)] = result | {"ratio": result["tokens_per_s"] / plain}
+                alone = engine_alone(model, prompts(count), clients, args.tokens)
+                results[str(clients)] = result | {"ratio": result["tokens_per_s"] / plain, "engine_alone_s": alone}
                 print(f"{clients:3} clients  {result['tokens_per_s']:8,.1f} tokens/s  "
                       f"ratio {results[str(clients)]['ratio']:5.2f}  first token p50 "
-                      f"{result['first_token_p50_s']:.3f} s  p95 {result['first_token_p95_s']:.3f} s", flush=True)
+                      f"{result['first_token_p50_s']:.3f} s  p95 {result['first_token_p95_s']:.3f} s  all "
+                      f"{result['seconds']:.2f} s, the engine alone {alone:.2f} s, the clients' CPU "
+                      f"{result['clients_cpu_s']:.2f} s", flush=True)
     name = f"serve_load{'_moe' if args.use_moe else ''}_{args.hidden_size}x{args.num_hidden_layers}"
     save_result(name, {"plain_tokens_per_s": plain, "prompt": args.prompt, "tokens": args.tokens, "clients": results})
 
