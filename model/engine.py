@@ -24,6 +24,7 @@ from model.sampling import Sampling, draw, penalise
 __all__ = ["Engine", "Sampling", "Sequence", "generate", "stream"]
 PLACE_LENGTH, SMALLEST_LENGTH = 2048, 256  # tokens a place gets by default, and what the cache starts with
 WORTH_COPYING = 8  # a shorter common beginning is read anew
+WORTH_SHARING = 1024  # keys that attention need not read at a step, or each sequence reads its own
 MARKER_OF = {number: marker for marker, number in MARKERS.items()}
 
 
@@ -260,7 +261,8 @@ class Engine:
         whole = width == 1 and self._compiled is not None
         read = self._compiled if whole else self.model.model
         ids, positions = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
-        mask = self._cache.point(places, positions, seen)
+        alike = 0 if width > 1 or whole else self._alike_in_all(sequences)
+        mask = self._cache.point(places, positions, seen, alike)
         with nullcontext() if whole or not self._blocks_compiled else torch.compiler.set_stance("force_eager"):
             hidden = read(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache)[0]
         done = []
@@ -270,6 +272,12 @@ class Engine:
                 done.append((row, len(chunk) - 1, sequence))
         rows, ends = [row for row, _, _ in done], [end for _, end, _ in done]
         return [sequence for _, _, sequence in done], self.model.lm_head(hidden[rows, ends])
+
+    def _alike_in_all(self, sequences: list[Sequence]) -> int:
+        """How many tokens all that answer begin with, for attention to read once; 0 where that would not pay."""
+        tokens = [s._tokens for s in sequences]
+        common = min(common_length(min(tokens), max(tokens)), min(s._computed for s in sequences))
+        return common if common * (len(tokens) - 1) >= WORTH_SHARING else 0
 
     def _draw(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[float], list]:
         """One token for each of the rows of `logits`, with log-probability and likeliest tokens."""

@@ -21,8 +21,12 @@ class KVCache:
         layers = range(config.num_hidden_layers)  # zeros: what is masked is multiplied by 0 and must not be nan
         self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in layers] for _ in range(2))
 
-    def point(self, places: list[int], positions: Tensor, seen: int) -> Tensor:
-        """Say where the next tokens go: `positions` [B, T] of B places, all below `seen`. → mask [B, 1, T, seen]."""
+    def point(self, places: list[int], positions: Tensor, seen: int, alike: int = 0) -> Tensor:
+        """Say where the next tokens go: `positions` [B, T] of B places, all below `seen`. → mask [B, 1, T, seen].
+
+        `alike`: so many of the first keys and values, all before `positions`, are the same in these places.
+        """
+        self.alike = alike
         self._rows = rows = torch.tensor(places, device=positions.device)
         together = places == list(range(places[0], places[0] + len(places)))
         self._first = places[0] if together else None  # then they are read where they are, else copied together

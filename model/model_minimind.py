@@ -234,13 +234,33 @@ def _attend_apart(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spread: T
     return out[0].index_select(0, fold).view(q.shape)
 
 
+def _attend_after_beginning(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, alike: int) -> Tensor:
+    """One query a row, q [B, kv_heads, G, D], k, v [B, kv_heads, S, D], the first `alike` < S keys the same in all rows.
+
+    Those are read once, by the queries of all rows in one product (Hydragen, Juravsky et al. 2024); a row's scores of
+    them and of its own keys go through one softmax, so nothing is left to merge.
+    """
+    B, scaled, own = len(q), q / math.sqrt(q.shape[-1]), slice(alike, None)
+
+    def together(x: Tensor) -> Tensor:  # [B, kv_heads, G, …] → [kv_heads, B·G, …]
+        return x.transpose(0, 1).flatten(1, 2)
+
+    def apart(x: Tensor) -> Tensor:
+        return x.unflatten(1, (B, -1)).transpose(0, 1)
+
+    of_own = (k[:, :, own] @ scaled.mT).mT.masked_fill(~mask[..., own], -math.inf)
+    p = torch.cat((apart(together(scaled) @ k[0, :, :alike].mT), of_own), -1).softmax(-1)
+    return apart(together(p[..., :alike]) @ v[0, :, :alike]) + p[..., own] @ v[:, :, own]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-           spread: Tensor | None = None, fold: Tensor | None = None) -> Tensor:
+           spread: Tensor | None = None, fold: Tensor | None = None, alike: int = 0) -> Tensor:
     """softmax(q·kᵀ/√D)·v with shared key-value heads: q [B, T, heads, D], k, v [B, S, kv_heads, D] → as q.
 
     `mask` [B, 1, T, S] bool says which keys a query sees. `cu_seqlens` [documents + 1] int32 bounds the documents
     of packed rows in the flattened [B*T]; repeated bounds are empty documents. With neither: plain causal, T = S.
     With `spread` and `fold` (`dataset.packing.branched`) several documents share their first tokens.
+    With T = 1, all rows may see the first `alike` keys, which are then the same in each of them.
     """
     if spread is not None:
         return _attend_apart(q, k, v, cu_seqlens, spread, fold)
@@ -252,8 +272,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqle
         mask = document_mask(cu_seqlens, *q.shape[:2])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.shape[2] == 1:  # the heads that share keys become so many queries: the keys are read once
-        shared = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-        return F.scaled_dot_product_attention(shared, k, v, attn_mask=mask).flatten(1, 2)[:, None]
+        q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+        out = _attend_after_beginning(q, k, v, mask, alike) if alike else \
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.flatten(1, 2)[:, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)
 
@@ -280,7 +302,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_index)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return self.o_proj(attend(q, k, v, mask, cu_seqlens, spread, fold).flatten(2))
+        alike = getattr(cache, "alike", 0)
+        return self.o_proj(attend(q, k, v, mask, cu_seqlens, spread, fold, alike).flatten(2))
 
 
 class FeedForward(nn.Module):
