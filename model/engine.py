@@ -3,8 +3,9 @@
 A step of the engine is at most two of the model: the next token of every sequence that answers, and a chunk of the
 prompts that are still being read, so a long prompt never stalls the others (Orca, Yu et al. 2022; Sarathi, Agrawal et
 al. 2023). Between two steps requests come, go and are cancelled. A sequence that ended leaves its keys and values
-behind until their place is needed: a later prompt that begins alike starts from a copy. A request's answer depends on
-its prompt, its sampling and its seed, and on its neighbours only through the rounding of the matrix products.
+behind until their place is needed: a later prompt that begins alike starts from a copy. While all that answer begin
+alike, attention reads that beginning once a step. A request's answer depends on its prompt, its sampling and its seed,
+and on its neighbours only through the rounding of the matrix products.
 """
 
 import codecs
@@ -24,7 +25,7 @@ from model.sampling import Sampling, draw, penalise
 __all__ = ["Engine", "Sampling", "Sequence", "generate", "stream"]
 PLACE_LENGTH, SMALLEST_LENGTH = 2048, 256  # tokens a place gets by default, and what the cache starts with
 WORTH_COPYING = 8  # a shorter common beginning is read anew
-WORTH_SHARING = 1024  # keys that attention need not read at a step, or each sequence reads its own
+WORTH_SHARING = 1024  # keys that a step must save by it, or each sequence reads all of its own
 MARKER_OF = {number: marker for marker, number in MARKERS.items()}
 
 
@@ -131,10 +132,8 @@ class Engine:
         self._blocks_compiled = any(module._compiled_call_impl is not None for module in model.modules())
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-        length = min(SMALLEST_LENGTH, self.longest)
         with torch.inference_mode():  # as all that fills it; a graph takes no tensors of another mode
-            self._cache = KVCache(model.config, self._places_at(length), length, model.device, dtype)
-        self._places = [None] * self._cache.places
+            self._cache = KVCache(model.config, 0, 0, model.device, dtype)  # the first request says how long a place is
 
     @property
     def waiting(self) -> int:
@@ -261,8 +260,7 @@ class Engine:
         whole = width == 1 and self._compiled is not None
         read = self._compiled if whole else self.model.model
         ids, positions = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
-        alike = 0 if width > 1 or whole else self._alike_in_all(sequences)
-        mask = self._cache.point(places, positions, seen, alike)
+        mask = self._cache.point(places, positions, seen, 0 if width > 1 or whole else self._alike_in_all(sequences))
         with nullcontext() if whole or not self._blocks_compiled else torch.compiler.set_stance("force_eager"):
             hidden = read(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache)[0]
         done = []
@@ -274,10 +272,14 @@ class Engine:
         return [sequence for _, _, sequence in done], self.model.lm_head(hidden[rows, ends])
 
     def _alike_in_all(self, sequences: list[Sequence]) -> int:
-        """How many tokens all that answer begin with, for attention to read once; 0 where that would not pay."""
+        """How many tokens all that answer begin with, for attention to read once; 0 where that would not pay.
+
+        In half precision neither: products would round the scores, which PyTorch's own kernel keeps in fp32.
+        """
         tokens = [s._tokens for s in sequences]
-        common = min(common_length(min(tokens), max(tokens)), min(s._computed for s in sequences))
-        return common if common * (len(tokens) - 1) >= WORTH_SHARING else 0
+        common = common_length(min(tokens), max(tokens))  # in their order all others lie between these two
+        worth = common * (len(tokens) - 1) >= WORTH_SHARING and self._cache.keys[0].dtype == torch.float32
+        return common if worth else 0
 
     def _draw(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[float], list]:
         """One token for each of the rows of `logits`, with log-probability and likeliest tokens."""
@@ -352,7 +354,8 @@ class Engine:
     def _swap(self, one: int, other: int) -> None:
         if one != other:
             pair = self._places[one], self._places[other]
-            self._cache.swap(one, other, max(s._computed if s else 0 for s in pair))
+            tokens, of_other = (s._tokens[:s._computed] if s else [] for s in pair)
+            self._cache.swap(one, other, common_length(tokens, of_other), max(len(tokens), len(of_other)))
             self._places[other], self._places[one] = pair
 
     def _reserve(self, length: int) -> None:

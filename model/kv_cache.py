@@ -50,12 +50,12 @@ class KVCache:
         for memory in (*self.keys, *self.values):
             memory[target, :, :tokens] = memory[source, :, :tokens]
 
-    def swap(self, one: int, other: int, tokens: int) -> None:
-        """Exchange the first `tokens` of two places."""
+    def swap(self, one: int, other: int, start: int, end: int) -> None:
+        """Exchange the tokens from `start` to before `end` of two places."""
         for memory in (*self.keys, *self.values):
-            kept = memory[one, :, :tokens].clone()
-            memory[one, :, :tokens] = memory[other, :, :tokens]
-            memory[other, :, :tokens] = kept
+            kept = memory[one, :, start:end].clone()
+            memory[one, :, start:end] = memory[other, :, start:end]
+            memory[other, :, start:end] = kept
 
     def resize(self, places: int, length: int) -> None:
         """Change the shape, keeping what still fits. One layer at a time, so that memory never holds all twice."""

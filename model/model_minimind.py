@@ -122,7 +122,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         return (weight.unflatten(0, (pieces, -1)) @ rows.T.expand(pieces, -1, -1)).view(*x.shape[:-1], -1)
     # who compiles sends few sizes: rounding them here would make a graph of each
     wanted = M if torch.compiler.is_compiling() else few_sizes(M, 32 if half else 16)
-    right = rows.expand(2, -1) if M == 1 else F.pad(rows, (0, 0, 0, wanted - M)).contiguous()  # else 5 times as slow
+    padded = F.pad(rows, (0, 0, 0, wanted - M)) if wanted > M else rows
+    right = rows.expand(2, -1) if M == 1 else padded.contiguous()  # else 5 times as slow
     return (weight @ right.T).T[:M].unflatten(0, x.shape[:-1])
 
 
@@ -235,7 +236,7 @@ def _attend_apart(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spread: T
 
 
 def _attend_after_beginning(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, alike: int) -> Tensor:
-    """One query a row, q [B, kv_heads, G, D], k, v [B, kv_heads, S, D], the first `alike` < S keys the same in all rows.
+    """One query a row, q [B, kv_heads, G, D], k, v [B, kv_heads, S, D], the first `alike` keys the same in all rows.
 
     Those are read once, by the queries of all rows in one product (Hydragen, Juravsky et al. 2024); a row's scores of
     them and of its own keys go through one softmax, so nothing is left to merge.

@@ -21,6 +21,7 @@ from transformers.generation import logits_process as referee
 
 import eval_llm
 from model import engine as engine_module
+from model import model_minimind
 from model.chat import BOS, EOS, MARKERS, ChatTokenizer
 from model.engine import Engine, Sampling, Sequence, generate, stream
 from model.errors import run_main
@@ -285,6 +286,38 @@ def test_a_prompt_shared_by_many_samples_is_computed_once():
     assert [sequence.ids for sequence in sequences] == alone and len(set(map(tuple, alone))) == 6
     assert [sequence.reused for sequence in sequences] == [0] + [29] * 5
     assert sum(read) == 30 + 11 + 5 * 12
+
+
+@every_kind
+def test_attention_that_reads_a_common_beginning_once_is_plain_attention(kind, monkeypatch):
+    """Groups of one system prompt and several questions, of many lengths; for a while one that begins otherwise."""
+    monkeypatch.setattr(engine_module, "WORTH_SHARING", 1)
+    model, (system, stranger, *questions) = lively_model(kind), some_prompts(40, 13, 3, 9, 1)
+    prompts = [system + question + own for question in questions for own in ([], *some_prompts(1, 5), [])]
+    engine, shared, logits = Engine(model), [], {}
+    draw_some, attend = engine._draw, model_minimind.attend
+
+    def attended(*arguments):
+        shared.append(arguments[-1])
+        return attend(*arguments)
+
+    def drawn(rows: torch.Tensor, sequences: list[Sequence]):
+        logits.update({(*s.prompt, *s.ids): row for s, row in zip(sequences, rows.clone(), strict=True)})
+        return draw_some(rows, sequences)
+
+    monkeypatch.setattr(model_minimind, "attend", attended)
+    monkeypatch.setattr(engine, "_draw", drawn)
+    lengths = [3 + number if number not in (8, 11) else 24 for number in range(len(prompts))]
+    sequences = [engine.add(*request) for request in zip(prompts, map(greedy, lengths), strict=True)]
+    while engine.busy:
+        engine.step()
+        if len(sequences[0].ids) == 2:
+            engine.add(stranger, greedy(3))
+    assert {0, 40, 41} <= set(shared) and max(shared) > 60  # all groups, one, at last the same prompt twice
+    for sequence, tokens in zip(sequences, lengths, strict=True):
+        assert sequence.ids == plainly(model, sequence.prompt, tokens)
+    for text, row in logits.items():
+        assert_close(row, model(torch.tensor([text])).logits[0, -1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("max_batch", [1, 4])
