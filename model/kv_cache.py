@@ -24,7 +24,7 @@ class KVCache:
     def point(self, places: list[int], positions: Tensor, seen: int, alike: int = 0) -> Tensor:
         """Say where the next tokens go: `positions` [B, T] of B places, all below `seen`. → mask [B, 1, T, seen].
 
-        `alike`: so many of the first keys and values, all before `positions`, are the same in these places.
+        `alike`: so many of the first keys and values are the same in all these places, once those tokens are there.
         """
         self.alike = alike
         self._rows = rows = torch.tensor(places, device=positions.device)
