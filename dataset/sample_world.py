@@ -42,7 +42,7 @@ DPO_MIX = (20, 20, 10, 15, 10, 25)
 HELDOUT_PERCENT, VAL_PERCENT = 12, 6
 HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
-    "pretrain": 4200, "pretrain_val": 100, "sft": 12500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
+    "pretrain": 4200, "pretrain_val": 100, "sft": 13500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
     "dpo": 1500, "dpo_val": 100, "rlaif": 1500, "rlaif_val": 200, "agent_rl": 1500, "agent_rl_val": 200,
     "lora_identity": 600, "lora_identity_val": 40}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
