@@ -37,8 +37,7 @@ STATE = {"ddp": lambda P, N: (4 * P, 4 * P, 8 * P),
          "zero2": lambda P, N: (4 * P + 4 * P / N, 4 * P / N, 8 * P / N),
          "zero3": lambda P, N: (8 * P / N, 4 * P / N, 8 * P / N),
          "fsdp": lambda P, N: (4 * P / N, 4 * P / N, 8 * P / N)}
-BUCKETS = {"zero1": 1, "zero2": 2, "zero3": 1}  # in which DeepSpeed gathers gradients before it sends them, of so many
-BUCKET = 100_000_000  # numbers: reduce_bucket_size in trainer/deepspeed
+BUCKETS = {"zero1": 1, "zero2": 2, "zero3": 1}  # in which DeepSpeed gathers gradients before it sends them
 BYTES_PER_TOKEN = 3.3  # of our tokenizer: 3.39 Chinese, 3.25 English (docs/results.md)
 MOE_TIME = 1.4  # of a token against dense: the published hours, 3.23 / 2.31
 # bytes of the published files, and how often the recipe goes over them
@@ -58,6 +57,12 @@ def activations(config: MiniMindConfig, tokens: int, width: int) -> float:
     return tokens * (config.num_hidden_layers * one * width / 2 + 8 * config.vocab_size)
 
 
+def bucket_size(name: str) -> int:
+    """Numbers in a bucket, as the strategy's configuration says."""
+    config = json.loads((ROOT / f"trainer/deepspeed/{name}.json").read_text("utf-8"))
+    return config["zero_optimization"]["reduce_bucket_size"]
+
+
 def predict(model: MiniMindForCausalLM, args: argparse.Namespace) -> list[dict]:
     """Each strategy's GB of a rank and tokens/s of all ranks together."""
     P, config, N = sum(p.numel() for p in model.parameters()), model.config, args.ranks
@@ -67,7 +72,7 @@ def predict(model: MiniMindForCausalLM, args: argparse.Namespace) -> list[dict]:
     computing = tokens * flops_per_token(model, args.max_seq_len / 2) / (args.tflops * 1e12 * args.mfu)
     for name, state in STATE.items():
         gathered = (3 * block + embedding) * args.width if name in ("zero3", "fsdp") else 0
-        buckets = BUCKETS.get(name, 0) * 4 * BUCKET
+        buckets = BUCKETS[name] * 4 * bucket_size(name) if name in BUCKETS else 0
         memory = (sum(state(P, N)) + gathered + buckets + activations(config, tokens, args.width)) / 1e9
         sent = 8 * P * (N - 1) / N * (1 if name != "zero3" else 1.5)  # of a step of one micro-batch
         sending = sent / (args.link * 1e9)

@@ -68,7 +68,7 @@ async def answer(client: httpx.AsyncClient, prompt: list[int], tokens: int) -> t
 
 
 async def load(url: str, prompts: list[list[int]], clients: int, tokens: int) -> dict:
-    """So many clients share out the prompts. → tokens a second of all together, seconds to the first token, of CPU."""
+    """So many clients share the prompts. → tokens a second of all together, seconds to the first token, of CPU."""
     waiting, answers = iter(prompts), []
 
     async def work(client: httpx.AsyncClient) -> None:
