@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from model.chat import PAD
+from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindModel, MiniMindPreTrainedModel
 
 
@@ -23,10 +24,22 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
         nn.init.zeros_(self.score.weight)  # all answers start alike
 
     @classmethod
-    def of(cls, decoder: MiniMindForCausalLM) -> "MiniMindForSequenceClassification":
-        """A new reward model on the blocks of `decoder`."""
-        model = cls(decoder.config)
-        model.model.load_state_dict(decoder.model.state_dict())
+    def of(cls, decoder: MiniMindForCausalLM, extra_layers: int = 0) -> "MiniMindForSequenceClassification":
+        """A new reward model on the blocks of `decoder` and `extra_layers` more above them, copies of its first ones.
+
+        What a token's likelihood was is known at the decoder's last layer, one position before the token: only layers
+        above can compare the two. Copies: depth up-scaling (Kim et al. 2023). Raises UserError when there are not so
+        many to copy.
+        """
+        config = copy.copy(decoder.config)
+        if extra_layers > config.num_hidden_layers:
+            raise UserError(f"--extra_layers {extra_layers}: they are copies, and there are only "
+                            f"{config.num_hidden_layers} layers")
+        config.num_hidden_layers += extra_layers
+        model = cls(config)
+        model.model.load_state_dict(decoder.model.state_dict(), strict=False)
+        for copied, layer in zip(model.model.layers[len(decoder.model.layers):], decoder.model.layers, strict=False):
+            copied.load_state_dict(layer.state_dict())
         return model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,

@@ -194,6 +194,31 @@ def test_a_reward_is_read_at_the_end_of_the_answer_and_compared_in_pairs(tmp_pat
     assert float(loss.seen["accuracy"]) == float((reward[0] > reward[1]).sum())
 
 
+def test_the_sum_of_what_each_token_is_given_is_compared_as_well(tmp_path):
+    rows, model = random_pairs(6), MiniMindForSequenceClassification.of(small_model())
+    torch.nn.init.normal_(model.score.weight)
+    data = dataset(tmp_path, rows)
+    batch = data.batch(np.arange(len(data)))
+    sums = []
+    for side in ("chosen", "rejected"):
+        for row in rows:
+            ids, mask = TOKENIZER.encode(row[side])
+            start = len(TOKENIZER.encode(row[side][:-1])[0])
+            sums.append(rewards(model, [ids[:i + 1] for i in range(start, len(ids)) if mask[i]]).sum())
+    chosen, rejected = torch.stack(sums).view(2, -1)
+    added = reward_loss(model, batch, 0.5).total - reward_loss(model, batch).total
+    assert_close(added, -0.5 * F.logsigmoid(chosen - rejected).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_extra_layers_are_copies_of_the_first_above_the_others():
+    decoder = small_model()
+    model = MiniMindForSequenceClassification.of(decoder, 1)
+    assert model.config.num_hidden_layers == decoder.config.num_hidden_layers + 1 == len(model.model.layers)
+    for layer, copied in zip(model.model.layers, [*decoder.model.layers, decoder.model.layers[0]], strict=True):
+        assert_close(layer.state_dict(), copied.state_dict(), rtol=0, atol=0)
+    assert_close(model.model.norm.weight, decoder.model.norm.weight, rtol=0, atol=0)
+
+
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 DPO = {"stage": train_dpo, "from_weight": "full_sft"}
@@ -257,7 +282,8 @@ def test_two_ranks_are_one_rank(lab, data, stage, name):
 def test_a_reward_model_learns_and_transformers_gives_the_same_rewards(lab, data, use_moe):
     lab = with_base(lab(), use_moe=use_moe)
     stem = "reward_64" + "_moe" * use_moe
-    lab.train(train_reward, from_weight="full_sft", learning_rate=3e-3, epochs=4, val_data_path=data / "dpo.jsonl")
+    lab.train(train_reward, from_weight="full_sft", learning_rate=3e-3, epochs=4, val_data_path=data / "dpo.jsonl",
+              extra_layers=1, token_weight=0.5)
     log = lab.log(stem)
     assert log[-1]["val_accuracy"] > 0.9 and log[-1]["val_loss"] < 0.5
     ours, _ = load_weight("reward", lab.out, kind=MiniMindForSequenceClassification)
@@ -276,6 +302,7 @@ def test_a_beta_of_zero_and_a_reward_model_that_should_talk_are_mistakes(lab, ca
     lab = with_base(lab())
     lab.fails(capsys, 2, "--beta 0", **DPO, beta=0)
     lab.fails(capsys, 2, "--label_smoothing", "ipo", **DPO, loss_type="ipo", label_smoothing=0.1)
+    lab.fails(capsys, 2, "--extra_layers 9", **DPO | {"stage": train_reward}, extra_layers=9)
     lab.train(train_reward, from_weight="full_sft", max_steps=1)
     capsys.readouterr()
     lab.fails(capsys, 2, "reward_64.pth", "reward model", **DPO | {"from_weight": "reward"})

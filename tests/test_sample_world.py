@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "dataset" / "sample_world.py"
 sys.path.insert(0, str(SCRIPT.parents[1]))
 from dataset import sample_world as sw  # noqa: E402
 
-TRAINING = ("sft", "dpo", "rlaif", "agent_rl", "lora_identity")  # what a held-out case must not occur in
+TRAINING = ("sft", "dpo", "reward", "rlaif", "agent_rl", "lora_identity")  # what a held-out case must not occur in
 SCALE = 0.1
 
 
@@ -93,8 +93,8 @@ def test_command_line(tmp_path):
 
 def test_rows_keep_the_format(world):
     keys = {"pretrain": {"text"}, "sft": {"conversations"}, "heldout": {"conversations", "skill", "lang"},
-            "dpo": {"chosen", "rejected"}, "rlaif": {"conversations", "gt"}, "agent_rl": {"conversations", "gt"},
-            "lora_identity": {"conversations"}}
+            "dpo": {"chosen", "rejected"}, "reward": {"chosen", "rejected"},
+            "rlaif": {"conversations", "gt"}, "agent_rl": {"conversations", "gt"}, "lora_identity": {"conversations"}}
     for name, rows in world.items():
         assert rows and all(set(row) == keys[name.removesuffix("_val")] for row in rows), name
         assert len({json.dumps(row) for row in rows}) == len(rows), f"{name} repeats rows"
@@ -144,7 +144,7 @@ def test_heldout_prompts_are_in_no_training_row(world):
     assert len(set(heldout)) == len(heldout) and not seen & set(heldout)
     seen_last = {prompt(messages)[-1] for name in TRAINING for messages in conversations(world[name])}
     assert not seen_last & {prompt(row["conversations"])[-1] for row in world["heldout"] if row["skill"] != "dialogue"}
-    for name in ("sft", "dpo", "agent_rl", "lora_identity"):  # validation rows are new as well
+    for name in ("sft", "dpo", "reward", "agent_rl", "lora_identity"):  # validation rows are new as well
         train = {prompt(messages) for messages in conversations(world[name])}
         assert not train & {prompt(messages) for messages in conversations(world[f"{name}_val"])}, name
 
@@ -261,12 +261,30 @@ def test_small_sums_and_thoughts_are_true(world):
 
 
 def test_preferences_differ_in_the_last_message_only(world):
-    for row in world["dpo"] + world["dpo_val"]:
+    for row in (row for name in ("dpo", "dpo_val", "reward", "reward_val") for row in world[name]):
         assert row["chosen"][:-1] == row["rejected"][:-1]
         assert sw.is_correct(row["chosen"][-1], row["chosen"][-1])
         assert not sw.is_correct(row["chosen"][-1], row["rejected"][-1]), row
     wrong_calls = [row for row in world["dpo"] if row["rejected"][-1].get("tool_calls")]
     assert len(wrong_calls) > 0.03 * len(world["dpo"])
+
+
+def test_a_false_portrait_differs_in_one_fact_and_validation_has_none(world):
+    def portraits(name):
+        return [row for row in world[name] if re.search("Tell me about|Describe|介绍一下", prompt(row["chosen"])[0])]
+
+    truth, false = sw.World(0).facts, 0
+    true = {said.format(e=entity[lang], v=value[lang]).lower() for (entity, attribute), value in truth.items()
+            for lang, said in enumerate(attribute.canonical)}
+    for row in portraits("reward"):
+        told, other = ([text.lower() for text in re.findall(r".+?(?:\. ?|。|$)", row[side][-1]["content"])]
+                       for side in ("chosen", "rejected"))
+        if len(told) == len(other) == 3:
+            assert {text.strip() for text in told} <= true
+            assert sum(a != b for a, b in zip(told, other, strict=True)) == 1
+            false += 1
+    assert false > 0.03 * len(world["reward"])
+    assert not portraits("reward_val")
 
 
 def test_adapter_has_another_identity(world):

@@ -126,13 +126,22 @@ def dpo_loss(model: nn.Module, batch: dict[str, Tensor], kind: str, beta: float,
         "chosen_logp": log_p[0::2].sum(), "rejected_logp": log_p[1::2].sum()})
 
 
-def reward_loss(model: nn.Module, batch: dict[str, Tensor]) -> Loss:
-    """Σ over pairs of -log σ(r(chosen) - r(rejected)) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)."""
-    output = model(**inputs(batch) | {"logits_at": batch["ends"]})
-    reward = output.logits.float()[:, 0]
+def reward_loss(model: nn.Module, batch: dict[str, Tensor], token_weight: float = 0.0) -> Loss:
+    """Σ over pairs of -log σ(r(chosen) - r(rejected)) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1).
+
+    And `token_weight` times the same of the sum of what the model gives for each token of an answer (Christiano et al.
+    2017, eq. 1): of a long answer it says where it goes wrong.
+    """
+    ends, document = batch["ends"], batch["document"]
+    said = torch.minimum(batch["logits_at"] + 1, ends[document])  # after the token; the last one is never read
+    output = model(**inputs(batch) | {"logits_at": torch.cat((ends, said)) if token_weight else ends})
+    reward, of_token = output.logits.float()[:, 0].split((len(ends), len(output.logits) - len(ends)))
     margin = reward[0::2] - reward[1::2]
-    return Loss(-F.logsigmoid(margin).sum(), balancing(model, output.aux_loss),
-                {"accuracy": wins(margin), "margin": margin.sum()})
+    total = -F.logsigmoid(margin).sum()
+    if token_weight:
+        sums = torch.zeros_like(reward).index_add(0, document, of_token)
+        total = total - token_weight * F.logsigmoid(sums[0::2] - sums[1::2]).sum()
+    return Loss(total, balancing(model, output.aux_loss), {"accuracy": wins(margin), "margin": margin.sum()})
 
 
 # -- policy gradients: what was sampled is made likelier or less likely by its advantage -------------------------------

@@ -1,6 +1,7 @@
 """A reward model: one number for a conversation, higher for the answers people chose (Bradley-Terry on DPO's rows)."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -10,20 +11,27 @@ from dataset.lm_dataset import DPODataset
 from model.errors import run_main
 from model.model_reward import MiniMindForSequenceClassification
 from model.weights import ROOT, file_stem, fingerprint, save_folder
-from trainer.arguments import read, stage_parser
+from trainer.arguments import amount, natural, read, stage_parser
 from trainer.loop import Run
 from trainer.losses import reward_loss
 
 
 def main() -> None:
-    args = read(stage_parser(
+    parser = stage_parser(
         __doc__, data_path=str(ROOT / "dataset/dpo.jsonl"), from_weight="full_sft", save_weight="reward",
-        max_seq_len=1024, batch_size=4, learning_rate=1e-5, epochs=1, wandb_project="MiniMind-Reward"))
+        max_seq_len=1024, batch_size=4, learning_rate=1e-5, epochs=1, wandb_project="MiniMind-Reward")
+    parser.add_argument("--extra_layers", type=natural, default=0,
+                        help="layers to put on top, begun as copies of the first ones: room to judge what those say")
+    parser.add_argument("--token_weight", type=amount, default=0.0,
+                        help="of the same loss on the sum of what each token of the answer is given")
+    args = read(parser)
     with Run(args) as run:
         decoder = run.load_model()
-        model = MiniMindForSequenceClassification.of(decoder)
+        model = MiniMindForSequenceClassification.of(decoder, args.extra_layers)
         data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
-        run.fit(model, data, reward_loss, val_data, val_loss=reward_loss, base=fingerprint(decoder))
+        loss = partial(reward_loss, token_weight=args.token_weight)
+        run.fit(model, data, loss, val_data, val_loss=reward_loss, base=fingerprint(decoder),
+                extra_layers=args.extra_layers, token_weight=args.token_weight)
         whole = run.parallel.gathered()
         if run.world.main:
             folder = args.save_dir / file_stem(args.save_weight, model.config)
