@@ -127,15 +127,18 @@ def default_recipe(args: argparse.Namespace, folder: Path) -> dict:
 
     DPO's includes the pass of the reference over the file, as if it served one epoch only.
     """
-    _, script, _ = STAGES[args.stage]
+    kind, script, length = STAGES[args.stage]
     command = [sys.executable, ROOT / script, *default_flags(args, folder, 2 * args.steps, args.steps)]
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     log, = (folder / "logs").glob("*.jsonl")
     row = json.loads(log.read_text("utf-8").splitlines()[-1])
+    if args.stage == "dpo":  # a prompt that both answers share is computed and logged once, the plain recipe's twice
+        data = kind(args.data_path, ChatTokenizer(), length, cache_dir=folder)
+        row["tokens_per_s"] *= (shared := data.rows.length.sum() / data.real.sum())
     if reference := re.search(r"reference: ([\d,]+) tokens .* in ([\d.]+) s", said):
         tokens, seconds = (float(text.replace(",", "")) for text in reference.groups())
         row["training_tokens_per_s"] = row["tokens_per_s"]
-        row["tokens_per_s"] = 1 / (1 / row["tokens_per_s"] + seconds / tokens)
+        row["tokens_per_s"] = 1 / (1 / row["tokens_per_s"] + seconds / (tokens * shared))
     return {key: row[key] for key in ("tokens_per_s", "training_tokens_per_s", "mfu", "memory_gb") if key in row}
 
 

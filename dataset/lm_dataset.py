@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.packing import Rows, collate, cut_at_answers, layout, pack, split_long
+from dataset.packing import Rows, branched, collate, cut_at_answers, pack, split_long
 from model.chat import BOS, EOS, ChatTokenizer, Piece, read_json, render
 from model.errors import UserError
 
@@ -111,6 +111,7 @@ class TokenDataset:
 
     masked = False  # whether some tokens of a document are not to be learned
     sides = 1  # documents a row of the file has
+    plan = "rows"  # name of the file that says which pieces make up which row
 
     def __init__(self, data_path: str | Path, tokenizer: ChatTokenizer, max_seq_len: int, packing: bool = True,
                  skip_bad_rows: bool = False, cache_dir: str | Path = CACHE_DIR, **settings):
@@ -136,7 +137,7 @@ class TokenDataset:
             raise self._bad_row(self.meta["first_bad"][0])
         self.tokens = np.memmap(self.folder / "tokens.bin", np.uint16, "r")
         self.mask = np.memmap(self.folder / "mask.bin", np.uint8, "r") if self.masked else None
-        self._load_plan(self.folder / f"rows_{max_seq_len}_{'packed' if packing else 'padded'}.npz", packing)
+        self._load_plan(self.folder / f"{self.plan}_{max_seq_len}_{'packed' if packing else 'padded'}.npz", packing)
 
     def documents(self, row: dict) -> list[list[Piece]]:
         """One row of the file → its documents, to be tokenised. Raises ValueError saying what is wrong with it."""
@@ -154,6 +155,10 @@ class TokenDataset:
         """Documents → rows, and sentences on what was lost."""
         start, length, lost = self.cut(start, questions)
         return pack(start, length, self.row_length, packing), lost
+
+    def positions(self, rows: Rows) -> np.ndarray:
+        """How many positions of its row each piece takes."""
+        return rows.length
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -243,7 +248,7 @@ class TokenDataset:
             start = np.concatenate(([0], ends[:-1]))
             rows, lost = self.arrange(start, ends - start - 1, packing)
             row_of_piece = np.repeat(np.arange(len(rows)), np.diff(rows.first))
-            real = np.bincount(row_of_piece, rows.length, len(rows)).astype(np.int64)
+            real = np.bincount(row_of_piece, self.positions(rows), len(rows)).astype(np.int64)
             if self.masked:
                 said = np.asarray(self.mask)  # a slice of a memmap is slow to make
                 labels = [np.count_nonzero(said[start + 1:start + length + 1])
@@ -320,12 +325,12 @@ class SFTDataset(TokenDataset):
 class DPODataset(TokenDataset):
     """{"chosen": [messages], "rejected": [messages]}, the same prompt and two answers: only the answers are learned.
 
-    `max_seq_len` bounds each of the two. A row has twice as many positions and holds whole pairs; documents 2i and
-    2i + 1 of a batch are the two sides of its pair i. `units`: pairs. `reference`: what to hand on with each
-    document, [documents] in the order of the rows, or None.
+    `max_seq_len` bounds each of the two. A row has twice as many positions and holds whole pairs, each as its prompt,
+    once, and the two answers. `units`: pairs. `reference`: what to hand on with each document, [documents] in the order
+    of the rows, or None.
     """
 
-    masked, sides, reference = True, 2, None
+    masked, sides, plan, reference = True, 2, "pairs", None
 
     def documents(self, row: dict) -> list[list[Piece]]:
         pair = {side: messages_of(row, side, '{"chosen": [messages], "rejected": [messages]}')
@@ -335,14 +340,18 @@ class DPODataset(TokenDataset):
         thinks = any(messages[-1].get("reasoning_content") for messages in pair.values())
         return [answer_pieces(messages, side, thinks) for side, messages in pair.items()]
 
+    def prompt(self, start: int, length: int) -> int:
+        """How many tokens come before the answer of a document; `length` + 1 if none is left of that."""
+        said = np.flatnonzero(self.mask[start:start + length + 1])
+        return int(said[0]) if len(said) else length + 1
+
     def arrange(self, start, questions, packing):
         kept = np.minimum(questions, self.max_seq_len)
-        answered = np.array([n == whole or bool(self.mask[s + 1:s + n + 1].any())
-                             for s, n, whole in zip(start.tolist(), kept.tolist(), questions.tolist(), strict=True)])
-        pairs = np.flatnonzero(answered.reshape(-1, 2).all(1))
+        prompt = np.array([self.prompt(*each) for each in zip(start[::2].tolist(), kept[::2].tolist(), strict=True)])
+        pairs = np.flatnonzero(prompt <= kept.reshape(-1, 2).min(1))
         if not len(pairs):
             raise UserError(f"{self.path}: every prompt fills --max_seq_len {self.max_seq_len}, no answer is left")
-        rows = pack(pairs, kept.reshape(-1, 2)[pairs].sum(1), self.row_length, packing)
+        rows = pack(pairs, (kept.reshape(-1, 2).sum(1) - prompt)[pairs], self.row_length, packing)
         documents = (2 * rows.start[:, None] + [0, 1]).ravel()
         cut, total = int((kept < questions).reshape(-1, 2).any(1)[pairs].sum()), len(start) // 2
         report = [f"{cut:,} of {total:,} pairs have a side of more than {self.max_seq_len} tokens, which is cut; "
@@ -350,18 +359,40 @@ class DPODataset(TokenDataset):
         rows = Rows(start[documents], kept[documents].astype(np.int32), 2 * rows.first)
         return rows, report if cut or len(pairs) < total else []
 
+    def positions(self, rows):
+        prompts = [self.prompt(*each) for each in zip(rows.start[::2].tolist(), rows.length[::2].tolist(), strict=True)]
+        own = rows.length.copy()
+        own[1::2] -= np.array(prompts, np.int32)
+        return own
+
     @property
     def units(self) -> np.ndarray:
         return np.diff(self.rows.first) // 2
 
     def batch(self, wanted):
-        """As ever, and of the D documents: `ends` [D], the flat index of the last position of each; `document` [M],
-        which of them each of `logits_at` belongs to; `reference` [D], if it is set."""
-        batch = super().batch(wanted)
-        documents, begins = layout(self.rows, wanted, self.row_length)
-        ends = begins + self.rows.length[documents]
-        batch |= {"ends": torch.from_numpy(ends - 1),
-                  "document": torch.from_numpy(np.searchsorted(ends, batch["logits_at"].numpy(), side="right"))}
+        """What `branched` gives, of the D documents; 2i and 2i + 1 are the two sides of pair i.
+
+        `ends` [D]: the flat index of the last position of each; `document` [M]: which of them each of `logits_at`
+        belongs to, `token_at` [M]: where the token itself stands; `reference` [D], if it is set.
+        """
+        documents = np.concatenate([np.arange(self.rows.first[row], self.rows.first[row + 1]) for row in wanted
+                                    if row >= 0] or [np.arange(0)])
+        trees, said = [], [np.zeros(0, np.uint8)]
+        for pair in documents.reshape(-1, 2):
+            start, length = self.rows.start[pair].tolist(), self.rows.length[pair].tolist()
+            n = self.prompt(start[0], length[0])
+            answers = [slice(begin + n, begin + asks + 1) for begin, asks in zip(start, length, strict=True)]
+            trees.append((self.tokens[start[0]:start[0] + n], [self.tokens[answer] for answer in answers]))
+            said += [self.mask[answer] for answer in answers]
+        batch = branched(trees, len(wanted) * self.row_length)
+        lengths = np.array([len(mask) for mask in said[1:]], np.int64)
+        last, asked = torch.from_numpy(np.cumsum(lengths) - 1), batch["logits_at"]
+        token_at = torch.cat((asked[1:], asked[-1:]))
+        token_at[last] = asked[last]  # nothing is read after the last token
+        learned = torch.from_numpy(np.concatenate(said) != 0)
+        batch |= {"token_at": token_at, "document": torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))}
+        batch |= {name: batch[name][learned] for name in ("logits_at", "targets", "document", "token_at")}
+        batch["ends"] = asked[last]
         if self.reference is not None:
             batch["reference"] = self.reference[torch.from_numpy(documents)]
         return batch

@@ -5,6 +5,7 @@ position predicts across documents. A piece is a run of one document's questions
 length.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 IGNORE = -100  # the label of a position without a question
 WINDOW = 1 << 18  # pieces packed at a time, which bounds memory
+PADDING = 256  # positions of a document of padding: attention to nothing shall cost next to nothing
 
 
 @dataclass
@@ -87,14 +89,6 @@ def cut_at_answers(start: np.ndarray, questions: np.ndarray, mask: np.ndarray, c
     return kept, answers_cut
 
 
-def layout(rows: Rows, wanted: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces in rows `wanted` (-1: an empty one), and where in the flattened [rows, capacity] each begins."""
-    inside = [np.arange(rows.first[row], rows.first[row + 1]) if row >= 0 else np.arange(0) for row in wanted.tolist()]
-    begins = [b * capacity + np.cumsum(rows.length[pieces], dtype=np.int64) - rows.length[pieces]
-              for b, pieces in enumerate(inside)]
-    return np.concatenate(inside), np.concatenate(begins)
-
-
 def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray | None, capacity: int,
             max_pieces: int) -> dict[str, torch.Tensor]:
     """Rows `wanted` → a batch: what `MiniMindForCausalLM.forward` takes, and `targets` [M] at its `logits_at` [M].
@@ -128,7 +122,7 @@ def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def branched(trees: list[tuple[list[int], list[list[int]]]], size: int) -> dict[str, torch.Tensor]:
+def branched(trees: list[tuple[Sequence[int], list[Sequence[int]]]], size: int) -> dict[str, torch.Tensor]:
     """Prompts, each with answers to it → one row [1, size] in which a prompt stands once, before all of its answers.
 
     A batch like `collate`'s, in which every token of an answer is a target [M], in order. Answers see their prompt and
@@ -136,27 +130,29 @@ def branched(trees: list[tuple[list[int], list[list[int]]]], size: int) -> dict[
     the prompt. `spread` [S] says which position of the row each token of these is, `fold` [size] where in them the
     result of each position stands. All else in the model is computed once a position.
     """
-    ids, positions, targets, logits_at, spread, fold, bounds = [], [], [], [], [], [], [0]
-    for prompt, answers in trees:
-        trunk = range(len(ids), len(ids) + len(prompt))
-        ids += prompt
-        positions += range(len(prompt))
-        fold += range(len(spread), len(spread) + len(prompt))
+    ids, positions, targets, logits_at, spread, fold, bounds, used = [], [], [], [], [], [], [0], 0
+    for prompt, *answers in ([np.asarray(part, np.int64) for part in (prompt, *answers)] for prompt, answers in trees):
+        trunk = np.arange(used, used + len(prompt))
+        ids.append(prompt)
+        positions.append(trunk - used)
+        fold.append(bounds[-1] + trunk - used)
+        used += len(prompt)
         for answer in answers:
-            own = range(len(ids), len(ids) + len(answer) - 1)  # the last token asks nothing
-            ids += answer[:-1]
-            positions += range(len(prompt), len(prompt) + len(own))
-            logits_at += [trunk[-1], *own]
-            targets += answer
-            spread += [*trunk, *own]
-            fold += range(len(spread) - len(own), len(spread))
-            bounds.append(len(spread))
-    used, padding = len(ids), size - len(ids)
-    fold += range(len(spread), len(spread) + padding)
-    spread += range(used, size)
-    bounds.append(len(spread))
-    batch = {"input_ids": [ids + [0] * padding], "position_ids": [positions + [0] * padding],
-             "attention_mask": [[1] * used + [0] * padding], "cu_seqlens": bounds, "logits_at": logits_at,
-             "targets": targets, "spread": spread, "fold": fold}
-    return {name: torch.tensor(value, dtype=torch.int32 if name == "cu_seqlens" else torch.int64)
-            for name, value in batch.items()}
+            own = np.arange(used, used + len(answer) - 1)  # the last token asks nothing
+            ids.append(answer[:-1])
+            positions.append(len(prompt) + own - used)
+            logits_at += [trunk[-1:], own]
+            targets.append(answer)
+            spread += [trunk, own]
+            fold.append(bounds[-1] + len(prompt) + own - used)
+            used += len(own)
+            bounds.append(bounds[-1] + len(prompt) + len(own))
+    padding = np.zeros(size - used, np.int64)
+    spread.append(np.arange(used, size))
+    fold.append(bounds[-1] + spread[-1] - used)
+    bounds += [*range(bounds[-1] + PADDING, bounds[-1] + len(padding), PADDING), bounds[-1] + len(padding)]
+    parts = {"input_ids": [*ids, padding], "position_ids": [*positions, padding], "logits_at": logits_at,
+             "attention_mask": [np.ones(used, np.int64), padding], "targets": targets, "spread": spread, "fold": fold}
+    batch = {name: torch.from_numpy(np.concatenate([padding[:0], *part])) for name, part in parts.items()}
+    rows = {name: batch[name][None] for name in ("input_ids", "position_ids", "attention_mask")}
+    return batch | rows | {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}

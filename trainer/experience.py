@@ -203,9 +203,6 @@ class Experience:
             for name in ("logits_at", "targets", "document", "advantage", "weight", "sampled_logp"):
                 batch[name] = batch[name][drawn]
             batches.append({name: value.to(self.run.device) for name, value in batch.items()})
-            if args.use_compile:
-                for name in ("spread", "cu_seqlens"):
-                    torch._dynamo.maybe_mark_dynamic(batches[-1][name], 0)
         units = len(trajectories) if by_sequence else sum(sum(trajectory.sampled) for trajectory in trajectories)
         return batches, units, int(sizes.sum())
 

@@ -15,6 +15,9 @@ TAGS = (THINK, END_THINK, CALL, END_CALL)
 
 def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the model takes."""
+    if "spread" in batch:  # so many documents in each batch: one graph for all
+        for name in ("spread", "cu_seqlens"):
+            torch._dynamo.maybe_mark_dynamic(batch[name], 0)
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
@@ -132,14 +135,14 @@ def reward_loss(model: nn.Module, batch: dict[str, Tensor], token_weight: float 
     And `token_weight` times the same of the sum of what the model gives for each token of an answer (Christiano et al.
     2017, eq. 1): of a long answer it says where it goes wrong.
     """
-    ends, document = batch["ends"], batch["document"]
-    said = torch.minimum(batch["logits_at"] + 1, ends[document])  # after the token; the last one is never read
-    output = model(**inputs(batch) | {"logits_at": torch.cat((ends, said)) if token_weight else ends})
+    ends = batch["ends"]
+    read_at = torch.cat((ends, batch["token_at"])) if token_weight else ends
+    output = model(**inputs(batch) | {"logits_at": read_at})
     reward, of_token = output.logits.float()[:, 0].split((len(ends), len(output.logits) - len(ends)))
     margin = reward[0::2] - reward[1::2]
     total = -F.logsigmoid(margin).sum()
     if token_weight:
-        sums = torch.zeros_like(reward).index_add(0, document, of_token)
+        sums = torch.zeros_like(reward).index_add(0, batch["document"], of_token)
         total = total - token_weight * F.logsigmoid(sums[0::2] - sums[1::2]).sum()
     return Loss(total, balancing(model, output.aux_loss), {"accuracy": wins(margin), "margin": margin.sum()})
 
