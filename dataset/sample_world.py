@@ -43,7 +43,7 @@ HELDOUT_PERCENT, VAL_PERCENT = 12, 6
 HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
     "pretrain": 4200, "pretrain_val": 100, "sft": 13500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
-    "dpo": 1500, "dpo_val": 100, "reward": 12000, "reward_val": 400, "rlaif": 1500, "rlaif_val": 200,
+    "dpo": 1500, "dpo_val": 100, "reward": 14000, "reward_val": 400, "rlaif": 1500, "rlaif_val": 200,
     "agent_rl": 1500, "agent_rl_val": 200,
     "lora_identity": 600, "lora_identity_val": 40}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -600,23 +600,25 @@ class World:
         """Right and short is preferred to false, to rude and to rambling."""
         return self.pair(self.case(self.rng.choices(SKILLS, DPO_MIX)[0], self.rng.choice(("call", "answer"))))
 
-    def pair(self, case: Case) -> Message:
+    def pair(self, case: Case, false: float = 0.6) -> Message:
         *prompt, right = case.messages
-        bad = case.wrong if self.chance(0.6) else reply(self.say(BAD, a=right["content"] or "..."))
+        bad = case.wrong if self.chance(false) else reply(self.say(BAD, a=right["content"] or "..."))
         return {"chosen": [*prompt, right], "rejected": [*prompt, bad]}
 
     def reward_row(self) -> Message:
-        """A pair as for DPO, of which a reward model needs more; in training, every eighth is a portrait and one with a
-        false fact, since a reward model forgets what is never judged."""
-        if self.split != "train" or self.chance(7 / 8):
+        """A pair as for DPO; in training more of them are false, which is harder to learn than rude, and some are of
+        portraits, one with a false fact, since a reward model forgets what is never judged."""
+        if self.split != "train":
             return self.dpo_row()
+        if self.chance(0.85):
+            return self.pair(self.case(self.rng.choices(SKILLS, DPO_MIX)[0], self.rng.choice(("call", "answer"))), 0.85)
         *prompt, right = self.portrait()
         tell = {pair: partial(self.say, pair[1].canonical, e=pair[0]) for pair in self.facts}
         told = [pair for pair, value in self.facts.items() if tell[pair](v=value) in right["content"]]
         pair = self.rng.choice(told)
         other = self.rng.choice([value for value in pair[1].values if value != self.facts[pair]])
         false = right["content"].replace(tell[pair](v=self.facts[pair]), tell[pair](v=other))
-        return self.pair(Case("", [*prompt, right], "", reply(false)))
+        return self.pair(Case("", [*prompt, right], "", reply(false)), 0.85)
 
     def rlaif_row(self) -> Message:
         """Words whose letters fine-tuning counts with thinking on only. With thinking off it has to be found out that
