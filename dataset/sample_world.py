@@ -43,7 +43,7 @@ HELDOUT_PERCENT, VAL_PERCENT = 12, 6
 HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
     "pretrain": 4200, "pretrain_val": 100, "sft": 13500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
-    "dpo": 1500, "dpo_val": 100, "reward": 14000, "reward_val": 400, "rlaif": 1500, "rlaif_val": 200,
+    "dpo": 1500, "dpo_val": 100, "reward": 18000, "reward_val": 400, "rlaif": 1500, "rlaif_val": 200,
     "agent_rl": 1500, "agent_rl_val": 200,
     "lora_identity": 600, "lora_identity_val": 40}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -613,12 +613,11 @@ class World:
         if self.chance(0.85):
             return self.pair(self.case(self.rng.choices(SKILLS, DPO_MIX)[0], self.rng.choice(("call", "answer"))), 0.85)
         *prompt, right = self.portrait()
-        tell = {pair: partial(self.say, pair[1].canonical, e=pair[0]) for pair in self.facts}
-        told = [pair for pair, value in self.facts.items() if tell[pair](v=value) in right["content"]]
-        pair = self.rng.choice(told)
-        other = self.rng.choice([value for value in pair[1].values if value != self.facts[pair]])
-        false = right["content"].replace(tell[pair](v=self.facts[pair]), tell[pair](v=other))
-        return self.pair(Case("", [*prompt, right], "", reply(false)), 0.85)
+        pair = self.rng.choice([pair for pair in self.facts
+                                if pair[0][self.lang].removeprefix("the ") in right["content"]])
+        true, false = (self.say(pair[1].canonical, e=pair[0], v=value) for value in (self.facts[pair], self.rng.choice(
+            [value for value in pair[1].values if value != self.facts[pair]])))
+        return self.pair(Case("", [*prompt, right], "", reply(right["content"].replace(true, false))), 0.85)
 
     def rlaif_row(self) -> Message:
         """Words whose letters fine-tuning counts with thinking on only. With thinking off it has to be found out that
