@@ -60,10 +60,10 @@ STAGES = (
          "--data_path", SAMPLE / "heldout.jsonl", SAMPLE / "lora_identity_val.jsonl")),
     Stage("dpo", "trainer/train_dpo.py", (
         "--data_path", SAMPLE / "dpo.jsonl", "--val_data_path", SAMPLE / "dpo_val.jsonl",
-        "--optimizer", "adamw", "--batch_size", 2, "--learning_rate", "2e-5"), False),
+        "--optimizer", "adamw", "--batch_size", 1, "--learning_rate", "3e-5"), False),
     Stage("reward", "trainer/train_reward.py", (
         "--data_path", SAMPLE / "reward.jsonl", "--val_data_path", SAMPLE / "reward_val.jsonl",
-        "--optimizer", "adamw", "--batch_size", 2, "--learning_rate", "5e-4", "--extra_layers", 2,
+        "--optimizer", "adamw", "--batch_size", 2, "--learning_rate", "6e-4", "--extra_layers", 2,
         "--token_weight", 1), False, None),
     Stage("small_sft", "trainer/train_full_sft.py", (*SMALL, "--save_weight", "small_sft"), False, SMALL[:2], 64),
     Stage("full_dist", "trainer/train_distillation.py", (
