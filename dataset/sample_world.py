@@ -596,11 +596,11 @@ class World:
         case = self.case(skill, end)
         return {"conversations": case.messages, "skill": skill, "lang": LANGS[self.lang], "key": case.key}
 
-    def dpo_row(self) -> Message:
-        """Right and short is preferred to false, to rude and to rambling."""
-        return self.pair(self.case(self.rng.choices(SKILLS, DPO_MIX)[0], self.rng.choice(("call", "answer"))))
+    def dpo_row(self, false: float = 0.6) -> Message:
+        """Right and short is preferred to false (so often), to rude and to rambling."""
+        return self.pair(self.case(self.rng.choices(SKILLS, DPO_MIX)[0], self.rng.choice(("call", "answer"))), false)
 
-    def pair(self, case: Case, false: float = 0.6) -> Message:
+    def pair(self, case: Case, false: float) -> Message:
         *prompt, right = case.messages
         bad = case.wrong if self.chance(false) else reply(self.say(BAD, a=right["content"] or "..."))
         return {"chosen": [*prompt, right], "rejected": [*prompt, bad]}
@@ -611,7 +611,7 @@ class World:
         if self.split != "train":
             return self.dpo_row()
         if self.chance(0.85):
-            return self.pair(self.case(self.rng.choices(SKILLS, DPO_MIX)[0], self.rng.choice(("call", "answer"))), 0.85)
+            return self.dpo_row(0.85)
         *prompt, right = self.portrait()
         pair = self.rng.choice([pair for pair in self.facts
                                 if pair[0][self.lang].removeprefix("the ") in right["content"]])
