@@ -40,9 +40,10 @@ STATE = {"ddp": lambda P, N: (4 * P, 4 * P, 8 * P),
 BUCKETS = {"zero1": 1, "zero2": 2, "zero3": 1}  # in which DeepSpeed gathers gradients before it sends them
 BYTES_PER_TOKEN = 3.3  # of our tokenizer: 3.39 Chinese, 3.25 English (docs/results.md)
 MOE_TIME = 1.4  # of a token against dense: the published hours, 3.23 / 2.31
+PROMPTS = 1.42  # of a pair is computed once: so many times fewer positions, measured (docs/experiments.md)
 # bytes of the published files, and how often the recipe goes over them
 STAGES = {"pretrain, mini": (1.2e9, 2), "SFT, mini": (1.6e9, 2), "pretrain, long": (10e9, 2), "SFT, long": (14e9, 2),
-          "DPO": (53e6, 1 + 1 / 3), "reward model": (53e6, 1)}  # DPO: and one forward pass of the reference
+          "DPO": (53e6, (1 + 1 / 3) / PROMPTS), "reward model": (53e6, 1 / PROMPTS)}  # DPO: and a pass of the reference
 
 
 def outline(**sizes) -> MiniMindForCausalLM:

@@ -34,6 +34,8 @@ PLAIN = ("--packing=0", "--optimizer=adamw", "--batch_size=32", "--accumulation_
          "--warmup_ratio=0.02", "--use_compile=0")
 STEPS = ("--batch_size=8", "--accumulation_steps=1", "--learning_rate=2e-3", "--warmup_ratio=0.05")
 MUON = ("--optimizer=muon", "--learning_rate=2e-3")
+FAST = (*PLAIN, "--packing=1", "--use_compile=1", *STEPS)
+ALL = (*FAST, *MUON)
 WITHOUT_BOUNDS = "--no_document_masking"  # no flag of the stage: done here
 CHOICES = {  # name → the flags of train_pretrain.py that make each choice
     "levers": {"plain": PLAIN,
@@ -44,10 +46,12 @@ CHOICES = {  # name → the flags of train_pretrain.py that make each choice
                "+ 8 rows a step, 2e-3": (*PLAIN, *STEPS),
                "+ MoE": (*PLAIN, "--use_moe=1"),
                "default": (*PLAIN, "--packing=1", "--use_compile=1"),
-               "default, 8 rows a step, 2e-3": (*PLAIN, "--packing=1", "--use_compile=1", *STEPS),
-               "… and Muon": (*PLAIN, "--packing=1", "--use_compile=1", *STEPS, *MUON),
-               "… and no document masking": (*PLAIN, "--packing=1", "--use_compile=1", *STEPS, *MUON, WITHOUT_BOUNDS),
-               "… and Muon and MoE": (*PLAIN, "--packing=1", "--use_compile=1", *STEPS, *MUON, "--use_moe=1")},
+               "default, 8 rows a step, 2e-3": FAST,
+               "… and Muon": ALL,
+               "… and Muon, padded": (*ALL, "--packing=0"),
+               "… and Muon, eager": (*ALL, "--use_compile=0"),
+               "… and Muon, no document masking": (*ALL, WITHOUT_BOUNDS),
+               "… and Muon and MoE": (*ALL, "--use_moe=1")},
     "router": {"raw": ("--use_moe=1", "--norm_topk_prob=0", "--optimizer=muon"),
                "normalised": ("--use_moe=1", "--norm_topk_prob=1", "--optimizer=muon")},
     "optimizer": {"adamw 1e-3": ("--optimizer=adamw", "--learning_rate=1e-3"),
@@ -175,7 +179,8 @@ def main() -> None:
         seconds = statistics.mean(run["seconds"] for run in runs)
         print(f"| {choice} | {statistics.mean(values):.4f} ± {spread:.4f} | {seconds:.0f} | {last['tokens']:,} | "
               f"{last['steps']:,} |")
-    save_result(f"quality_{args.choices}", results)
+    time = f"_{args.seconds:g}s" if args.seconds else ""
+    save_result(f"quality_{args.choices}{time}", results)
 
 
 if __name__ == "__main__":

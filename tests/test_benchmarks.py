@@ -63,7 +63,7 @@ def test_choices_get_the_same_time(data, saved, tmp_path):
             "--hidden_size=64", "--num_hidden_layers=2", f"--data_path={rows}",
             f"--val_data_path={data / 'pretrain_val.jsonl'}"]), mock.patch.object(quality, "CALIBRATION", 64):
         quality.main()
-    (one,), = saved["quality_levers"].values()
+    (one,), = saved["quality_levers_1s"].values()
     assert one["val_bpb"] > 0 and one["steps"] > 1 and one["seconds"] > 0
     json.dumps(saved)
 

@@ -121,7 +121,8 @@ def dpo_loss(model: nn.Module, batch: dict[str, Tensor], kind: str, beta: float,
     log_p, aux_loss = answer_log_probs(model, batch)
     score = log_p if kind == "simpo" else log_p - batch["reference"]
     if kind != "sigmoid":
-        score = score / batch["document"].bincount(minlength=len(score))
+        tokens = torch.ones_like(batch["document"], dtype=score.dtype)  # bincount would wait for the device
+        score = score / torch.zeros_like(score).index_add(0, batch["document"], tokens)
     chosen, rejected = score[0::2], score[1::2]
     losses = preference_losses(chosen, rejected, kind, beta, label_smoothing, gamma)
     return Loss(losses.sum(), balancing(model, aux_loss), {
@@ -197,9 +198,8 @@ def policy_losses(new: Tensor, old: Tensor, advantage: Tensor, kind: str, low: f
     if kind == "cispo":
         return -log_ratio.exp().clamp(max=high).detach() * advantage * new
     if kind == "gspo":
-        count = document.bincount()
-        total = log_ratio.new_zeros(len(count)).index_add(0, document, log_ratio)
-        log_ratio = (total / count.clamp(min=1))[document]
+        total, count = (x.new_zeros(len(x)).index_add(0, document, x) for x in (log_ratio, torch.ones_like(log_ratio)))
+        log_ratio = (total / count)[document]
     ratio = log_ratio.exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
