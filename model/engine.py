@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model.chat import MARKERS, ChatTokenizer
+from model.decode_graphs import DecodeGraphs, capturable
 from model.kv_cache import KVCache
 from model.model_minimind import few_sizes
 from model.sampling import Sampling, draw, penalise
@@ -114,10 +115,12 @@ class Engine:
     or one as long as the model's positions up to 32,768). A step reads at most about `prefill_chunk` prompt tokens.
     `tokenizer` is needed for text and stop strings only. What is kept for reuse belongs to the weights as they are:
     after changing them, `forget`. `compile` takes a minute or two at the first tokens and then saves time at each step.
+    `graphs`: decode by CUDA graphs (default: on a GPU, wherever that is possible).
     """
 
     def __init__(self, model: nn.Module, tokenizer: ChatTokenizer | None = None, max_batch: int = 32,
-                 max_tokens: int | None = None, prefill_chunk: int = 512, compile: bool = False):
+                 max_tokens: int | None = None, prefill_chunk: int = 512, compile: bool = False,
+                 graphs: bool | None = None):
         self.model, self.tokenizer, self.max_batch, self.prefill_chunk = model, tokenizer, max_batch, prefill_chunk
         self.positions = model.config.max_position_embeddings
         self.max_tokens = max_tokens or max(max_batch * min(self.positions, PLACE_LENGTH), min(self.positions, 32768))
@@ -134,6 +137,7 @@ class Engine:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
         with torch.inference_mode():  # as all that fills it; a graph takes no tensors of another mode
             self._cache = KVCache(model.config, 0, 0, model.device, dtype)  # the first request says how long a place is
+        self._graphs = DecodeGraphs() if (capturable(model, dtype) if graphs is None else graphs) else None
 
     @property
     def waiting(self) -> int:
@@ -253,23 +257,34 @@ class Engine:
                      for s, chunk in zip(sequences, chunks, strict=True)]
         seen = max(row[-1] for row in positions) + 1
         ids = [chunk + [chunk[-1]] * (width - len(chunk)) for chunk in chunks]
-        if width == 1 and self._compiled is not None:  # rows of nobody, in the next places: a graph for few sizes only
+        answering = width == 1 and places == list(range(len(places)))
+        few = self._compiled is not None or self._graphs is not None
+        if answering and few:  # rows of nobody, in the next places: a graph for few sizes only
             spare = min(few_sizes(len(places)), self._cache.places) - len(places)
             places = [*places, *range(len(places), len(places) + spare)]
             ids, positions = ids + [[0]] * spare, positions + [[self._cache.length]] * spare
-        whole = width == 1 and self._compiled is not None
-        read = self._compiled if whole else self.model.model
-        ids, positions = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
-        mask = self._cache.point(places, positions, seen, 0 if width > 1 or whole else self._alike_in_all(sequences))
-        with nullcontext() if whole or not self._blocks_compiled else torch.compiler.set_stance("force_eager"):
-            hidden = read(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache)[0]
+        ids, positions = torch.tensor([ids, positions], device=device)
+        alike = self._alike_in_all(sequences) if answering and not few else 0
+
+        def read(ids: Tensor, positions: Tensor, seen: int) -> Tensor:
+            mask = self._cache.point(places, positions, seen, alike)
+            model = self._compiled if answering and self._compiled is not None else self.model.model
+            eager = self._blocks_compiled and model is self.model.model
+            with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+                return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache)[0]
+
+        if answering and self._graphs is not None:
+            hidden = self._graphs.run(read, ids, positions, self._length_for(seen))
+        else:
+            hidden = read(ids, positions, seen)
         done = []
         for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
             sequence._computed += len(chunk)
             if sequence._computed == len(sequence._tokens):
                 done.append((row, len(chunk) - 1, sequence))
         rows, ends = [row for row, _, _ in done], [end for _, end, _ in done]
-        return [sequence for _, _, sequence in done], self.model.lm_head(hidden[rows, ends])
+        last = hidden[:len(done), 0] if answering and len(done) == len(chunks) else hidden[rows, ends]
+        return [sequence for _, _, sequence in done], self.model.lm_head(last)
 
     def _alike_in_all(self, sequences: list[Sequence]) -> int:
         """How many tokens all that answer begin with, for attention to read once; 0 where that would not pay.
@@ -373,6 +388,8 @@ class Engine:
         places = self._places_at(length)
         if (places, length) != (self._cache.places, self._cache.length):
             self._cache.resize(places, length)
+            if self._graphs is not None:
+                self._graphs.forget()
             self._places = (self._places + [None] * places)[:places]
             for place, sequence in enumerate(self._places):
                 if sequence is not None and sequence._computed > length:

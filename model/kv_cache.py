@@ -27,9 +27,11 @@ class KVCache:
         `alike`: so many of the first keys and values are the same in all these places, once those tokens are there.
         """
         self.alike = alike
-        self._rows = rows = torch.tensor(places, device=positions.device)
-        together = places == list(range(places[0], places[0] + len(places)))
-        self._first = places[0] if together else None  # then they are read where they are, else copied together
+        row = range(places[0], places[0] + len(places))
+        together = places == list(row)
+        self._first = row.start if together else None  # then they are read where they are, else copied together
+        self._rows = rows = torch.arange(row.start, row.stop, device=positions.device) if together else \
+            torch.tensor(places, device=positions.device)
         heads = torch.arange(self.keys[0].shape[1], device=positions.device)
         starts = (rows[:, None] * len(heads) + heads) * (self.length + 1)
         self._write = (starts[..., None] + positions[:, None]).flatten()

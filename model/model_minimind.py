@@ -347,9 +347,13 @@ def expert_product(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
     """x [N, in] · weight [E, out, in]ᵀ → [N, out], where the first load[0] rows belong to expert 0, and so on."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # rows of whole 16 bytes, which the kernel needs
-    compute = _grouped_by_expert if x.is_cuda and dtype == torch.bfloat16 and aligned else _loop_by_expert
+    compute = _grouped_by_expert if experts_in_one_kernel(kind, dtype, *weight.shape[1:]) else _loop_by_expert
     return compute(x.to(dtype), weight.to(dtype), load)
+
+
+def experts_in_one_kernel(device: str, dtype: torch.dtype, *widths: int) -> bool:
+    """Whether one kernel takes all experts: CUDA's, for bf16, with rows of whole 16 bytes."""
+    return device == "cuda" and dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
 def _grouped_by_expert(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:

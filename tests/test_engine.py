@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.generation import logits_process as referee
 
 import eval_llm
+from model import decode_graphs, model_minimind
 from model import engine as engine_module
-from model import model_minimind
 from model.chat import BOS, EOS, MARKERS, ChatTokenizer
+from model.decode_graphs import DecodeGraphs, capturable
 from model.engine import Engine, Sampling, Sequence, generate, stream
 from model.errors import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
@@ -176,6 +179,92 @@ def test_a_compiled_step_reads_the_weights_as_they_are(monkeypatch):
         assert answers(model, prompts, greedy(4), compile=True) == [plainly(model, prompt, 4) for prompt in prompts]
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+class Recorder(TorchDispatchMode):
+    """A CUDA graph on any device: notes what is computed on which tensors, to compute that again and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default), \
+            f"{function} is between host and device: no graph holds that"
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for function, args, kwargs, out in self.calls:
+            for old, new in zip(*map(tree_leaves, (out, function(*args, **kwargs))), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+
+@pytest.fixture(params=["recorded", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs CUDA"))])
+def captured(request, monkeypatch) -> tuple[str, list, list]:
+    """The device, and a note of every capture and of every replay of decoding graphs."""
+    captures, replays, capture = [], [], DecodeGraphs._capture
+
+    def noted(self, work):
+        if request.param == "cuda":
+            result, replay = capture(self, work)
+        else:
+            recorder = Recorder()
+            with recorder:
+                result = work()
+            replay = recorder.replay
+        captures.append(result.shape)
+        return result, lambda: replays.append(replay())
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", noted)
+    monkeypatch.setattr(decode_graphs, "STEPS_BEFORE", 2)
+    monkeypatch.setattr(engine_module, "SMALLEST_LENGTH", 16)  # the cache grows on the way
+    if request.param == "recorded":  # experts must not be counted on the host
+        monkeypatch.setattr(model_minimind, "experts_in_one_kernel", lambda *_: True)
+    return "cpu" if request.param == "recorded" else "cuda", captures, replays
+
+
+@every_kind
+def test_steps_replayed_from_graphs_answer_alike_while_others_come_and_go(kind, captured):
+    device, captures, replays = captured
+    model = lively_model(kind).to(device, torch.bfloat16 if "moe" in kind and device == "cuda" else torch.float32)
+    prompts, lengths = some_prompts(15, 13, 19, 14, 12, 17, 16, 2, 3), [6, 14, 8, 9, 25, 11, 12, 13, 30]
+    expected = [answers(model, [prompt], greedy(length), graphs=False)[0]
+                for prompt, length in zip(prompts, lengths, strict=True)]
+    for chunk in (512, 1):  # then prompts too are read token by token
+        engine, sequences = Engine(model, max_batch=6, prefill_chunk=chunk, graphs=True), []
+        while engine.busy or len(sequences) < len(prompts):
+            if len(sequences) < len(prompts):
+                sequences.append(engine.add(prompts[len(sequences)], greedy(lengths[len(sequences)])))
+            engine.step()
+        assert [sequence.ids for sequence in sequences] == expected
+    assert 4 <= len(captures) < len(replays) and len(set(captures)) >= 3
+
+
+def test_a_graph_reads_the_weights_as_they_are(captured):
+    device, captures, _ = captured
+    model, prompts = lively_model().to(device), some_prompts(15)
+    engine = Engine(model, graphs=True)
+    for _ in range(2):
+        sequence = engine.add(prompts[0], greedy(8))
+        while engine.busy:
+            engine.step()
+        assert sequence.ids == answers(model, prompts, greedy(8), graphs=False)[0] and len(captures) == 1
+        engine.forget()
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def test_graphs_are_for_what_is_all_on_a_gpu():
+    model = lively_model("moe").to("meta")
+    with mock.patch.object(type(model), "device", torch.device("cuda")):
+        assert capturable(model, torch.bfloat16) and not capturable(model, torch.float16)
+        model.model.register_forward_pre_hook(lambda *_: None)  # as FSDP does
+        assert not capturable(model, torch.bfloat16)
+    assert not capturable(lively_model(), torch.bfloat16) and Engine(lively_model())._graphs is None
 
 
 def test_after_the_weights_changed_the_engine_forgets():

@@ -1,0 +1,64 @@
+"""Decoding steps as CUDA graphs: a GPU ends the kernels of a small model sooner than its host can start them.
+
+A graph is a list of kernels and addresses (CUDA C++ Programming Guide, "CUDA Graphs"): one launch repeats all of it, in
+the same shapes on the same memory. So a shape is captured once it has come often enough to pay for that, its inputs go
+where they lay then, and whoever moves what it reads or writes must `forget`.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from model.model_minimind import experts_in_one_kernel
+
+STEPS_BEFORE = 16  # of a shape, until it is captured; they also load the kernels, which a capture could not
+Read = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def capturable(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a step of `model` in `dtype` is all on a CUDA device: no hook, no load of experts read by the host."""
+    config = model.config
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())  # they gather shards
+    return model.device.type == "cuda" and not hooked and (not config.use_moe or experts_in_one_kernel(
+        model.device.type, dtype, config.hidden_size, config.moe_intermediate_size))
+
+
+class DecodeGraphs:
+    """Runs `read(ids, positions, seen)` with ids, positions [B, 1], from a graph where it has one for B and `seen`."""
+
+    def __init__(self):
+        self._pool = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all graphs: memory that they use is to move."""
+        self._steps: Counter[tuple[int, int]] = Counter()
+        self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Callable[[], None]]] = {}
+
+    def run(self, read: Read, ids: Tensor, positions: Tensor, seen: int) -> Tensor:
+        """What `read` returns; the next step overwrites it. `read` must be the same function of the same memory."""
+        shape = len(ids), seen
+        if shape in self._graphs:
+            own_ids, own_positions, result, replay = self._graphs[shape]
+            own_ids.copy_(ids)
+            own_positions.copy_(positions)
+            replay()
+            return result
+        self._steps[shape] += 1
+        if self._steps[shape] == STEPS_BEFORE:
+            self._graphs[shape] = (ids, positions, *self._capture(lambda: read(ids, positions, seen)))
+            self._graphs[shape][-1]()
+            return self._graphs[shape][-2]
+        return read(ids, positions, seen)
+
+    def _capture(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        """Note the kernels of `work`, which does not run yet. → its result to be, and what computes it, any time."""
+        half, graph = torch.get_autocast_dtype("cuda"), torch.cuda.CUDAGraph()
+        # weights are cast in the graph: a cast kept from before would be of the weights as they were
+        with torch.autocast("cuda", half, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False), \
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = work()
+        self._pool = graph.pool()  # they run one after another, so all may use the same memory
+        return result, graph.replay
