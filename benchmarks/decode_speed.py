@@ -32,6 +32,7 @@ from model import model_minimind
 from model.engine import Engine, Sampling
 from model.errors import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
+from model.packed_weights import in_use
 from model.weights import inference_dtype
 from trainer.arguments import Parser, positive
 from trainer.distributed import choose_device
@@ -146,10 +147,12 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
     of_op = {event.key: event.self_cpu_time_total / 1e7 for event in trace.key_averages()}
     result["attention"] = sum(seconds for name, seconds in of_op.items() if "scaled_dot_product" in name)
     result["drawing"] = statistics.median(drawing)
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = [layer.weight for layer in layers]
     inputs = {weight.shape[1]: torch.randn(len(prompts), weight.shape[1], dtype=weight.dtype) for weight in weights}
     # a compiled step hides some of its products from the profiler: so they are done once more, by themselves
-    result["products alone"] = seconds_of(lambda: [product(inputs[weight.shape[1]], weight) for weight in weights])
+    with in_use(engine._packed):
+        result["products alone"] = seconds_of(lambda: [layer(inputs[layer.in_features]) for layer in layers])
     square, long = torch.randn(1024, 1024), torch.randn(2**26)
     numbers = sum(weight.numel() for weight in weights)
     result["their FLOP at best"] = 2 * numbers * len(prompts) * seconds_of(lambda: square @ square) / 2 / 1024**3

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.model_minimind import experts_in_one_kernel
+from model.packed_weights import on_its_own
 
 STEPS_BEFORE = 16  # of a shape, until it is captured; they also load the kernels, which a capture could not
 Read = Callable[[Tensor, Tensor, int], Tensor]
@@ -19,10 +20,9 @@ Read = Callable[[Tensor, Tensor, int], Tensor]
 
 def capturable(model: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a step of `model` in `dtype` is all on a CUDA device: no hook, no load of experts read by the host."""
-    config = model.config
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())  # they gather shards
-    return model.device.type == "cuda" and not hooked and (not config.use_moe or experts_in_one_kernel(
-        model.device.type, dtype, config.hidden_size, config.moe_intermediate_size))
+    config, kind = model.config, model.device.type
+    return kind == "cuda" and on_its_own(model) and (not config.use_moe or experts_in_one_kernel(
+        kind, dtype, config.hidden_size, config.moe_intermediate_size))
 
 
 class DecodeGraphs:

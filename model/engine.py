@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from model.chat import MARKERS, ChatTokenizer
 from model.decode_graphs import DecodeGraphs, capturable
 from model.kv_cache import KVCache
 from model.model_minimind import few_sizes
+from model.packed_weights import in_use, pack
 from model.sampling import Sampling, draw, penalise
 
 __all__ = ["Engine", "Sampling", "Sequence", "generate", "stream"]
@@ -135,6 +137,8 @@ class Engine:
         self._blocks_compiled = any(module._compiled_call_impl is not None for module in model.modules())
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+        self._pack = partial(pack, model, dtype) if not compile else list  # a compiler has orders of its own
+        self._packed = self._pack()
         with torch.inference_mode():  # as all that fills it; a graph takes no tensors of another mode
             self._cache = KVCache(model.config, 0, 0, model.device, dtype)  # the first request says how long a place is
         self._graphs = DecodeGraphs() if (capturable(model, dtype) if graphs is None else graphs) else None
@@ -197,6 +201,7 @@ class Engine:
         if self.busy:
             raise RuntimeError("requests are being answered: what they have computed cannot be forgotten")
         self._places = [None] * len(self._places)
+        self._packed = self._pack()
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
@@ -204,11 +209,12 @@ class Engine:
         self._clock += 1
         self._admit()
         ready, logits = [], []
-        for places in (self._answering(), self._reading()):
-            if places:
-                done, of_done = self._forward(places)
-                ready += done
-                logits.append(of_done)
+        with in_use(self._packed):
+            for places in (self._answering(), self._reading()):
+                if places:
+                    done, of_done = self._forward(places)
+                    ready += done
+                    logits.append(of_done)
         if not ready:
             return []
         for sequence, *result in zip(ready, *self._draw(torch.cat(logits), ready), strict=True):

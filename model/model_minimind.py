@@ -104,8 +104,8 @@ def few_sizes(rows: int, step: int = 16) -> int:
 LARGEST_FEW = 128  # rows; above it an fp32 product takes as long with the weight on either side
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] · weight [out, in]ᵀ → [..., out].
+def product(x: Tensor, weight: Tensor, packed: Tensor | None = None) -> Tensor:
+    """x [..., in] · weight [out, in]ᵀ → [..., out]. `packed` is the weight in oneDNN's order (model/packed_weights.py).
 
     A CPU takes the left operand as it lies in memory and the right one rearranged. F.linear has the weight on the
     right, and rearranging it costs more than a few tokens' product itself; so inference puts it on the left. A single
@@ -115,6 +115,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     M = len(rows)
     # under no_grad alone all is as in training, to the bit; a compiler can only be asked for that
     training = torch.is_grad_enabled() if torch.compiler.is_compiling() else not torch.is_inference_mode_enabled()
+    if packed is not None and (packed.dtype == torch.bfloat16 or M > 2):
+        padded = F.pad(rows.to(packed.dtype), (0, 0, 0, few_sizes(M, 16 if M < LARGEST_FEW else 32) - M))
+        return torch.ops.mkldnn._linear_pointwise(padded, packed, None, "none", [], "")[:M].unflatten(0, x.shape[:-1])
     if x.device.type != "cpu" or x.dtype != weight.dtype or training or M > LARGEST_FEW and not half:
         return F.linear(x, weight)
     if M == 1 and not half:
@@ -130,11 +133,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """y = x · weightᵀ, no bias."""
 
+    packed: Tensor | None = None
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight)
+        return product(x, self.weight, self.packed)
 
 
 YARN_FACTOR, YARN_ORIGINAL_LENGTH, YARN_BETA_FAST, YARN_BETA_SLOW = 16.0, 2048, 32.0, 1.0
@@ -323,6 +328,8 @@ class FeedForward(nn.Module):
 class Experts(nn.Module):
     """E SwiGLU networks as stacked weights: every expert has its slice of one gradient, used or not, on every rank."""
 
+    packed: dict[str, list[Tensor]] = {}
+
     def __init__(self, config: MiniMindConfig):
         super().__init__()
         E, H, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
@@ -340,15 +347,16 @@ class Experts(nn.Module):
 
     def project(self, name: str, x: Tensor, load: Tensor) -> Tensor:
         """Tokens [N, in], sorted by expert, times the weight `name` of their experts. → [N, out]"""
-        return expert_product(x, getattr(self, name), load)
+        return expert_product(x, getattr(self, name), load, self.packed.get(name))
 
 
-def expert_product(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+def expert_product(x: Tensor, weight: Tensor, load: Tensor, packed: list[Tensor] | None = None) -> Tensor:
     """x [N, in] · weight [E, out, in]ᵀ → [N, out], where the first load[0] rows belong to expert 0, and so on."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    compute = _grouped_by_expert if experts_in_one_kernel(kind, dtype, *weight.shape[1:]) else _loop_by_expert
-    return compute(x.to(dtype), weight.to(dtype), load)
+    if experts_in_one_kernel(kind, dtype, *weight.shape[1:]):
+        return _grouped_by_expert(x.to(dtype), weight.to(dtype), load)
+    return _loop_by_expert(x.to(dtype), weight if packed else weight.to(dtype), load, packed)
 
 
 def experts_in_one_kernel(device: str, dtype: torch.dtype, *widths: int) -> bool:
@@ -362,10 +370,10 @@ def _grouped_by_expert(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # the load changes every step
-def _loop_by_expert(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
+def _loop_by_expert(x: Tensor, weight: Tensor, load: Tensor, packed: list[Tensor] | None) -> Tensor:
     """One matrix product an expert. The load is read on the host: free on a CPU, one short wait elsewhere."""
-    pieces = zip(x.split(load.tolist()), weight.unbind(), strict=True)
-    return torch.cat([product(round_up(piece), expert)[:len(piece)] for piece, expert in pieces])
+    pieces = zip(x.split(load.tolist()), weight.unbind(), packed or [None] * len(weight), strict=True)
+    return torch.cat([product(round_up(piece), *expert)[:len(piece)] for piece, *expert in pieces])
 
 
 class MoEFeedForward(nn.Module):

@@ -29,6 +29,7 @@ from model.decode_graphs import DecodeGraphs, capturable
 from model.engine import Engine, Sampling, Sequence, generate, stream
 from model.errors import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
+from model.packed_weights import in_use, pack
 from model.sampling import draw
 from model.weights import load_weight, save_weight
 
@@ -145,6 +146,45 @@ def test_products_are_those_of_linear(dtype):
             assert_close(product(columns, weight), F.linear(x, weight))
 
 
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_weights_multiply_as_the_weights_do_and_only_while_in_use(kind, dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bf16 here")
+    model = lively_model(kind).to(dtype)
+    packed, used = pack(model, dtype), []
+
+    def noted(x, weight, packed=None):
+        used.append(packed is not None)
+        result = product(x, weight, packed)
+        assert_close(result, F.linear(x, weight), atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+        return result
+
+    with torch.inference_mode(), mock.patch.object(model_minimind, "product", noted):
+        for length in (1, 3, 17, 130):
+            ids = torch.tensor(some_prompts(length))
+            plain = model(ids).logits
+            assert not any(used)
+            used.clear()
+            with in_use(packed):
+                logits = model(ids).logits
+            if dtype == torch.float32:  # in half precision another rounding may choose another expert
+                assert_close(logits, plain, atol=1e-4, rtol=1e-3)
+            assert all(used)
+            used.clear()
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        assert not torch.equal(model(ids).logits, plain)
+        assert not any(used)
+
+
+def test_weights_that_are_elsewhere_are_not_packed():
+    model = lively_model()
+    assert not pack(model.half(), torch.float16)
+    model.model.layers[0].register_forward_pre_hook(lambda *_: None)  # as FSDP does
+    assert not pack(model.float(), torch.float32) and not pack(lively_model().to("meta"), torch.float32)
+
+
 def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
@@ -222,8 +262,9 @@ def captured(request, monkeypatch) -> tuple[str, list, list]:
     monkeypatch.setattr(DecodeGraphs, "_capture", noted)
     monkeypatch.setattr(decode_graphs, "STEPS_BEFORE", 2)
     monkeypatch.setattr(engine_module, "SMALLEST_LENGTH", 16)  # the cache grows on the way
-    if request.param == "recorded":  # experts must not be counted on the host
+    if request.param == "recorded":  # as on a GPU: experts are not counted on the host, no weight is packed
         monkeypatch.setattr(model_minimind, "experts_in_one_kernel", lambda *_: True)
+        monkeypatch.setattr(engine_module, "pack", lambda *_: [])
     return "cpu" if request.param == "recorded" else "cuda", captures, replays
 
 
