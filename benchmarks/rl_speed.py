@@ -6,8 +6,8 @@ position, in fp32; AdamW one tensor at a time. Ours: `trainer/experience.py` on 
 they end, rows are packed, logits are computed where there is a label. Both take the same number of answers of the same,
 very different lengths. `--agent` compares episodes of several turns instead, eight to a prompt and all prompts with the
 same tools, as in training: `run_episodes` with all at once, each turn going on from the cache of those before, on an
-engine that says what is written for it; plain one after the other, everything read again at each turn. Weights are
-random: speed does not depend on what they say.
+engine that says what is written for it; plain one after the other, everything read again at each turn. Ours computes
+as the stages do, in bf16 where the CPU has units for it. Weights are random: speed does not depend on what they say.
 
     python benchmarks/rl_speed.py
     python benchmarks/rl_speed.py --agent
@@ -40,6 +40,7 @@ from model.chat import CALL, END_CALL, EOS, ChatTokenizer
 from model.engine import Engine, Sampling
 from model.errors import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import cpu_has_bfloat16
 from trainer.arguments import Parser, policy_parser, positive, read_policy
 from trainer.distributed import World
 from trainer.episodes import SEED_STEP, run_episodes
@@ -52,6 +53,11 @@ from trainer.tools import SCHEMAS
 
 PLAIN_BATCH, GENERATIONS, LONGEST, BETA = 12, 6, 192, 0.1
 PER_PROMPT = 8  # episodes; plain plays one of them
+
+
+def half_where_fast() -> torch.autocast:
+    """As the stages compute: bf16 where the CPU has units for it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16())
 
 
 class Timed(LocalEngine):
@@ -134,11 +140,11 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
         "--batch_size", "4", "--accumulation_steps", str(answers // GENERATIONS // 4), "--num_generations",
         str(GENERATIONS), "--max_seq_len", "128", "--max_gen_len", str(LONGEST), "--beta", str(BETA)])
     run = SimpleNamespace(args=args, world=World(), device=torch.device("cpu"), tokenizer=ChatTokenizer(),
-                          autocast=nullcontext, whole=nullcontext)
+                          autocast=half_where_fast, whole=nullcontext)
     prompts = object.__new__(PromptDataset)  # no file behind them
     prompts.prompts = [Prompt([dice.randrange(36, config.vocab_size) for _ in range(dice.randint(16, 96))], [])
                        for _ in range(answers // GENERATIONS)]
-    timed = Timed(model, run.tokenizer)
+    timed = Timed(model, run.tokenizer, half_where_fast())
     rollouts = Experience(run, model, prompts, timed, Lengths(), reference)
     ours_optimizer, = make_optimizers(model, "adamw", 1e-6, 0.0)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, foreach=False)
@@ -186,7 +192,7 @@ class RecitingEngine(LocalEngine):
 
     @contextmanager
     def open(self, requests: int):
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast:
             yield Reciting(self.model, max_batch=max(1, min(self.max_batch, requests)))
 
 
@@ -209,7 +215,7 @@ def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: 
         Reciting.scripts = scripts
         began = time.perf_counter()
         samplings = [Sampling(64, 1.0, 1.0, seed=number) for number in range(episodes)]
-        played = run_episodes(RecitingEngine(model, tokenizer), prompts, samplings, tokenizer)
+        played = run_episodes(RecitingEngine(model, tokenizer, half_where_fast()), prompts, samplings, tokenizer)
         speeds["ours"].append(sum(sum(episode.sampled) for episode in played) / (time.perf_counter() - began))
         assert all(len(episode.turns) == 3 for episode in played), "an episode did not go as written"
         few, began = played[::PER_PROMPT], time.perf_counter()
