@@ -226,7 +226,7 @@ def main() -> None:
     plain = MiniMindForCausalLM(config).eval().requires_grad_(False).to(device)
     fast = MiniMindForCausalLM(config).eval().requires_grad_(False)
     fast.load_state_dict(plain.state_dict())
-    fast.to(device, inference_dtype(device))
+    fast.to(device, inference_dtype(device, config.use_moe))
     if device.type == "cuda":
         plain.half()
 

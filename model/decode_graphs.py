@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.model_minimind import experts_in_one_kernel
+from model.model_minimind import MiniMindPreTrainedModel, experts_in_one_kernel
 from model.packed_weights import on_its_own
 
 STEPS_BEFORE = 16  # of a shape, until it is captured; they also load the kernels, which a capture could not
@@ -19,10 +19,11 @@ Read = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def capturable(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a step of `model` in `dtype` is all on a CUDA device: no hook, no load of experts read by the host."""
+    """Whether a step in `dtype` is all on a CUDA device: a model of ours, no hook, no experts counted by the host."""
     config, kind = model.config, model.device.type
-    return kind == "cuda" and on_its_own(model) and (not config.use_moe or experts_in_one_kernel(
-        kind, dtype, config.hidden_size, config.moe_intermediate_size))
+    if kind != "cuda" or not isinstance(model, MiniMindPreTrainedModel) or not on_its_own(model):
+        return False
+    return not config.use_moe or experts_in_one_kernel(kind, dtype, config.hidden_size, config.moe_intermediate_size)
 
 
 class DecodeGraphs:

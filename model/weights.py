@@ -292,11 +292,13 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
-def inference_dtype(device: str | torch.device) -> torch.dtype:
+def inference_dtype(device: str | torch.device, use_moe: bool = False) -> torch.dtype:
     """Half precision where the device multiplies it in hardware: decoding waits for the weights to be read."""
     kind = torch.device(device).type
     if kind == "cpu":
         return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+    if use_moe and kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16  # in which one kernel takes all experts, and the host reads no counts
     return torch.float16 if kind == "cuda" else torch.float32
 
 
@@ -319,4 +321,5 @@ def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_di
 
         load_lora(model, lora_weight, save_dir)
         merge_lora(model)
-    return model.to(device, inference_dtype(device)).eval().requires_grad_(False), tokenizer
+    dtype = inference_dtype(device, getattr(model.config, "use_moe", False))
+    return model.to(device, dtype).eval().requires_grad_(False), tokenizer

@@ -31,7 +31,7 @@ from model.errors import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
 from model.packed_weights import in_use, pack
 from model.sampling import draw
-from model.weights import load_weight, save_weight
+from model.weights import inference_dtype, load_weight, save_weight
 
 KINDS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2},
          "yarn": {"inference_rope_scaling": True}}
@@ -306,6 +306,17 @@ def test_graphs_are_for_what_is_all_on_a_gpu():
         model.model.register_forward_pre_hook(lambda *_: None)  # as FSDP does
         assert not capturable(model, torch.bfloat16)
     assert not capturable(lively_model(), torch.bfloat16) and Engine(lively_model())._graphs is None
+    with torch.device("meta"), mock.patch.object(Qwen3ForCausalLM, "device", torch.device("cuda")):
+        theirs = Qwen3ForCausalLM(Qwen3Config(vocab_size=97, hidden_size=64, num_hidden_layers=1))
+        assert not capturable(theirs, torch.bfloat16)
+
+
+def test_experts_are_used_in_the_precision_that_one_kernel_takes():
+    with mock.patch.object(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation):
+        assert inference_dtype("cuda", use_moe=True) == torch.bfloat16
+        assert inference_dtype("cuda") == torch.float16
+    with mock.patch.object(torch.cuda, "is_bf16_supported", lambda including_emulation: False):
+        assert inference_dtype("cuda", use_moe=True) == torch.float16
 
 
 def test_after_the_weights_changed_the_engine_forgets():

@@ -98,7 +98,7 @@ def test_a_peft_adapter_comes_back_to_the_bit(tmp_path, options, targets):
 @pytest.fixture
 def in_fp32(monkeypatch):
     """Inference in full precision, also where the machine is faster in half."""
-    monkeypatch.setattr(weights, "inference_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(weights, "inference_dtype", lambda *_: torch.float32)
 
 
 def test_an_adapter_made_by_peft_is_read(tmp_path, in_fp32):
