@@ -288,8 +288,12 @@ def load_folder(folder: str | Path, flag: str = "--load_from", **overrides) -> t
 
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bf16 matrices in hardware; else bf16 is emulated, several times slower than fp32."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    return cpu_has_tiles() or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def cpu_has_tiles() -> bool:
+    """Whether the CPU has units for whole matrices (AMX): several times the speed of its vector units."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def inference_dtype(device: str | torch.device, use_moe: bool = False) -> torch.dtype:
