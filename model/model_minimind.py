@@ -370,7 +370,7 @@ def _grouped_by_expert(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # the load changes every step
-def _loop_by_expert(x: Tensor, weight: Tensor, load: Tensor, packed: list[Tensor] | None) -> Tensor:
+def _loop_by_expert(x: Tensor, weight: Tensor, load: Tensor, packed: list[Tensor] | None = None) -> Tensor:
     """One matrix product an expert. The load is read on the host: free on a CPU, one short wait elsewhere."""
     pieces = zip(x.split(load.tolist()), weight.unbind(), packed or [None] * len(weight), strict=True)
     return torch.cat([product(round_up(piece), *expert)[:len(piece)] for piece, *expert in pieces])

@@ -24,6 +24,7 @@ from model.errors import Failure, UserError
 from model.model_minimind import MiniMindConfig
 from model.model_reward import MiniMindForSequenceClassification
 from model.weights import save_folder, save_weight
+from trainer import reward_models
 from trainer.arguments import Parser
 from trainer.reward_models import classify, grade_of
 from trainer.rewards import Rewards, exact, make_rewards, repetition, reward_flags, well_formed
@@ -176,7 +177,8 @@ def test_our_reward_weight_scores_as_transformers_does_with_the_ids_as_they_are(
     torch.testing.assert_close(rewards.score(prompts, trajectories)[:, -1], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_sequence_classifier_reads_its_own_template_and_padding_changes_nothing(own):
+def test_a_sequence_classifier_reads_its_own_template_and_padding_changes_nothing(own, monkeypatch):
+    monkeypatch.setattr(reward_models, "inference_dtype", lambda *_: torch.float32)  # as the referee, on any CPU
     prompts, trajectories = batch()
     rewards = make(f"--reward_model_path={own / 'reward'}")
     referee = AutoModelForSequenceClassification.from_pretrained(own / "reward", dtype=torch.float32).eval()
