@@ -5,12 +5,14 @@ the same shapes on the same memory. So a shape is captured once it has come ofte
 where they lay then, and whoever moves what it reads or writes must `forget`.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from model.errors import first_line
 from model.model_minimind import MiniMindPreTrainedModel, experts_in_one_kernel
 from model.packed_weights import on_its_own
 
@@ -23,18 +25,21 @@ def capturable(model: nn.Module, dtype: torch.dtype) -> bool:
     config, kind = model.config, model.device.type
     if kind != "cuda" or not isinstance(model, MiniMindPreTrainedModel) or not on_its_own(model):
         return False
-    return not config.use_moe or experts_in_one_kernel(kind, dtype, config.hidden_size, config.moe_intermediate_size)
+    one_kernel = experts_in_one_kernel(kind, dtype, config.hidden_size, config.moe_intermediate_size)
+    # before Hopper, PyTorch itself takes the experts one by one and asks the device for their bounds
+    return not config.use_moe or one_kernel and torch.cuda.get_device_capability(model.device) >= (9, 0)
 
 
 class DecodeGraphs:
     """Runs `read(ids, positions, seen)` with ids, positions [B, 1], from a graph where it has one for B and `seen`."""
 
     def __init__(self):
-        self._pool = None
+        self._refused = False
         self.forget()
 
     def forget(self) -> None:
         """Drop all graphs: memory that they use is to move."""
+        self._pool = None
         self._steps: Counter[tuple[int, int]] = Counter()
         self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Callable[[], None]]] = {}
 
@@ -48,17 +53,24 @@ class DecodeGraphs:
             replay()
             return result
         self._steps[shape] += 1
-        if self._steps[shape] == STEPS_BEFORE:
-            self._graphs[shape] = (ids, positions, *self._capture(lambda: read(ids, positions, seen)))
-            self._graphs[shape][-1]()
-            return self._graphs[shape][-2]
+        if self._steps[shape] == STEPS_BEFORE and not self._refused:
+            try:
+                result, replay = self._capture(lambda: read(ids, positions, seen), ids.device)
+            except RuntimeError as error:  # nothing has run: go on without
+                self._refused = True
+                warnings.warn(f"decoding without CUDA graphs: {first_line(error)}", stacklevel=2)
+            else:
+                self._graphs[shape] = ids, positions, result, replay
+                replay()
+                return result
         return read(ids, positions, seen)
 
-    def _capture(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    def _capture(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
         """Note the kernels of `work`, which does not run yet. → its result to be, and what computes it, any time."""
         half, graph = torch.get_autocast_dtype("cuda"), torch.cuda.CUDAGraph()
         # weights are cast in the graph: a cast kept from before would be of the weights as they were
-        with torch.autocast("cuda", half, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False), \
+        with torch.cuda.device(device), \
+                torch.autocast("cuda", half, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False), \
                 torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
         self._pool = graph.pool()  # they run one after another, so all may use the same memory

@@ -248,9 +248,9 @@ def captured(request, monkeypatch) -> tuple[str, list, list]:
     """The device, and a note of every capture and of every replay of decoding graphs."""
     captures, replays, capture = [], [], DecodeGraphs._capture
 
-    def noted(self, work):
+    def noted(self, work, device):
         if request.param == "cuda":
-            result, replay = capture(self, work)
+            result, replay = capture(self, work, device)
         else:
             recorder = Recorder()
             with recorder:
@@ -301,14 +301,31 @@ def test_a_graph_reads_the_weights_as_they_are(captured):
 
 def test_graphs_are_for_what_is_all_on_a_gpu():
     model = lively_model("moe").to("meta")
-    with mock.patch.object(type(model), "device", torch.device("cuda")):
+    with mock.patch.object(type(model), "device", torch.device("cuda")), \
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)) as capability:
         assert capturable(model, torch.bfloat16) and not capturable(model, torch.float16)
+        capability.return_value = (8, 6)  # there grouped_mm is a loop that asks the device
+        assert not capturable(model, torch.bfloat16) and capturable(lively_model().to("meta"), torch.float16)
+        capability.return_value = (9, 0)
         model.model.register_forward_pre_hook(lambda *_: None)  # as FSDP does
         assert not capturable(model, torch.bfloat16)
     assert not capturable(lively_model(), torch.bfloat16) and Engine(lively_model())._graphs is None
     with torch.device("meta"), mock.patch.object(Qwen3ForCausalLM, "device", torch.device("cuda")):
         theirs = Qwen3ForCausalLM(Qwen3Config(vocab_size=97, hidden_size=64, num_hidden_layers=1))
         assert not capturable(theirs, torch.bfloat16)
+
+
+def test_a_device_that_refuses_a_capture_is_told_once_and_decoded_on_without(captured, monkeypatch):
+    device, *_ = captured
+    model, prompts = lively_model().to(device), some_prompts(3, 4)
+
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", refuse)
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted when stream is cap") as told:
+        assert answers(model, prompts, greedy(30), graphs=True) == answers(model, prompts, greedy(30), graphs=False)
+    assert len(told) == 1
 
 
 def test_experts_are_used_in_the_precision_that_one_kernel_takes():
