@@ -2,9 +2,9 @@
 
 Plain: one batch of equal prompts from beginning to end, products as `F.linear` makes them, the cache grown by
 concatenation, a full sort for top-p, fp32 on a CPU (fp16 on CUDA). Engine: as `load_for_inference` and
-`model/engine.py` come. Three cases: one request alone, 32 at once, and 32 different requests that arrive while others
-are answered (the plain loop takes them one by one). Weights are random: speed does not depend on what they say. The
-two take turns, and the median of the repeats counts.
+`model/engine.py` come. Cases: one request alone, 32 at once, 256 at once, and 32 different requests that arrive while
+others are answered (the plain loop takes them one by one). Weights are random: speed does not depend on what they say.
+The two take turns, and the median of the repeats counts.
 
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --use_moe 1
@@ -87,13 +87,14 @@ def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, 
             args: argparse.Namespace, together: bool) -> dict:
     """Tokens a second of both on the same requests, in turn, `args.repeats` times after a warm-up."""
     speeds: dict[str, list[float]] = {"plain": [], "engine": []}
-    engine = Engine(fast, max_batch=32, compile=bool(args.compile))
+    engine = Engine(fast, max_batch=max(32, len(requests)), compile=bool(args.compile),
+                    graphs=None if args.graphs else False)
     for repeat in range(args.repeats + 1):
         for kind in speeds:
             # every fourth request says as much about the plain loop, which takes them one by one
             chosen = requests if together or kind == "engine" else requests[::4] or requests
             if repeat == 0:
-                chosen = [(prompt, 4) for prompt, _ in chosen[:32]]
+                chosen = [(prompt, 4) for prompt, _ in chosen]
             began = time.perf_counter()
             if kind == "engine":
                 engine.forget()
@@ -109,9 +110,27 @@ def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, 
                 speeds[kind].append(sum(tokens for _, tokens in chosen) / (time.perf_counter() - began))
     result = {kind: statistics.median(values) for kind, values in speeds.items()}
     result["ratio"] = result["engine"] / result["plain"]
-    print(f"{name:10} plain {result['plain']:8,.1f}   engine {result['engine']:8,.1f} tokens/s   "
-          f"ratio {result['ratio']:5.2f}", flush=True)
+    line = (f"{name:12} plain {result['plain']:8,.1f}   engine {result['engine']:8,.1f} tokens/s   "
+            f"ratio {result['ratio']:5.2f}")
+    if together:
+        result["bandwidth_share"] = result["engine"] * bytes_a_token(fast, requests) / read_speed(fast.device)
+        line += f"   {result['bandwidth_share']:.0%} of the speed at which memory is read"
+    print(line, flush=True)
     return result | {"all": speeds}
+
+
+def bytes_a_token(model: nn.Module, requests: list[tuple[list[int], int]]) -> float:
+    """What a token of requests that are answered together must read: its share of the weights, keys and values."""
+    config = model.config
+    seen = statistics.mean(len(prompt) + tokens / 2 for prompt, tokens in requests)
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * seen
+    return sum(p.nbytes for p in model.parameters()) / len(requests) + numbers * model.dtype.itemsize
+
+
+def read_speed(device: torch.device) -> float:
+    """Bytes a second of a long read of memory."""
+    long = torch.randn(2**26, device=device)
+    return long.nbytes / seconds_of(lambda: long.sum().item())
 
 
 def seconds_of(work: Callable[[], object], repeats: int = 15) -> float:
@@ -153,10 +172,10 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
     # a compiled step hides some of its products from the profiler: so they are done once more, by themselves
     with in_use(engine._packed):
         result["products alone"] = seconds_of(lambda: [layer(inputs[layer.in_features]) for layer in layers])
-    square, long = torch.randn(1024, 1024), torch.randn(2**26)
+    square = torch.randn(1024, 1024, dtype=model.dtype)
     numbers = sum(weight.numel() for weight in weights)
     result["their FLOP at best"] = 2 * numbers * len(prompts) * seconds_of(lambda: square @ square) / 2 / 1024**3
-    result["weights read once"] = numbers * weights[0].element_size() * seconds_of(lambda: long.sum()) / 2**28
+    result["weights read once"] = numbers * weights[0].element_size() / read_speed(model.device)
     return {name: 1000 * seconds for name, seconds in result.items()}
 
 
@@ -168,9 +187,9 @@ def profile_arriving(model: nn.Module, requests: list[tuple[list[int], int]], ev
     """
     engine = Engine(model, max_batch=32)
     found, phase = {name: Counter() for name in ("reading", "answering", "beside")}, "beside"
-    square, long = torch.randn(1024, 1024), torch.randn(2**26)
+    square = torch.randn(1024, 1024, dtype=model.dtype)
     speed = 2e-12 * 1024**3 / seconds_of(lambda: square @ square)
-    reading = sum(p.nbytes for p in model.parameters()) / (long.nbytes / seconds_of(lambda: long.sum()))
+    reading = sum(p.nbytes for p in model.parameters()) / read_speed(model.device)
 
     def timed(part: str, work: Callable) -> Callable:
         def measured(*arguments, **options):
@@ -215,8 +234,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=positive, default=64, help="tokens of a prompt (alone, at once)")
     parser.add_argument("--tokens", type=positive, default=128, help="tokens of an answer (alone, at once)")
     parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--cases", nargs="+", default=["alone", "at once", "arriving"])
+    parser.add_argument("--cases", nargs="+", help="(default: all; on a CPU without 256 at once)")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=0)
+    parser.add_argument("--graphs", type=int, choices=(0, 1), default=1, help="decode by CUDA graphs where possible")
     parser.add_argument("--profile", action="store_true", help="instead: where the milliseconds of a step go, on a CPU")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -239,6 +259,7 @@ def main() -> None:
         "alone": ([(prompt(args.prompt), args.tokens)], True),
         "at once": ([(prompt(args.prompt), args.tokens) for _ in range(32)], True),
         "arriving": ([(prompt(dice.randint(16, 200)), dice.randint(32, 192)) for _ in range(32)], False),
+        "256 at once": ([(prompt(args.prompt), args.tokens) for _ in range(256)], True),
     }
     kind = "_moe" * args.use_moe + "_compiled" * args.compile
     if args.profile:
@@ -256,7 +277,10 @@ def main() -> None:
                     print(f"{part:20}", *(f"{of[part]:12,.2f}" for of in results[name].values()))
         save_result(f"decode_profile{kind}_{args.hidden_size}x{args.num_hidden_layers}", results)
         return
-    results = {name: compare(name, cases[name][0], plain, fast, args, cases[name][1]) for name in args.cases}
+    wanted = args.cases or [name for name in cases if device.type == "cuda" or "256" not in name]
+    if unknown := [name for name in wanted if name not in cases]:
+        parser.error(f"--cases {unknown[0]}: there are {', '.join(cases)}")
+    results = {name: compare(name, cases[name][0], plain, fast, args, cases[name][1]) for name in wanted}
     save_result(f"decode_speed{kind}_{args.hidden_size}x{args.num_hidden_layers}",
                 {"dtype": str(fast.dtype).removeprefix("torch."), **results})
 

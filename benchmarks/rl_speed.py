@@ -7,7 +7,8 @@ they end, rows are packed, logits are computed where there is a label. Both take
 very different lengths. `--agent` compares episodes of several turns instead, eight to a prompt and all prompts with the
 same tools, as in training: `run_episodes` with all at once, each turn going on from the cache of those before, on an
 engine that says what is written for it; plain one after the other, everything read again at each turn. Ours computes
-as the stages do, in bf16 where the CPU has units for it. Weights are random: speed does not depend on what they say.
+as the stages do, in bf16 on a GPU and where the CPU has units for it; plain in fp32, on a GPU in bf16. Weights are
+random: speed does not depend on what they say.
 
     python benchmarks/rl_speed.py
     python benchmarks/rl_speed.py --agent
@@ -22,6 +23,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -42,7 +44,7 @@ from model.errors import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import cpu_has_bfloat16
 from trainer.arguments import Parser, policy_parser, positive, read_policy
-from trainer.distributed import World
+from trainer.distributed import World, choose_device
 from trainer.episodes import SEED_STEP, run_episodes
 from trainer.experience import Experience
 from trainer.losses import k3, policy_loss
@@ -55,9 +57,16 @@ PLAIN_BATCH, GENERATIONS, LONGEST, BETA = 12, 6, 192, 0.1
 PER_PROMPT = 8  # episodes; plain plays one of them
 
 
-def half_where_fast() -> torch.autocast:
-    """As the stages compute: bf16 where the CPU has units for it."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16())
+def half_where_fast(device: torch.device) -> torch.autocast:
+    """As the stages compute: bf16 on a GPU, and where the CPU has units for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or cpu_has_bfloat16())
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class Timed(LocalEngine):
@@ -67,10 +76,10 @@ class Timed(LocalEngine):
     seconds = 0.0
 
     def generate(self, prompts, samplings):
-        began = time.perf_counter()
+        began = now(self.model.device)
         how = [replace(one, max_new_tokens=n, stop_ids=()) for one, n in zip(samplings, self.lengths, strict=True)]
         answers = super().generate(prompts, how)
-        self.seconds = time.perf_counter() - began
+        self.seconds = now(self.model.device) - began
         return answers
 
 
@@ -91,8 +100,8 @@ class Lengths:
 def plain_rollout(model: nn.Module, prompts: list[list[int]], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-padded prompts answered together. → ids [B, T] and mask"""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     cache, last = GrowingCache(), ids
     for _ in range(tokens):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -last.shape[1]:]
@@ -105,15 +114,17 @@ def plain_rollout(model: nn.Module, prompts: list[list[int]], tokens: int) -> tu
 def plain_step(policy: nn.Module, reference: nn.Module, optimizer, prompts: list[list[int]],
                lengths: list[int]) -> tuple[float, float]:
     """Answers and one update, twelve answers at a time. → seconds of the rollouts, and in all"""
-    began, sampling = time.perf_counter(), 0.0
+    device = policy.device
+    began, sampling = now(device), 0.0
     for start in range(0, len(prompts), PLAIN_BATCH):
-        part, wanted = prompts[start:start + PLAIN_BATCH], torch.tensor(lengths[start:start + PLAIN_BATCH])
-        at = time.perf_counter()
+        part = prompts[start:start + PLAIN_BATCH]
+        wanted = torch.tensor(lengths[start:start + PLAIN_BATCH], device=device)
+        at = now(device)
         ids, mask = plain_rollout(policy, part, int(wanted.max()))
-        sampling += time.perf_counter() - at
+        sampling += now(device) - at
         ids, mask = ids.clone(), mask.clone()  # out of inference mode
         width = ids.shape[1] - int(wanted.max())
-        answered = (torch.arange(ids.shape[1] - width) < wanted[:, None]).float()
+        answered = (torch.arange(ids.shape[1] - width, device=device) < wanted[:, None]).float()
 
         def log_probs(model: nn.Module, ids=ids, mask=mask, width=width) -> torch.Tensor:
             all_log_p = model(ids, mask).logits[:, :-1].float().log_softmax(-1)
@@ -127,24 +138,25 @@ def plain_step(policy: nn.Module, reference: nn.Module, optimizer, prompts: list
         (((losses * answered).sum(1) / answered.sum(1)).mean() * PLAIN_BATCH / len(prompts)).backward()
     optimizer.step()
     optimizer.zero_grad()
-    return sampling, time.perf_counter() - began
+    return sampling, now(device) - began
 
 
-def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: random.Random) -> dict:
+def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: random.Random,
+                  device: torch.device) -> dict:
     """Both recipes on the same prompts and lengths of answers, in turn."""
-    model = MiniMindForCausalLM(config)
+    model, half = MiniMindForCausalLM(config).to(device), partial(half_where_fast, device)
     policy, reference = copy.deepcopy(model), copy.deepcopy(model).eval().requires_grad_(False)
     parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
     reward_flags(parser)
     args = read_policy(parser, [
         "--batch_size", "4", "--accumulation_steps", str(answers // GENERATIONS // 4), "--num_generations",
         str(GENERATIONS), "--max_seq_len", "128", "--max_gen_len", str(LONGEST), "--beta", str(BETA)])
-    run = SimpleNamespace(args=args, world=World(), device=torch.device("cpu"), tokenizer=ChatTokenizer(),
-                          autocast=half_where_fast, whole=nullcontext)
+    run = SimpleNamespace(args=args, world=World(), device=device, tokenizer=ChatTokenizer(), autocast=half,
+                          whole=nullcontext)
     prompts = object.__new__(PromptDataset)  # no file behind them
     prompts.prompts = [Prompt([dice.randrange(36, config.vocab_size) for _ in range(dice.randint(16, 96))], [])
                        for _ in range(answers // GENERATIONS)]
-    timed = Timed(model, run.tokenizer, half_where_fast())
+    timed = Timed(model, run.tokenizer, half())
     rollouts = Experience(run, model, prompts, timed, Lengths(), reference)
     ours_optimizer, = make_optimizers(model, "adamw", 1e-6, 0.0)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, foreach=False)
@@ -155,16 +167,17 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
         if repeat == 0:
             lengths = [4] * answers  # a warm-up
         timed.lengths = lengths
-        began = time.perf_counter()
+        began = now(device)
         step = rollouts.take(repeat)
         for batch in step.batches:
             loss = policy_loss(model, batch, "grpo", 0.2, 0.2, BETA, 0.0, 1.0)
             (loss.total / step.units).backward()
         ours_optimizer.step()
         ours_optimizer.zero_grad()
-        seconds = time.perf_counter() - began
+        seconds = now(device) - began
         asked = [prompt.ids for prompt in prompts.prompts for _ in range(GENERATIONS)]
-        sampling, whole = plain_step(policy, reference, optimizer, asked, lengths)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            sampling, whole = plain_step(policy, reference, optimizer, asked, lengths)
         if repeat:
             for name, of_one in zip(speeds, (sampling, timed.seconds, whole, seconds), strict=True):
                 speeds[name].append(sum(lengths) / of_one)
@@ -196,9 +209,10 @@ class RecitingEngine(LocalEngine):
             yield Reciting(self.model, max_batch=max(1, min(self.max_batch, requests)))
 
 
-def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: random.Random) -> dict:
+def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: random.Random,
+                     device: torch.device) -> dict:
     """Episodes of two calls and an answer, eight to a prompt: all at once, and one after the other, read anew."""
-    model, tokenizer = MiniMindForCausalLM(config).eval().requires_grad_(False), ChatTokenizer()
+    model, tokenizer = MiniMindForCausalLM(config).eval().requires_grad_(False).to(device), ChatTokenizer()
     system = {"role": "system", "content": "", "tools": [SCHEMAS[name] for name in ("calculate_math", "text_length")]}
     speeds: dict[str, list[float]] = {"plain": [], "ours": []}
     for _ in range(repeats):
@@ -213,18 +227,19 @@ def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: 
             answer = [dice.randrange(36, config.vocab_size) for _ in range(dice.randint(12, 32))]
             scripts.append([*turns, [*answer, EOS]])
         Reciting.scripts = scripts
-        began = time.perf_counter()
+        began = now(device)
         samplings = [Sampling(64, 1.0, 1.0, seed=number) for number in range(episodes)]
-        played = run_episodes(RecitingEngine(model, tokenizer, half_where_fast()), prompts, samplings, tokenizer)
-        speeds["ours"].append(sum(sum(episode.sampled) for episode in played) / (time.perf_counter() - began))
+        played = run_episodes(RecitingEngine(model, tokenizer, half_where_fast(device)), prompts, samplings, tokenizer)
+        speeds["ours"].append(sum(sum(episode.sampled) for episode in played) / (now(device) - began))
         assert all(len(episode.turns) == 3 for episode in played), "an episode did not go as written"
-        few, began = played[::PER_PROMPT], time.perf_counter()
+        few, began = played[::PER_PROMPT], now(device)
         for episode in few:
             for end in (i + 1 for i, sampled in enumerate(episode.sampled)
                         if sampled and not (episode.sampled[i + 1:] or [False])[0]):
                 start = end - (episode.sampled[:end][::-1] + [False]).index(False)
-                plain_loop(model, [episode.prompt.ids + episode.ids[:start]], end - start)
-        speeds["plain"].append(sum(sum(episode.sampled) for episode in few) / (time.perf_counter() - began))
+                with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                    plain_loop(model, [episode.prompt.ids + episode.ids[:start]], end - start)
+        speeds["plain"].append(sum(sum(episode.sampled) for episode in few) / (now(device) - began))
     result = {kind: statistics.median(values) for kind, values in speeds.items()}
     result["ratio"] = result["ours"] / result["plain"]
     print(f"episodes  plain {result['plain']:8,.1f}   ours {result['ours']:8,.1f} sampled tokens/s   "
@@ -239,13 +254,14 @@ def main() -> None:
     parser.add_argument("--answers", type=positive, default=48, help="answers in a step, or episodes; a multiple of 24")
     parser.add_argument("--repeats", type=positive, default=2)
     parser.add_argument("--agent", action="store_true", help="episodes with tools")
+    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     if args.answers % 24:
         parser.error(f"--answers {args.answers} is no multiple of 24")
     torch.manual_seed(0)
     config, dice = MiniMindConfig(args.hidden_size, args.num_hidden_layers), random.Random(0)
     compare = compare_episodes if args.agent else compare_steps
-    result = compare(config, args.answers, args.repeats, dice)
+    result = compare(config, args.answers, args.repeats, dice, choose_device(args.device))
     save_result(f"rl_speed{'_agent' * args.agent}_{args.hidden_size}x{args.num_hidden_layers}", result)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from lab import ROOT
 
-from benchmarks import profile_step, quality
+from benchmarks import decode_speed, profile_step, quality, rl_speed
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import loop, train_pretrain
 from trainer.losses import next_token_loss
 
@@ -17,7 +18,7 @@ from trainer.losses import next_token_loss
 def saved(monkeypatch) -> dict:
     """What a benchmark saves, by name."""
     found = {}
-    for module in (profile_step, quality):
+    for module in (profile_step, quality, decode_speed, rl_speed):
         monkeypatch.setattr(module, "save_result", lambda name, numbers: found.update({name: numbers}))
     return found
 
@@ -66,6 +67,32 @@ def test_choices_get_the_same_time(data, saved, tmp_path):
     (one,), = saved["quality_levers_1s"].values()
     assert one["val_bpb"] > 0 and one["steps"] > 1 and one["seconds"] > 0
     json.dumps(saved)
+
+
+TINY = ("--hidden_size=64", "--num_hidden_layers=1", "--repeats=1", "--device=cpu")
+
+
+def test_decoding_is_timed_against_the_plain_loop(saved, one_thread):
+    with mock.patch.object(sys, "argv", ["decode_speed.py", *TINY, "--prompt=4", "--tokens=3", "--cases", "alone",
+                                         "256 at once"]):
+        decode_speed.main()
+    found = saved["decode_speed_64x1"]
+    for case in (found["alone"], found["256 at once"]):
+        assert case["ratio"] == case["engine"] / case["plain"] > 0 and case["bandwidth_share"] > 0
+
+
+def test_bytes_a_token_are_its_share_of_the_weights_and_the_keys_it_looks_at():
+    model = MiniMindForCausalLM(MiniMindConfig(64, 1)).bfloat16()
+    weights, heads = sum(p.numel() for p in model.parameters()), 4 * 8
+    assert decode_speed.bytes_a_token(model, [([1] * 6, 4), ([1] * 10, 12)]) == weights + 2 * heads * 2 * 12
+
+
+@pytest.mark.parametrize("agent", [[], ["--agent"]], ids=["steps", "episodes"])
+def test_online_rl_is_timed_against_the_plain_recipe(saved, one_thread, agent):
+    with mock.patch.object(sys, "argv", ["rl_speed.py", *TINY, "--answers=24", *agent]):
+        rl_speed.main()
+    found, = saved.values()
+    assert found["ratio"] > 0 if agent else min(found["ratios"].values()) > 0
 
 
 def test_levers_want_a_time(capsys):
