@@ -36,6 +36,7 @@ from model.packed_weights import in_use
 from model.weights import inference_dtype
 from trainer.arguments import Parser, positive
 from trainer.distributed import choose_device
+from trainer.metrics import peak_flops, synchronise
 
 TEMPERATURE, TOP_P = 0.85, 0.95
 
@@ -104,8 +105,7 @@ def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, 
             else:
                 for prompt, tokens in chosen:
                     plain_loop(plain, [prompt], tokens)
-            if plain.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronise(plain.device)
             if repeat:
                 speeds[kind].append(sum(tokens for _, tokens in chosen) / (time.perf_counter() - began))
     result = {kind: statistics.median(values) for kind, values in speeds.items()}
@@ -170,11 +170,15 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
     weights = [layer.weight for layer in layers]
     inputs = {weight.shape[1]: torch.randn(len(prompts), weight.shape[1], dtype=weight.dtype) for weight in weights}
     # a compiled step hides some of its products from the profiler: so they are done once more, by themselves
+
+    def products() -> list[Tensor]:
+        return [layer(inputs[layer.in_features]) for layer in layers]
+
     with in_use(engine._packed):
-        result["products alone"] = seconds_of(lambda: [layer(inputs[layer.in_features]) for layer in layers])
-    square = torch.randn(1024, 1024, dtype=model.dtype)
+        result["products alone"] = seconds_of(products)
+    result["the same, not packed"] = seconds_of(products)
     numbers = sum(weight.numel() for weight in weights)
-    result["their FLOP at best"] = 2 * numbers * len(prompts) * seconds_of(lambda: square @ square) / 2 / 1024**3
+    result["their FLOP at best"] = 2 * numbers * len(prompts) / peak_flops(model.device, model.dtype)
     result["weights read once"] = numbers * weights[0].element_size() / read_speed(model.device)
     return {name: 1000 * seconds for name, seconds in result.items()}
 
@@ -183,12 +187,11 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
 def profile_arriving(model: nn.Module, requests: list[tuple[list[int], int]], every: int) -> dict[str, dict]:
     """Seconds that requests take which arrive `every` so many steps, or all at once: where they go.
 
-    "least": the products' FLOP at the speed of a 1024³ product, but at least the weights read once in each pass.
+    "least": the products' FLOP at the speed of a large product, but at least the weights read once in each pass.
     """
     engine = Engine(model, max_batch=32)
     found, phase = {name: Counter() for name in ("reading", "answering", "beside")}, "beside"
-    square = torch.randn(1024, 1024, dtype=model.dtype)
-    speed = 2e-12 * 1024**3 / seconds_of(lambda: square @ square)
+    speed = peak_flops(model.device, model.dtype) / 1e12
     reading = sum(p.nbytes for p in model.parameters()) / read_speed(model.device)
 
     def timed(part: str, work: Callable) -> Callable:

@@ -48,6 +48,7 @@ from trainer.distributed import World, choose_device
 from trainer.episodes import SEED_STEP, run_episodes
 from trainer.experience import Experience
 from trainer.losses import k3, policy_loss
+from trainer.metrics import synchronise
 from trainer.optimizer import make_optimizers
 from trainer.rewards import reward_flags
 from trainer.rollout_engine import LocalEngine
@@ -64,8 +65,7 @@ def half_where_fast(device: torch.device) -> torch.autocast:
 
 def now(device: torch.device) -> float:
     """Seconds, when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return time.perf_counter()
 
 

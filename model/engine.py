@@ -13,7 +13,6 @@ import random
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -137,11 +136,10 @@ class Engine:
         self._blocks_compiled = any(module._compiled_call_impl is not None for module in model.modules())
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-        self._pack = partial(pack, model, dtype) if not compile else list  # a compiler has orders of its own
-        self._packed = self._pack()
         with torch.inference_mode():  # as all that fills it; a graph takes no tensors of another mode
             self._cache = KVCache(model.config, 0, 0, model.device, dtype)  # the first request says how long a place is
         self._graphs = DecodeGraphs() if (capturable(model, dtype) if graphs is None else graphs) else None
+        self.forget()
 
     @property
     def waiting(self) -> int:
@@ -201,7 +199,8 @@ class Engine:
         if self.busy:
             raise RuntimeError("requests are being answered: what they have computed cannot be forgotten")
         self._places = [None] * len(self._places)
-        self._packed = self._pack()
+        # a compiler has orders of its own
+        self._packed = pack(self.model, self._cache.keys[0].dtype) if self._compiled is None else []
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:

@@ -113,11 +113,11 @@ def product(x: Tensor, weight: Tensor, packed: Tensor | None = None) -> Tensor:
     """
     half, rows = x.dtype == torch.bfloat16, x.flatten(0, -2)
     M = len(rows)
-    # under no_grad alone all is as in training, to the bit; a compiler can only be asked for that
-    training = torch.is_grad_enabled() if torch.compiler.is_compiling() else not torch.is_inference_mode_enabled()
     if packed is not None and (packed.dtype == torch.bfloat16 or M > 2):
         padded = F.pad(rows.to(packed.dtype), (0, 0, 0, few_sizes(M, 16 if M < LARGEST_FEW else 32) - M))
         return torch.ops.mkldnn._linear_pointwise(padded, packed, None, "none", [], "")[:M].unflatten(0, x.shape[:-1])
+    # under no_grad alone all is as in training, to the bit; a compiler can only be asked for that
+    training = torch.is_grad_enabled() if torch.compiler.is_compiling() else not torch.is_inference_mode_enabled()
     if x.device.type != "cpu" or x.dtype != weight.dtype or training or M > LARGEST_FEW and not half:
         return F.linear(x, weight)
     if M == 1 and not half:

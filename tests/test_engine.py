@@ -179,6 +179,13 @@ def test_packed_weights_multiply_as_the_weights_do_and_only_while_in_use(kind, d
         assert not any(used)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN here")
+def test_an_engine_multiplies_by_packed_weights():
+    with mock.patch.object(model_minimind, "product", wraps=product) as noted:
+        answers(lively_model(), some_prompts(9, 4), greedy(3))
+    assert noted.call_count > 20 and all(call.args[2] is not None for call in noted.call_args_list)
+
+
 def test_weights_that_are_elsewhere_are_not_packed():
     model = lively_model()
     assert not pack(model.half(), torch.float16)
