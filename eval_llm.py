@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from model.chat import BOS, Answer, AnswerParser, ChatTokenizer
-from model.engine import Engine, Sampling
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
+from model.inference.engine import Engine, Sampling
 from trainer.arguments import Parser, amount, load_asked, loading_flags, natural, positive, share
 
 QUESTIONS = ("你好，你是谁？", "你有什么特长？", "为什么天空是蓝色的？", "请介绍一下北京。", "推荐一些中国的美食。",

@@ -25,17 +25,17 @@ import openai
 from dataset.prompts import Prompt
 from eval_llm import Chat, interact
 from model.chat import TOKENIZER_DIR, Answer, ChatTokenizer, read_json
-from model.engine import Sampling
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
+from model.inference.engine import Sampling
 from model.weights import save_atomically
 from scripts.chat_api import chat, mistakes_in_one_line
-from scripts.tool_cases import Case, held_out_tasks, is_accepted, read_cases
-from trainer.agent_rewards import truth
+from scripts.lib.tool_cases import Case, held_out_tasks, is_accepted, read_cases
 from trainer.arguments import Parser, amount, load_asked, loading_flags, natural, positive, share
-from trainer.episodes import run_calls, run_episodes
-from trainer.rewards import NUMBER
+from trainer.rl.agent_rewards import truth
+from trainer.rl.episodes import run_calls, run_episodes
+from trainer.rl.rewards import NUMBER
+from trainer.rl.tools import SCHEMAS, call_tool
 from trainer.rollout_engine import LocalEngine, Trajectory
-from trainer.tools import SCHEMAS, call_tool
 
 MAX_TURNS = 5
 API_AT_ONCE = 8  # requests

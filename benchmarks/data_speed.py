@@ -22,7 +22,7 @@ import torch
 from benchmarks.machine import save_result
 from dataset.lm_dataset import PretrainDataset, parse_row, read_rows
 from model.chat import ChatTokenizer
-from model.errors import run_main
+from model.cli import run_main
 from model.weights import ROOT
 from trainer.arguments import Parser, amount, positive
 from trainer.metrics import peak_memory

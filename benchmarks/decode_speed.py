@@ -1,8 +1,8 @@
 """Decoded tokens a second: the engine against the plain loop, same model, same prompts, in one run.
 
 Plain: one batch of equal prompts from beginning to end, products as `F.linear` makes them, the cache grown by
-concatenation, a full sort for top-p, fp32 on a CPU (fp16 on CUDA). Engine: as `load_for_inference` and
-`model/engine.py` come. Cases: one request alone, 32 at once, 256 at once, and 32 different requests that arrive while
+concatenation, a full sort for top-p, fp32 on a CPU (fp16 on CUDA). Engine: as `load_for_inference` and the
+engine come. Cases: one request alone, 32 at once, 256 at once, and 32 different requests that arrive while
 others are answered (the plain loop takes them one by one). Weights are random: speed does not depend on what they say.
 The two take turns, and the median of the repeats counts.
 
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from benchmarks.machine import save_result
 from model import model_minimind
-from model.engine import Engine, Sampling
-from model.errors import run_main
+from model.cli import run_main
+from model.inference.engine import Engine, Sampling
+from model.inference.prepacked import in_use
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
-from model.packed_weights import in_use
 from model.weights import inference_dtype
 from trainer.arguments import Parser, positive
 from trainer.distributed import choose_device

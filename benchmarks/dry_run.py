@@ -22,14 +22,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import torch
 
 from benchmarks.machine import save_result
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT
 from trainer import train_pretrain
 from trainer.arguments import Parser, amount, model_flags, positive, share
-from trainer.loop import SIZES
 from trainer.metrics import flops_per_token
 from trainer.parallel import MOMENTS, STRATEGIES, DeepSpeed, Replicas
+from trainer.trainer import SIZES
 
 # bytes of weights, gradients and moments that a rank holds, for P parameters on N ranks (fp32, AdamW)
 STATE = {"ddp": lambda P, N: (4 * P, 4 * P, 8 * P),

@@ -27,11 +27,11 @@ from benchmarks.full_report import write_report
 from dataset.lm_dataset import parse_row, read_rows
 from dataset.sample_world import write as write_sample
 from model.chat import ChatTokenizer
-from model.engine import Sampling, generate
-from model.errors import Failure, UserError, run_main
+from model.cli import Failure, UserError, run_main
+from model.inference.engine import Sampling, generate
 from model.weights import OUT_DIR, ROOT, load_for_inference, save_atomically
+from scripts.lib.stages import CHAT, COMMON, STAGES, run
 from scripts.score_sample import score
-from scripts.stages import CHAT, COMMON, STAGES, run
 from trainer.arguments import Parser, amount, positive
 from trainer.distributed import choose_device
 

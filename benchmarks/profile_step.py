@@ -23,10 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import save_result
 from benchmarks.train_speed import STAGES, default_flags, speed_parser
-from model.errors import run_main
+from model.cli import run_main
 from trainer.arguments import positive
-from trainer.loop import Training
 from trainer.metrics import synchronise
+from trainer.trainer import Training
 
 KINDS = {"attention": "attention|flash|fmha",
          "matrix products": r"\b(mm|addmm|bmm|baddbmm|linear)\b|gemm|cutlass|sm\d+_",

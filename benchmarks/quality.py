@@ -25,7 +25,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from benchmarks.machine import save_result
 from dataset.lm_dataset import read_rows
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
 from model.weights import ROOT
 from trainer.arguments import Parser, amount, positive
 
@@ -71,7 +71,7 @@ def run_stage(flags: list[str]) -> None:
     import torch
 
     from trainer import train_pretrain
-    from trainer.stream import RowStream
+    from trainer.batches import RowStream
 
     def merged(batch: dict) -> dict:
         B, T = batch["input_ids"].shape

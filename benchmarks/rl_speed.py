@@ -2,7 +2,7 @@
 
 Plain: twelve prompts at a time, padded on the left, products as `F.linear` makes them, a cache grown by concatenation
 until the longest answer ends; then log-probabilities of policy and reference over the whole vocabulary at every padded
-position, in fp32; AdamW one tensor at a time. Ours: `trainer/experience.py` on `model/engine.py`: answers leave when
+position, in fp32; AdamW one tensor at a time. Ours: `trainer/rl/rollouts.py` on the engine: answers leave when
 they end, rows are packed, logits are computed where there is a label. Both take the same number of answers of the same,
 very different lengths. `--agent` compares episodes of several turns instead, eight to a prompt and all prompts with the
 same tools, as in training: `run_episodes` with all at once, each turn going on from the cache of those before, on an
@@ -39,20 +39,20 @@ from benchmarks.machine import save_result
 from dataset.prompts import Prompt, PromptDataset
 from model import model_minimind
 from model.chat import CALL, END_CALL, EOS, ChatTokenizer
-from model.engine import Engine, Sampling
-from model.errors import run_main
+from model.cli import run_main
+from model.inference.engine import Engine, Sampling
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import cpu_has_bfloat16
 from trainer.arguments import Parser, policy_parser, positive, read_policy
 from trainer.distributed import World, choose_device
-from trainer.episodes import SEED_STEP, run_episodes
-from trainer.experience import Experience
 from trainer.losses import k3, policy_loss
 from trainer.metrics import synchronise
 from trainer.optimizer import make_optimizers
-from trainer.rewards import reward_flags
+from trainer.rl.episodes import SEED_STEP, run_episodes
+from trainer.rl.rewards import reward_flags
+from trainer.rl.rollouts import Experience
+from trainer.rl.tools import SCHEMAS
 from trainer.rollout_engine import LocalEngine
-from trainer.tools import SCHEMAS
 
 PLAIN_BATCH, GENERATIONS, LONGEST, BETA = 12, 6, 192, 0.1
 PER_PROMPT = 8  # episodes; plain plays one of them

@@ -31,8 +31,8 @@ from torch import nn
 from benchmarks.decode_speed import plain_loop
 from benchmarks.machine import save_result
 from model.chat import ChatTokenizer
-from model.engine import Sampling, generate
-from model.errors import Failure, run_main
+from model.cli import Failure, run_main
+from model.inference.engine import Sampling, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, load_weight, save_weight
 from trainer.arguments import Parser, positive

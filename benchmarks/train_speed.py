@@ -31,7 +31,7 @@ from benchmarks.machine import save_result
 from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset, TokenDataset
 from dataset.packing import IGNORE
 from model.chat import ChatTokenizer
-from model.errors import run_main
+from model.cli import run_main
 from model.model_lora import TARGETS, LoRA, adaptable, apply_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT

@@ -23,7 +23,7 @@ import torch
 
 from dataset.packing import Rows, branched, collate, cut_at_answers, pack, split_long
 from model.chat import BOS, EOS, ChatTokenizer, Piece, read_json, render
-from model.errors import UserError
+from model.cli import UserError
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
 CHUNK_BYTES = 4 << 20  # of text tokenised at a time

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset.lm_dataset import conversation_of, parse_row, read_rows
 from model.chat import ChatTokenizer
-from model.errors import UserError
+from model.cli import UserError
 
 
 @dataclass(frozen=True)

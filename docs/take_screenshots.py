@@ -9,7 +9,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
 
 from browser import Page, browser, demo, missing
 
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
 from model.weights import OUT_DIR
 from trainer.arguments import Parser
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from model.errors import UserError
+from model.cli import UserError
 
 TOKENIZER_DIR = Path(__file__).resolve().parent
 PAD, BOS, EOS = 0, 1, 2  # <|endoftext|> <|im_start|> <|im_end|>

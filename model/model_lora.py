@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.chat import ChatTokenizer
-from model.errors import UserError, first_line
+from model.cli import UserError, first_line
 from model.model_minimind import Experts, Linear, expert_product
 from model.weights import OUT_DIR, find_weight, fingerprint, save_weight, weight_name
 

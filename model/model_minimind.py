@@ -105,7 +105,7 @@ LARGEST_FEW = 128  # rows; above it an fp32 product takes as long with the weigh
 
 
 def product(x: Tensor, weight: Tensor, packed: Tensor | None = None) -> Tensor:
-    """x [..., in] · weight [out, in]ᵀ → [..., out]. `packed` is the weight in oneDNN's order (model/packed_weights.py).
+    """x [..., in] · weight [out, in]ᵀ → [..., out]. `packed` is the weight in oneDNN's order.
 
     A CPU takes the left operand as it lies in memory and the right one rearranged. F.linear has the weight on the
     right, and rearranging it costs more than a few tokens' product itself; so inference puts it on the left. A single

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from model.chat import PAD
-from model.errors import UserError
+from model.cli import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindModel, MiniMindPreTrainedModel
 
 

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from model import model_minimind
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.errors import UserError, first_line
+from model.cli import UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, register
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,9 +17,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 import openai
 
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
 from trainer.arguments import Parser, amount, positive
-from trainer.tools import MOCKED, SCHEMAS, call_tool
+from trainer.rl.tools import MOCKED, SCHEMAS, call_tool
 
 
 def stream_answer(client: openai.OpenAI, messages: list[dict], args: argparse.Namespace) -> dict:

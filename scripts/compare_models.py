@@ -24,13 +24,13 @@ import openai
 from dataset.lm_dataset import parse_row, read_rows
 from eval_llm import QUESTIONS
 from model.chat import BOS, parse_answer
-from model.engine import Sampling, generate
-from model.errors import Failure, UserError, first_line, run_main
+from model.cli import Failure, UserError, first_line, run_main
+from model.inference.engine import Sampling, generate
 from model.weights import OUT_DIR, find_models, load_for_inference, save_atomically
 from scripts.generate_answers import from_openai, prompt_of, to_openai
 from trainer.arguments import Parser, amount, natural, positive
 from trainer.distributed import choose_device
-from trainer.reward_models import Judge
+from trainer.rl.reward_models import Judge
 
 AT_A_TIME = 4  # requests to an endpoint
 

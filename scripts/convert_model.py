@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.errors import Failure, UserError, first_line, run_main
+from model.cli import Failure, UserError, first_line, run_main
 from model.model_lora import LoRA, adaptable, attach_file, attach_lora, lora_state, merge_lora, read_lora, save_lora
 from model.model_minimind import Experts, MiniMindForCausalLM
 from model.weights import (
@@ -100,7 +100,7 @@ def convert(model: MiniMindForCausalLM, tokenizer: ChatTokenizer, target: Path, 
         save_weight(model, weight_name(target), target.parent, tokenizer, **facts)
         return read_weight(target, tokenizer)[0]
     if form == "gguf":
-        from scripts import gguf_file  # PyPI's gguf is needed for nothing else
+        from scripts.lib import gguf_file  # PyPI's gguf is needed for nothing else
 
         gguf_file.write_gguf(model, target, tokenizer, dtype)
         save_atomically(gguf_file.modelfile(target.name), target.with_suffix(".Modelfile"))

@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from model.errors import run_main
+from model.cli import run_main
 from model.weights import OUT_DIR, ROOT
 from scripts.draw_curves import draw_curves, read_log
-from scripts.stages import CHAT, COMMON, SAMPLE, SIZE, STAGES, Stage, run
+from scripts.lib.stages import CHAT, COMMON, SAMPLE, SIZE, STAGES, Stage, run
 from trainer.arguments import Parser
 
 

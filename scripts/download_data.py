@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the repository, not this folder
 
-from model.errors import run_main
-from scripts.download import choose, download, hub_flags, list_files, show
+from model.cli import run_main
+from scripts.lib.download import choose, download, hub_flags, list_files, show
 from trainer.arguments import Parser
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the repository, not this folder
 
-from model.errors import run_main
+from model.cli import run_main
 from model.weights import OUT_DIR
-from scripts.download import choose, download, hub_flags, list_files, show
+from scripts.lib.download import choose, download, hub_flags, list_files, show
 from trainer.arguments import Parser
 
 

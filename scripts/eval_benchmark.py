@@ -24,11 +24,11 @@ from torch import nn
 
 from dataset.lm_dataset import parse_row, read_rows
 from model.chat import BOS, ChatTokenizer
-from model.errors import UserError, run_main
-from model.likelihood import Request, likelihoods
+from model.cli import UserError, run_main
+from model.inference.likelihood import Request, likelihoods
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import save_atomically
-from scripts.benchmark_formats import FORMATS, Question, read_questions
+from scripts.lib.benchmark_formats import FORMATS, Question, read_questions
 from trainer.arguments import Parser, load_asked, loading_flags, natural, positive
 
 PLACES, PREDICTED = 16, 256  # of a long text: places that are looked at, and tokens predicted at each

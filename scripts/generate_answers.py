@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dataset.lm_dataset import conversation_of, parse_row, read_rows
 from model.chat import parse_json, tool_calls_of
-from model.errors import Failure, UserError, first_line, run_main
+from model.cli import Failure, UserError, first_line, run_main
 from trainer.arguments import Parser, amount, natural, positive
 
 

@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
 from trainer.arguments import Parser, natural, positive, share
 
 KINDS = {"pretrain": PretrainDataset, "sft": SFTDataset, "dpo": DPODataset}

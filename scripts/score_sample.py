@@ -11,8 +11,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 from dataset.lm_dataset import parse_row, read_rows
 from dataset.sample_world import is_correct
 from model.chat import parse_answer
-from model.engine import Sampling, generate
-from model.errors import run_main
+from model.cli import run_main
+from model.inference.engine import Sampling, generate
 from model.weights import ROOT
 from trainer.arguments import Parser, load_asked, loading_flags, positive
 

@@ -32,11 +32,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.chat import ChatTokenizer
-from model.engine import Engine
-from model.errors import UserError, run_main
-from scripts import openai_protocol as protocol
-from scripts.engine_thread import EngineThread, QueueFull, Stopping, Ticket, metrics_text
-from scripts.openai_protocol import ApiError, Defaults, Job
+from model.cli import UserError, run_main
+from model.inference.engine import Engine
+from scripts.server import protocol as protocol
+from scripts.server.engine_thread import EngineThread, QueueFull, Stopping, Ticket, metrics_text
+from scripts.server.protocol import ApiError, Defaults, Job
 from trainer.arguments import Parser, amount, load_asked, loading_flags, natural, positive, share
 
 KEY_VARIABLE = "MINIMIND_API_KEY"

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from dataset.lm_dataset import parse_row, read_rows, write_atomically
 from model.chat import TOKENIZER_DIR
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
 from trainer.arguments import Parser, positive
 
 # Position is id, and weights depend on it: append nothing, reorder nothing.

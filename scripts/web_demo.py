@@ -11,8 +11,8 @@ if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:  # Stream
 
 import streamlit as st
 
-from model.errors import run_main
-from scripts.web_parts import arguments, head, say
+from model.cli import run_main
+from scripts.web.parts import arguments, head, say
 
 
 def main() -> None:
@@ -22,10 +22,11 @@ def main() -> None:
         head()
     here = Path(__file__).parent
     st.navigation([
-        st.Page(here / "web_chat.py", title=say("Chat", "对话"), icon=":material/chat_bubble:", default=True),
-        st.Page(here / "web_compare.py", title=say("Compare", "比较"), icon=":material/compare_arrows:",
+        st.Page(here / "web" / "chat.py", title=say("Chat", "对话"), icon=":material/chat_bubble:", default=True),
+        st.Page(here / "web" / "compare.py", title=say("Compare", "比较"), icon=":material/compare_arrows:",
                 url_path="compare"),
-        st.Page(here / "web_curves.py", title=say("Curves", "曲线"), icon=":material/show_chart:", url_path="curves"),
+        st.Page(here / "web" / "curves.py", title=say("Curves", "曲线"), icon=":material/show_chart:",
+                url_path="curves"),
     ], position="top").run()
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from model.chat import ChatTokenizer
-from model.errors import run_main
+from model.cli import run_main
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import save_weight
 from trainer import train_pretrain

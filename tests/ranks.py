@@ -14,8 +14,8 @@ import torch.distributed as dist
 from lab import Lab
 
 from benchmarks.dry_run import held as bytes_held
-from trainer.loop import Training
-from trainer.rewards import Rewards
+from trainer.rl.rewards import Rewards
+from trainer.trainer import Training
 
 
 def of_ids(_, trajectories) -> list[float]:

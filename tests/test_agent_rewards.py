@@ -7,9 +7,9 @@ from test_episodes import OFFER, PRODUCT, SUM, ask, calls, says, told
 
 from dataset.prompts import Prompt
 from model.chat import END_CALL, END_THINK, EOS
-from model.engine import Sampling
-from trainer.agent_rewards import AGENT_MIX, AGENT_RULES
-from trainer.episodes import run_episodes
+from model.inference.engine import Sampling
+from trainer.rl.agent_rewards import AGENT_MIX, AGENT_RULES
+from trainer.rl.episodes import run_episodes
 from trainer.rollout_engine import LocalEngine
 
 MIX = {name: float(weight) for name, weight in (part.split("=") for part in AGENT_MIX.split(","))}

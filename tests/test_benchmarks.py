@@ -10,7 +10,8 @@ from lab import ROOT
 
 from benchmarks import decode_speed, profile_step, quality, rl_speed
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer import loop, train_pretrain
+from trainer import train_pretrain
+from trainer import trainer as loop
 from trainer.losses import next_token_loss
 
 

@@ -21,7 +21,7 @@ from model.chat import (
     parse_answer,
     render,
 )
-from model.errors import UserError
+from model.cli import UserError
 
 MODEL = Path(__file__).resolve().parent.parent / "model"
 TOOLS = [

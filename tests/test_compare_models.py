@@ -9,8 +9,8 @@ import pytest
 import torch
 from lab import TOKENIZER, JsonHandler, serving, small_model
 
-from model.engine import Sampling, generate
-from model.errors import run_main
+from model.cli import run_main
+from model.inference.engine import Sampling, generate
 from model.weights import save_folder, save_weight
 from scripts import compare_models
 

@@ -21,11 +21,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.chat import ChatTokenizer
-from model.errors import run_main
+from model.cli import run_main
 from model.model_lora import LoRA, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindForCausalLM, register
 from model.weights import fingerprint, load_folder, load_weight, qwen3_config, read_weight, save_folder, save_weight
-from scripts import convert_model, gguf_file
+from scripts import convert_model
+from scripts.lib import gguf_file
 
 MODELS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2},
           "moe-published": {"use_moe": True, "norm_topk_prob": True}}

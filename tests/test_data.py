@@ -17,7 +17,7 @@ import pytest
 from dataset import lm_dataset, packing
 from dataset.lm_dataset import SYSTEM_PROMPTS, PretrainDataset, SFTDataset, TokenDataset, read_rows
 from model.chat import BOS, END_THINK, EOS, THINK, ChatTokenizer
-from model.errors import UserError
+from model.cli import UserError
 from scripts import prepare_data
 
 REPO = Path(__file__).resolve().parent.parent

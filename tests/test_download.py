@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from model.errors import run_main
+from model.cli import run_main
 from scripts import download_data, download_model
 
 CONTENT = {"pretrain_t2t_mini.jsonl": b'{"text": "x"}\n' * 20_000, "README.md": b"# Data\n", "dir/a b.jsonl": b"{}\n"}

@@ -22,15 +22,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.generation import logits_process as referee
 
 import eval_llm
-from model import decode_graphs, model_minimind
-from model import engine as engine_module
+from model import model_minimind
 from model.chat import BOS, EOS, MARKERS, ChatTokenizer
-from model.decode_graphs import DecodeGraphs, capturable
-from model.engine import Engine, Sampling, Sequence, generate, stream
-from model.errors import run_main
+from model.cli import run_main
+from model.inference import cuda_graphs as decode_graphs
+from model.inference import engine as engine_module
+from model.inference.cuda_graphs import DecodeGraphs, capturable
+from model.inference.engine import Engine, Sampling, Sequence, generate, stream
+from model.inference.prepacked import in_use, pack
+from model.inference.sampling import draw
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
-from model.packed_weights import in_use, pack
-from model.sampling import draw
 from model.weights import inference_dtype, load_weight, save_weight
 
 KINDS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2},

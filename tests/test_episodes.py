@@ -12,10 +12,10 @@ from reciter import Reciter
 
 from dataset.prompts import Prompt
 from model.chat import CALL, END_CALL, EOS, PAD, answer_start, render
-from model.engine import Sampling
-from trainer.episodes import observation, run_episodes
+from model.inference.engine import Sampling
+from trainer.rl.episodes import observation, run_episodes
+from trainer.rl.tools import SCHEMAS, call_tool
 from trainer.rollout_engine import LocalEngine
-from trainer.tools import SCHEMAS, call_tool
 
 OFFER = {"role": "system", "content": "", "tools": [SCHEMAS["calculate_math"], SCHEMAS["text_length"]]}
 GREEDY = Sampling(128, temperature=0)

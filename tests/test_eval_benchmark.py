@@ -14,14 +14,15 @@ import torch
 from lab import TOKENIZER, small_model
 from transformers import AutoModelForCausalLM
 
-from model import likelihood, weights
+from model import weights
 from model.chat import BOS
-from model.errors import run_main
-from model.likelihood import Request, likelihoods
+from model.cli import run_main
+from model.inference import likelihood
+from model.inference.likelihood import Request, likelihoods
 from model.weights import save_folder, save_weight
 from scripts import eval_benchmark
-from scripts.benchmark_formats import FORMATS, read_questions
 from scripts.eval_benchmark import answer, measure_context, measure_texts, summarise, with_examples
+from scripts.lib.benchmark_formats import FORMATS, read_questions
 
 
 def sharp_model(**options):

@@ -17,10 +17,10 @@ import eval_toolcall
 from dataset import sample_world
 from dataset.prompts import Prompt
 from eval_toolcall import wilson
-from model.errors import run_main
+from model.cli import run_main
 from model.weights import ROOT, save_weight
-from scripts.tool_cases import held_out_tasks, is_accepted, read_cases
-from trainer.tools import SCHEMAS, call_tool
+from scripts.lib.tool_cases import held_out_tasks, is_accepted, read_cases
+from trainer.rl.tools import SCHEMAS, call_tool
 
 
 def prompt_of(messages: list[dict], gt: tuple | list = ()) -> Prompt:

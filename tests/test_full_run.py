@@ -16,7 +16,7 @@ import pytest
 from lab import ENVIRONMENT, ROOT, small_model, wait_for
 
 from benchmarks import dry_run, full_run
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
 
 SMALL = ("--sample_scale=0.01", "--every=96", "--set", "all.max_steps=2", "all.device=cpu",
          *(f"{stage}.{change}" for stage in ("grpo", "agent") for change in (

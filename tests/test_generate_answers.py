@@ -8,7 +8,7 @@ import pytest
 from lab import TOKENIZER, JsonHandler, serving
 
 from dataset.lm_dataset import SFTDataset
-from model.errors import run_main
+from model.cli import run_main
 from scripts import generate_answers
 
 

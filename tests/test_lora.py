@@ -12,11 +12,12 @@ from lab import DEADLINE, TOKENIZER, small_model
 from torch.testing import assert_close
 
 from model import weights
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
 from model.model_lora import LoRA, adaptable, apply_lora, load_lora, lora_state, merge_lora, read_lora, save_lora
 from model.weights import fingerprint, load_for_inference, load_weight, qwen3_config, save_weight
 from scripts import convert_model
-from trainer import loop, train_lora
+from trainer import train_lora
+from trainer import trainer as loop
 from trainer.optimizer import make_optimizers
 
 DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

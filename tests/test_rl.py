@@ -15,13 +15,13 @@ from torch.testing import assert_close
 
 from dataset.prompts import Prompt, PromptDataset
 from model.chat import EOS
-from model.errors import UserError
+from model.cli import UserError
 from scripts.draw_curves import draw_curves
 from trainer import losses, train_grpo, train_ppo
 from trainer.arguments import policy_parser, read_policy
 from trainer.distributed import World
-from trainer.experience import Experience, ValueTracker, coloured, share_prompts
 from trainer.losses import gae, group_advantages, k3, policy_losses, policy_terms, value_losses
+from trainer.rl.rollouts import Experience, ValueTracker, coloured, share_prompts
 from trainer.rollout_engine import LocalEngine, Trajectory, full_distribution
 
 # -- the losses --------------------------------------------------------------------------------------------------------

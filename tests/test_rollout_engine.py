@@ -13,8 +13,8 @@ from lab import SMALL, TOKENIZER
 
 from dataset.prompts import Prompt
 from model.chat import EOS, PAD
-from model.engine import Sampling, generate
-from model.errors import Failure, UserError
+from model.cli import Failure, UserError
+from model.inference.engine import Sampling, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import fingerprint, load_folder
 from trainer.arguments import Parser

@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from benchmarks.dry_run import STATE
 from trainer import train_pretrain
 from trainer.distributed import World
-from trainer.loop import Run
+from trainer.trainer import Run
 
 CONFIGS = ROOT / "trainer/deepspeed"
 ZERO = sorted(path.stem for path in CONFIGS.glob("*.json"))

@@ -36,15 +36,15 @@ from schemathesis.specs.openapi.checks import (
 from torch.nn.functional import cross_entropy
 
 from model.chat import BOS, MARKERS, ChatTokenizer, parse_answer
-from model.engine import Engine, Sampling, Sequence, generate
-from model.errors import run_main
+from model.cli import run_main
+from model.inference.engine import Engine, Sampling, Sequence, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, save_weight
 from scripts import chat_api
-from scripts.engine_thread import EngineThread, Progress, Ticket
-from scripts.openai_protocol import ChatChoice, Defaults
 from scripts.serve_openai_api import LARGEST_BODY, Server, create_app, listen
-from trainer.tools import SCHEMAS
+from scripts.server.engine_thread import EngineThread, Progress, Ticket
+from scripts.server.protocol import ChatChoice, Defaults
+from trainer.rl.tools import SCHEMAS
 
 TOKENIZER = ChatTokenizer()
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}

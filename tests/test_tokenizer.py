@@ -14,7 +14,7 @@ import regex
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from model.errors import run_main
+from model.cli import run_main
 from scripts import train_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent

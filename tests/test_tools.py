@@ -11,8 +11,8 @@ import pytest
 
 from dataset.sample_world import TOOLS as TASKS
 from dataset.sample_world import World
-from trainer import tools
-from trainer.tools import SCHEMAS, TOOLS, call_tool, tool
+from trainer.rl import tools
+from trainer.rl.tools import SCHEMAS, TOOLS, call_tool, tool
 
 
 def worked_out(expression: str):

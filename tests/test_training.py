@@ -22,14 +22,15 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from model.chat import BOS, EOS
-from model.errors import UserError
+from model.cli import UserError
 from model.weights import find_weight, load_weight, save_weight
-from trainer import loop, train_full_sft, train_pretrain
+from trainer import train_full_sft, train_pretrain
+from trainer import trainer as loop
+from trainer.batches import RowStream
 from trainer.distributed import World
 from trainer.losses import Loss, balancing, inputs, next_token_loss
 from trainer.metrics import MetricsLog, flops_per_token
 from trainer.optimizer import Muon, learning_rate, make_optimizers
-from trainer.stream import RowStream
 
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 

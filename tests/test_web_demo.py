@@ -19,14 +19,14 @@ from browser import ROOT, Page, browser, demo, missing
 from streamlit.testing.v1 import AppTest
 
 from model.chat import BOS, EOS, ChatTokenizer
-from model.engine import Sampling
+from model.inference.engine import Sampling
 from model.model_lora import LoRA, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import find_models, fingerprint, load_for_inference, load_weight, save_weight
-from scripts import web_answers, web_curves, web_parts
-from scripts.web_answers import LocalModel, RemoteModel, Reply, openai_messages
-from scripts.web_chat import worked_out
-from trainer.tools import SCHEMAS
+from scripts.web import answers, curves, parts
+from scripts.web.answers import LocalModel, RemoteModel, Reply, openai_messages
+from scripts.web.chat import worked_out
+from trainer.rl.tools import SCHEMAS
 
 TOKENIZER = ChatTokenizer()
 CALL = [{"name": "calculate_math", "arguments": {"expression": "12 * 12"}}]
@@ -163,7 +163,7 @@ def test_two_pages_share_one_engine_and_a_stopped_answer_leaves_it(local):
 
 
 def test_an_answer_that_nobody_watches_ends(local, monkeypatch):
-    monkeypatch.setattr(web_answers, "PATIENCE", -1)
+    monkeypatch.setattr(answers, "PATIENCE", -1)
     reply = Reply(local.answer(HELLO[:1], [], False, Sampling(2000, temperature=0, stop_ids=())))
     while not reply.done:
         time.sleep(0.01)
@@ -342,7 +342,7 @@ def test_a_sum_is_worked_out_and_shown_on_a_card(page):
 
 
 def test_what_a_card_shows_cannot_break_out_of_it():
-    assert web_parts.code("12 * 12") == "`12 * 12`" and web_parts.code("a`b") == "`` a`b ``"
+    assert parts.code("12 * 12") == "`12 * 12`" and parts.code("a`b") == "`` a`b ``"
 
 
 def test_what_another_tool_says_is_typed_into_its_card(page):
@@ -493,16 +493,16 @@ def test_the_page_speaks_chinese_and_settings_survive_the_change(page):
 
 def test_settings_survive_the_visit_of_another_page(page):
     page.text_area("system").set_value("Be kind.").run()
-    page.switch_page("web_curves.py").run()
-    page.switch_page("web_chat.py").run()
+    page.switch_page("web/curves.py").run()
+    page.switch_page("web/chat.py").run()
     assert healthy(page).text_area("system").value == "Be kind." and page.slider("temperature").value == 0.0
 
 
 def test_without_weights_the_page_says_how_to_make_them(tmp_path, monkeypatch):
     app = started(tmp_path, monkeypatch)
     assert "No weights yet" in texts(app) and app.code[0].value == "make demo" and app.chat_input("typed").disabled
-    assert "No weights yet" in texts(healthy(app.switch_page("web_compare.py").run()))
-    assert "No training log yet" in texts(healthy(app.switch_page("web_curves.py").run()))
+    assert "No weights yet" in texts(healthy(app.switch_page("web/compare.py").run()))
+    assert "No training log yet" in texts(healthy(app.switch_page("web/curves.py").run()))
 
 
 def test_a_weight_that_cannot_be_read_is_told_in_one_line(tmp_path, monkeypatch):
@@ -514,7 +514,7 @@ def test_a_weight_that_cannot_be_read_is_told_in_one_line(tmp_path, monkeypatch)
 
 
 def test_two_weights_answer_side_by_side(page):
-    page.switch_page("web_compare.py").run()
+    page.switch_page("web/compare.py").run()
     assert [box.value for box in page.selectbox] == ["full_sft_64", "pretrain_64"]
     page.selectbox("weight_1").set_value("full_sft_64").run()
     page.slider("temperature").set_value(0.0).run()
@@ -524,7 +524,7 @@ def test_two_weights_answer_side_by_side(page):
 
 def test_curves_show_the_newest_run_and_what_is_asked_for(page, save_dir):
     (save_dir / "logs/pretrain_64.jsonl").touch()  # an old one is not in training
-    page.switch_page("web_curves.py").run()
+    page.switch_page("web/curves.py").run()
     assert {metric.label: metric.value for metric in healthy(page).metric} == {
         "Step": "5", "Loss": "1", "Validation": "0.5", "Tokens": "0.00 M", "Tokens/s": "1,234"}
     assert "training" in texts(page)
@@ -538,9 +538,9 @@ def test_curves_show_the_newest_run_and_what_is_asked_for(page, save_dir):
 
 def test_a_log_is_read_while_it_is_written_and_thinned(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"step": 1, "loss": 2}\n[]\n{"step": 2, "lo', "utf-8")
-    assert web_curves.read_runs(tmp_path) == {"a": [{"step": 1, "loss": 2}]}
+    assert curves.read_runs(tmp_path) == {"a": [{"step": 1, "loss": 2}]}
     rows = [{"step": n} | ({"val_loss": 1} if n == 501 else {}) for n in range(10_000)]
-    kept = web_curves.thinned(rows)
+    kept = curves.thinned(rows)
     assert len(kept) < 1000 and rows[-1] in kept and rows[501] in kept
     assert kept == sorted(kept, key=lambda row: row["step"])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from model.errors import UserError, first_line
+from model.cli import UserError, first_line
 from model.weights import save_atomically
 
 

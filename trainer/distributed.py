@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from model.errors import Failure, UserError, first_line
+from model.cli import Failure, UserError, first_line
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.errors import first_line
+from model.cli import first_line
 
 
 def flops_per_token(model: nn.Module, length: int) -> float:

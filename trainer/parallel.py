@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from model.errors import UserError, first_line
+from model.cli import UserError, first_line
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 

@@ -22,8 +22,8 @@ from torch import nn
 
 from dataset.prompts import Prompt
 from model.chat import Answer, ChatTokenizer, parse_answer
-from model.engine import Engine, Sampling
-from model.errors import Failure, UserError, first_line
+from model.cli import Failure, UserError, first_line
+from model.inference.engine import Engine, Sampling
 from model.weights import fingerprint, save_folder
 from trainer.distributed import World
 

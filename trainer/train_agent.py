@@ -8,16 +8,16 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from model.errors import run_main
+from model.cli import run_main
 from model.weights import ROOT
-from trainer.agent_rewards import AGENT_MIX, AGENT_RULES
 from trainer.arguments import policy_parser, positive, read_policy
-from trainer.episodes import EpisodeEngine
-from trainer.experience import Experience, held_out
-from trainer.loop import Run
 from trainer.losses import policy_loss
-from trainer.rewards import make_rewards, reward_flags
+from trainer.rl.agent_rewards import AGENT_MIX, AGENT_RULES
+from trainer.rl.episodes import EpisodeEngine
+from trainer.rl.rewards import make_rewards, reward_flags
+from trainer.rl.rollouts import Experience, held_out
 from trainer.rollout_engine import engine_flags, make_rollout_engine
+from trainer.trainer import Run
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ if __name__ == "__main__":
 from torch import nn
 
 from dataset.lm_dataset import SFTDataset
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
 from model.weights import ROOT, fingerprint, load_folder, load_weight
 from trainer.arguments import amount, positive, read, share, stage_parser
-from trainer.loop import Run
 from trainer.losses import distillation_loss
+from trainer.trainer import Run
 
 
 def load_teacher(run: Run) -> nn.Module:

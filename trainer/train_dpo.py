@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from dataset.lm_dataset import DPODataset
-from model.errors import UserError, run_main
+from model.cli import UserError, run_main
 from model.weights import ROOT, fingerprint, save_atomically
 from trainer.arguments import amount, read, share, stage_parser
-from trainer.loop import Run, to_device
 from trainer.losses import PREFERENCES, answer_log_probs, dpo_loss
+from trainer.trainer import Run, to_device
 
 
 @torch.no_grad()

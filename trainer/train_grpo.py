@@ -8,14 +8,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from model.errors import run_main
+from model.cli import run_main
 from model.weights import ROOT
 from trainer.arguments import policy_parser, read_policy
-from trainer.experience import Experience, ValueTracker, held_out
-from trainer.loop import Run
 from trainer.losses import policy_loss
-from trainer.rewards import make_rewards, reward_flags
+from trainer.rl.rewards import make_rewards, reward_flags
+from trainer.rl.rollouts import Experience, ValueTracker, held_out
 from trainer.rollout_engine import engine_flags, make_rollout_engine
+from trainer.trainer import Run
 
 
 def main() -> None:

@@ -8,12 +8,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from dataset.lm_dataset import SFTDataset
-from model.errors import run_main
+from model.cli import run_main
 from model.model_lora import TARGETS, LoRA, adaptable, apply_lora, save_lora
 from model.weights import ROOT, fingerprint
 from trainer.arguments import amount, positive, read, share, stage_parser
-from trainer.loop import Run
 from trainer.losses import next_token_loss
+from trainer.trainer import Run
 
 
 def main() -> None:

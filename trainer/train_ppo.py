@@ -10,16 +10,16 @@ if __name__ == "__main__":
 
 from torch import Tensor, nn
 
-from model.errors import run_main
+from model.cli import run_main
 from model.model_minimind import MiniMindForCausalLM
 from model.model_reward import MiniMindForSequenceClassification
 from model.weights import ROOT, save_weight
 from trainer.arguments import amount, read, rl_parser, share
-from trainer.experience import Experience, held_out
-from trainer.loop import Run
 from trainer.losses import ppo_loss
-from trainer.rewards import make_rewards, reward_flags
+from trainer.rl.rewards import make_rewards, reward_flags
+from trainer.rl.rollouts import Experience, held_out
 from trainer.rollout_engine import engine_flags, make_rollout_engine
+from trainer.trainer import Run
 
 
 class ActorCritic(nn.Module):

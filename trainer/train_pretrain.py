@@ -7,11 +7,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from dataset.lm_dataset import PretrainDataset
-from model.errors import run_main
+from model.cli import run_main
 from model.weights import ROOT
 from trainer.arguments import read, stage_parser
-from trainer.loop import Run
 from trainer.losses import next_token_loss
+from trainer.trainer import Run
 
 
 def main() -> None:

@@ -8,12 +8,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from dataset.lm_dataset import DPODataset
-from model.errors import run_main
+from model.cli import run_main
 from model.model_reward import MiniMindForSequenceClassification
 from model.weights import ROOT, file_stem, fingerprint, save_folder
 from trainer.arguments import amount, natural, read, stage_parser
-from trainer.loop import Run
 from trainer.losses import reward_loss
+from trainer.trainer import Run
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from model.errors import Failure, UserError
+from model.cli import Failure, UserError
 
 HUBS = {"modelscope": "https://www.modelscope.cn", "huggingface": "https://huggingface.co"}
 OWNERS = {"modelscope": "gongjy", "huggingface": "jingyaogong"}

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from dataset.packing import best_fit, branched
 from dataset.prompts import PromptDataset
 from model.chat import ChatTokenizer
-from model.errors import UserError
-from model.sampling import Sampling
+from model.cli import UserError
+from model.inference.sampling import Sampling
+from trainer.batches import Step, places
 from trainer.losses import Loss, gae, group_advantages, inputs, k3, token_log_probs
 from trainer.rollout_engine import Trajectory, full_distribution
-from trainer.stream import Step, places
 
 MOST_DRAWS = 4  # of prompts, when groups without a difference are drawn again
 

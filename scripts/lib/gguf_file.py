@@ -16,7 +16,7 @@ from gguf import TokenType
 from torch import Tensor
 
 from model.chat import BOS, EOS, PAD, TOKENIZER_DIR, ChatTokenizer
-from model.errors import UserError
+from model.cli import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import chat_template
 

@@ -5,13 +5,13 @@ import sys
 import time
 from pathlib import Path
 
-if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:  # Streamlit runs this file many times
+if (ROOT := str(Path(__file__).resolve().parents[2])) not in sys.path:  # Streamlit runs this file many times
     sys.path.insert(0, ROOT)
 
 import altair
 import streamlit as st
 
-from scripts.web_parts import KEPT, arguments, say
+from scripts.web.parts import KEPT, arguments, say
 
 FIRST = ("loss", "lr", "grad_norm", "tokens_per_s")  # shown unasked, in this order; what else a stage logs, on demand
 POINTS = 800  # a line is thinned to so many

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dataset.prompts import Prompt
 from model.chat import CALL, END_CALL, END_THINK, EOS, Answer, ChatTokenizer
-from model.errors import Failure, UserError, first_line
-from trainer.reward_models import ForeignModel, Judge, OwnModel
+from model.cli import Failure, UserError, first_line
+from trainer.rl.reward_models import ForeignModel, Judge, OwnModel
 from trainer.rollout_engine import Trajectory
 
 Rule = Callable[[Prompt, Trajectory], float]

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from model.engine import Engine, Sampling, Sequence
-from model.errors import first_line
+from model.cli import first_line
+from model.inference.engine import Engine, Sampling, Sequence
 
 BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # of the time to the first token, in seconds
 

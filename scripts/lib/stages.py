@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from model.errors import Failure, UserError
+from model.cli import Failure, UserError
 from model.weights import OUT_DIR, ROOT, cpu_has_tiles
 
 SAMPLE = ROOT / "dataset/sample"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from model.chat import MARKERS, ChatTokenizer
-from model.decode_graphs import DecodeGraphs, capturable
-from model.kv_cache import KVCache
+from model.inference.cuda_graphs import DecodeGraphs, capturable
+from model.inference.kv_cache import KVCache
+from model.inference.prepacked import in_use, pack
+from model.inference.sampling import Sampling, draw, penalise
 from model.model_minimind import few_sizes
-from model.packed_weights import in_use, pack
-from model.sampling import Sampling, draw, penalise
 
 __all__ = ["Engine", "Sampling", "Sequence", "generate", "stream"]
 PLACE_LENGTH, SMALLEST_LENGTH = 2048, 256  # tokens a place gets by default, and what the cache starts with

@@ -26,9 +26,9 @@ from functools import partial
 
 from dataset.prompts import Prompt
 from model.chat import EOS, Answer, ChatTokenizer, answer_start, parse_answer, parse_json, render
-from model.engine import Sampling
+from model.inference.engine import Sampling
+from trainer.rl.tools import call_tool
 from trainer.rollout_engine import LocalEngine, Trajectory
-from trainer.tools import call_tool
 
 SEED_STEP = 1_000_003  # between the seeds of an episode's turns: far from those of its neighbours
 
@@ -139,7 +139,7 @@ def observation(tokenizer: ChatTokenizer, results: list[dict], thinking: bool) -
 
 @dataclass(eq=False)
 class Turn:
-    """A request to an engine that answers whole batches, in the words of `model.engine.Sequence`."""
+    """A request to an engine that answers whole batches, in the words of `model.inference.engine.Sequence`."""
 
     prompt: list[int]
     sampling: Sampling

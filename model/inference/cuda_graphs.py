@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.errors import first_line
+from model.cli import first_line
+from model.inference.prepacked import on_its_own
 from model.model_minimind import MiniMindPreTrainedModel, experts_in_one_kernel
-from model.packed_weights import on_its_own
 
 STEPS_BEFORE = 16  # of a shape, until it is captured; they also load the kernels, which a capture could not
 Read = Callable[[Tensor, Tensor, int], Tensor]

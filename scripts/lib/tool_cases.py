@@ -11,8 +11,8 @@ from dataset.lm_dataset import parse_row, read_rows
 from dataset.prompts import Prompt, PromptDataset
 from dataset.sample_world import World
 from model.chat import ChatTokenizer
-from model.errors import UserError
-from trainer.tools import SCHEMAS, call_tool
+from model.cli import UserError
+from trainer.rl.tools import SCHEMAS, call_tool
 
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "list": "array", "bool": "boolean"}
 

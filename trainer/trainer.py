@@ -23,16 +23,16 @@ from torch import nn
 from dataset.lm_dataset import TokenDataset
 from dataset.prompts import PromptDataset
 from model.chat import ChatTokenizer
-from model.errors import Failure, UserError, first_line
+from model.cli import Failure, UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.weights import cpu_has_bfloat16, file_stem, load_state, load_weight, save_weight
+from trainer.batches import RowStream
 from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
 from trainer.distributed import joined
 from trainer.losses import Loss, inputs
 from trainer.metrics import MetricsLog, Tracker, duration, flops_per_token, peak_flops, peak_memory
 from trainer.optimizer import learning_rate, make_optimizers
 from trainer.parallel import STRATEGIES, checkpoint_blocks
-from trainer.stream import RowStream
 
 LossFunction = Callable[[nn.Module, dict[str, torch.Tensor]], Loss]
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

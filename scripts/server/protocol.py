@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.chat import BOS, AnswerParser, ChatTokenizer
-from model.engine import Sampling
-from scripts.engine_thread import Progress
+from model.inference.engine import Sampling
+from scripts.server.engine_thread import Progress
 
 MOST_CHOICES = 1024  # of one request: many small prompts cost more memory than their text
 IMPOSSIBLE = -9999.0  # JSON has no infinity; OpenAI writes this for a token that cannot be drawn

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dataset.lm_dataset import TokenDataset
-from model.errors import UserError
+from model.cli import UserError
 from trainer.distributed import World
 
 

@@ -3,14 +3,14 @@
 import sys
 from pathlib import Path
 
-if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:  # Streamlit runs this file many times
+if (ROOT := str(Path(__file__).resolve().parents[2])) not in sys.path:  # Streamlit runs this file many times
     sys.path.insert(0, ROOT)
 
 import streamlit as st
 
 from model.weights import find_models
-from scripts.web_answers import Reply
-from scripts.web_parts import KEPT, Bubble, arguments, local_model, no_weights_yet, sampling, say, watch
+from scripts.web.answers import Reply
+from scripts.web.parts import KEPT, Bubble, arguments, local_model, no_weights_yet, sampling, say, watch
 
 
 def main() -> None:

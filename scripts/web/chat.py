@@ -5,15 +5,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:  # Streamlit runs this file many times
+if (ROOT := str(Path(__file__).resolve().parents[2])) not in sys.path:  # Streamlit runs this file many times
     sys.path.insert(0, ROOT)
 
 import streamlit as st
 
 from model.weights import find_models
-from scripts.web_answers import LocalModel, RemoteModel, Reply
-from scripts.web_parts import KEPT, Bubble, arguments, lines, model_choice, no_weights_yet, sampling, say, watch
-from trainer.tools import MOCKED, SCHEMAS, TOOLS, call_tool
+from scripts.web.answers import LocalModel, RemoteModel, Reply
+from scripts.web.parts import KEPT, Bubble, arguments, lines, model_choice, no_weights_yet, sampling, say, watch
+from trainer.rl.tools import MOCKED, SCHEMAS, TOOLS, call_tool
 
 MAX_CALLS = 8  # rounds of tools after one question
 STALE = 24  # elements below a growing answer that are taken off the page

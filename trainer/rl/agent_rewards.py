@@ -1,4 +1,4 @@
-"""What an episode with tools earns: the rules of trainer/rewards.py for its last answer, and rules for the way there.
+"""What an episode with tools earns: the rules of rewards.py for its last answer, and rules for the way there.
 
 Each is a component of its own, with weights such that the right answer outweighs the rest together. What was tried
 against them, and what it earns (tests/test_agent_rewards.py holds each):
@@ -16,7 +16,7 @@ against them, and what it earns (tests/test_agent_rewards.py holds each):
 from collections.abc import Callable
 
 from dataset.prompts import Prompt
-from trainer.rewards import exact, repetition, turn_is_whole
+from trainer.rl.rewards import exact, repetition, turn_is_whole
 from trainer.rollout_engine import Trajectory
 
 AGENT_MIX = "truth=1,calls=0.2,form=0.2,unfinished=0.4,repetition=0.2"  # how much each counts

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import streamlit as st
 
-from model.engine import Sampling
-from model.errors import Failure
+from model.cli import Failure
+from model.inference.engine import Sampling
 from model.model_lora import find_loras
 from model.weights import OUT_DIR, find_models, fingerprint, load_folder, load_for_inference, load_weight
-from scripts.web_answers import LocalModel, RemoteModel, Reply
+from scripts.web.answers import LocalModel, RemoteModel, Reply
 from trainer.arguments import Parser
 from trainer.distributed import choose_device
 

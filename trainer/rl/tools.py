@@ -24,7 +24,7 @@ from zoneinfo import ZoneInfo
 
 from dataset import sample_world
 from model.chat import check_text, parse_json
-from model.errors import first_line
+from model.cli import first_line
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 MOCKED = ("get_current_weather", "get_exchange_rate", "translate_text")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.lm_dataset import parse_row, read_rows
-from model.errors import UserError
+from model.cli import UserError
 
 
 class Question(NamedTuple):

@@ -12,8 +12,8 @@ from threading import Lock, Thread
 from torch import nn
 
 from model.chat import BOS, Answer, AnswerParser, ChatTokenizer, parse_json
-from model.engine import Engine, Sampling
-from model.errors import Failure, first_line
+from model.cli import Failure, first_line
+from model.inference.engine import Engine, Sampling
 
 Event = tuple[str, object]  # AnswerParser's, ("tokens", how many more) and ("end", why)
 PATIENCE = 60  # seconds an answer goes on that nobody watches
