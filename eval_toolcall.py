@@ -28,7 +28,7 @@ from model.chat import TOKENIZER_DIR, Answer, ChatTokenizer, read_json
 from model.cli import UserError, run_main
 from model.inference.engine import Sampling
 from model.weights import save_atomically
-from scripts.chat_api import chat, mistakes_in_one_line
+from scripts.chat_api import chat, friendly_errors
 from scripts.lib.tool_cases import Case, held_out_tasks, is_accepted, read_cases
 from trainer.arguments import Parser, amount, load_asked, loading_flags, natural, positive, share
 from trainer.rl.agent_rewards import truth
@@ -39,13 +39,13 @@ from trainer.rollout_engine import LocalEngine, Trajectory
 
 MAX_TURNS = 5
 API_AT_ONCE = 8  # requests
-Play = Callable[[list[Prompt], int], list[Trajectory]]  # prompts and the most turns → what came of them
+RolloutFn = Callable[[list[Prompt], int], list[Trajectory]]  # prompts and the most turns → what came of them
 
 
 # -- who plays ---------------------------------------------------------------------------------------------------------
 
 
-def local_player(model, tokenizer: ChatTokenizer, args: argparse.Namespace) -> Play:
+def local_rollouts(model, tokenizer: ChatTokenizer, args: argparse.Namespace) -> RolloutFn:
     """A model in this process; all episodes advance together."""
     def play(prompts: list[Prompt], max_turns: int) -> list[Trajectory]:
         longest = min(args.max_total_len, model.config.max_position_embeddings)
@@ -59,7 +59,7 @@ def local_player(model, tokenizer: ChatTokenizer, args: argparse.Namespace) -> P
     return play
 
 
-def api_player(client: openai.OpenAI, args: argparse.Namespace) -> Play:
+def api_rollouts(client: openai.OpenAI, args: argparse.Namespace) -> RolloutFn:
     """A model behind an OpenAI-compatible server, some episodes at a time."""
     def episode(prompt: Prompt, max_turns: int, seed: int) -> Trajectory:
         played = Trajectory(prompt)
@@ -88,7 +88,7 @@ def api_player(client: openai.OpenAI, args: argparse.Namespace) -> Play:
         return played
 
     def play(prompts: list[Prompt], max_turns: int) -> list[Trajectory]:
-        with mistakes_in_one_line(args.api_base_url), ThreadPoolExecutor(API_AT_ONCE) as pool:
+        with friendly_errors(args.api_base_url), ThreadPoolExecutor(API_AT_ONCE) as pool:
             seeds = range(args.seed, args.seed + len(prompts))
             return list(pool.map(episode, prompts, [max_turns] * len(prompts), seeds))
     return play
@@ -115,8 +115,8 @@ def answer_of(message) -> Answer:
 # -- the count ---------------------------------------------------------------------------------------------------------
 
 
-def count(play: Play, cases: list[Case]) -> dict:
-    """Play all cases, print a line on each. → by kind: how many are right, of how many, and every case"""
+def evaluate(play: RolloutFn, cases: list[Case]) -> dict:
+    """RolloutFn all cases, print a line on each. → by kind: how many are right, of how many, and every case"""
     by_kind = defaultdict(list)
     for case in cases:
         by_kind[case.kind].append(case)
@@ -124,7 +124,7 @@ def count(play: Play, cases: list[Case]) -> dict:
     for kind, chosen in by_kind.items():
         calls_only = not chosen[0].prompt.gt and chosen[0].accepted is not None
         episodes = play([case.prompt for case in chosen], 1 if calls_only else MAX_TURNS)
-        lines = [verdict(case, episode, calls_only) for case, episode in zip(chosen, episodes, strict=True)]
+        lines = [score_case(case, episode, calls_only) for case, episode in zip(chosen, episodes, strict=True)]
         for line in lines:
             print(f"{'✅' if line['right'] else '❌'} {kind}: {line['asked']}  gt {line['gt']}  "
                   f"prediction {line['prediction']}")
@@ -135,7 +135,7 @@ def count(play: Play, cases: list[Case]) -> dict:
     return results
 
 
-def verdict(case: Case, episode: Trajectory, calls_only: bool) -> dict:
+def score_case(case: Case, episode: Trajectory, calls_only: bool) -> dict:
     """What came of a case, in one line of JSON."""
     first = episode.turns[0] if episode.turns else Answer()
     call_is_right = (case.accepted is not None and len(first.tool_calls) == 1 and not first.malformed
@@ -185,7 +185,7 @@ class ApiChat:
 
     def answer(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
-        with mistakes_in_one_line(self.args.api_base_url):
+        with friendly_errors(self.args.api_base_url):
             chat(self.client, self.messages, self.args, MAX_TURNS)
 
 
@@ -228,10 +228,10 @@ def main() -> None:
     for weight in [args.model] if args.backend == "api" else args.weight:
         if args.backend == "api":
             tokenizer = ChatTokenizer(args.tokenizer or TOKENIZER_DIR)
-            play = api_player(client, args)
+            play = api_rollouts(client, args)
         else:
             model, tokenizer = load_asked(args, weight)
-            play = local_player(model, tokenizer, args)
+            play = local_rollouts(model, tokenizer, args)
 
         def prompt_of(messages: list[dict], gt: tuple | list = (), tokenizer=tokenizer) -> Prompt:
             thinks = bool(args.open_thinking)
@@ -240,7 +240,7 @@ def main() -> None:
         cases = held_out_tasks(args.benchmark, args.seed, prompt_of) if args.benchmark else []
         if args.cases:
             cases += read_cases(args.cases, tokenizer, prompt_of, args.max_total_len, bool(args.open_thinking))
-        counted[weight] = count(play, cases)
+        counted[weight] = evaluate(play, cases)
     for weight, kinds in counted.items():
         for kind, of in kinds.items():
             print(f"{weight} {kind}: {of['right']}/{of['of']} = {of['rate']:.1%} [{of['low']:.1%}, {of['high']:.1%}]")

@@ -76,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key)
     messages: list[dict] = []
-    with mistakes_in_one_line(args.base_url):
+    with friendly_errors(args.base_url):
         while True:
             try:
                 text = args.prompt or input("\n> ").strip()
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 @contextmanager
-def mistakes_in_one_line(base_url: str) -> Iterator[None]:
+def friendly_errors(base_url: str) -> Iterator[None]:
     """What the client raises as UserError."""
     try:
         yield

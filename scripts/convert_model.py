@@ -227,7 +227,7 @@ def write(args: argparse.Namespace, draft: Path) -> str:
     return said
 
 
-def wanted(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="weight (.pth) or transformers folder to convert")
     parser.add_argument("--target", type=Path, required=True, help="file or folder to write")
@@ -252,7 +252,7 @@ def wanted(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    args = wanted()
+    args = parse_args()
     args.target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=args.target.parent) as folder:
         draft = Path(folder) / args.target.name

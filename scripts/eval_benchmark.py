@@ -31,7 +31,7 @@ from model.weights import save_atomically
 from scripts.lib.benchmark_formats import FORMATS, Question, read_questions
 from trainer.arguments import Parser, load_asked, loading_flags, natural, positive
 
-PLACES, PREDICTED = 16, 256  # of a long text: places that are looked at, and tokens predicted at each
+NUM_POSITIONS, NUM_PREDICTED = 16, 256  # of a long text: places that are looked at, and tokens predicted at each
 
 # -- texts -------------------------------------------------------------------------------------------------------------
 
@@ -84,14 +84,15 @@ def measure_context(model: nn.Module, ids: list[int], lengths: list[int]) -> dic
     longest = max(lengths)
     if len(ids) < longest:
         raise UserError(f"--long_text has {len(ids):,} tokens, fewer than the longest of --lengths, {longest:,}")
-    ends = [longest + (len(ids) - longest) * i // (PLACES - 1) for i in range(PLACES)]
-    requests = [Request(ids[end - length:end - PREDICTED], [ids[end - PREDICTED:end]])
+    ends = [longest + (len(ids) - longest) * i // (NUM_POSITIONS - 1) for i in range(NUM_POSITIONS)]
+    requests = [Request(ids[end - length:end - NUM_PREDICTED], [ids[end - NUM_PREDICTED:end]])
                 for length in lengths for end in ends]
     scalings = {"plain": False, "yarn": True} if isinstance(model, MiniMindForCausalLM) else {"plain": False}
     curves, before = {}, getattr(model.config, "inference_rope_scaling", False)
     for name, model.config.inference_rope_scaling in scalings.items():  # the model looks there at every pass
         nats = [-score for score, in likelihoods(model, requests)]
-        curves[name] = [math.exp(sum(nats[i:i + PLACES]) / PLACES / PREDICTED) for i in range(0, len(nats), PLACES)]
+        curves[name] = [math.exp(sum(nats[i:i + NUM_POSITIONS]) / NUM_POSITIONS / NUM_PREDICTED)
+                        for i in range(0, len(nats), NUM_POSITIONS)]
     model.config.inference_rope_scaling = before
     return curves
 
@@ -186,8 +187,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--benchmark {wrong[0]}: not one of {', '.join(FORMATS)}")
     if bool(args.fewshot) != bool(args.fewshot_path) or args.fewshot and len(args.benchmark) != 1:
         parser.error("--fewshot and --fewshot_path go together, with one --benchmark")
-    if min(args.lengths) <= PREDICTED:
-        parser.error(f"--lengths {min(args.lengths)}: a window is longer than its {PREDICTED} predicted tokens")
+    if min(args.lengths) <= NUM_PREDICTED:
+        parser.error(f"--lengths {min(args.lengths)}: a window is longer than its {NUM_PREDICTED} predicted tokens")
     return args
 
 
@@ -230,8 +231,8 @@ def main() -> None:
     if long_text:
         curves = measure_context(model, tokenizer.encode_text(long_text), args.lengths)
         figures["context"] = {"text": str(args.long_text), "lengths": args.lengths, **curves}
-        show(f"perplexity of {PLACES * PREDICTED:,} tokens, window of", *(f"{length:,}" for length in args.lengths),
-             head=True)
+        show(f"perplexity of {NUM_POSITIONS * NUM_PREDICTED:,} tokens, window of",
+             *(f"{length:,}" for length in args.lengths), head=True)
         for name, values in curves.items():
             show(name, *(f"{value:.2f}" for value in values))
         if args.picture:

@@ -69,7 +69,7 @@ def from_openai(message) -> dict:
     return answer
 
 
-def take_up(path: Path) -> set[str]:
+def resume(path: Path) -> set[str]:
     """The keys of what is in `path` already; half a line, left by a run that was killed, is cut off."""
     if not path.exists():
         return set()
@@ -84,7 +84,7 @@ def take_up(path: Path) -> set[str]:
     return done
 
 
-def wanted(path: Path, done: set[str]) -> Iterator[tuple[str, list[dict]]]:
+def pending_prompts(path: Path, done: set[str]) -> Iterator[tuple[str, list[dict]]]:
     """(key, prompt) of every row that is not done, each prompt once."""
     seen = set(done)
     for number, line in read_rows(path):
@@ -111,9 +111,10 @@ def main() -> None:
     parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time")
     parser.add_argument("--limit", type=natural, default=0, help="answer so many prompts (0: all)")
     args = parser.parse_args()
-    done = take_up(args.out)
-    total = len({key for key, _ in wanted(args.data_path, set())} - done)  # before anything is asked: all rows are good
-    prompts = islice(wanted(args.data_path, done), args.limit or None)
+    done = resume(args.out)
+    # read to the end before the first request: a bad row in the file costs nothing
+    total = len({key for key, _ in pending_prompts(args.data_path, set())} - done)
+    prompts = islice(pending_prompts(args.data_path, done), args.limit or None)
     key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(base_url=args.base_url, api_key=key, max_retries=4)
 
@@ -141,12 +142,12 @@ def main() -> None:
                         refused.append(first_line(error))
                     progress.update()
         except openai.OpenAIError as error:
-            kept = len(take_up(args.out))
+            kept = len(resume(args.out))
             raise Failure(f"{args.base_url}: {first_line(error)}; {kept:,} answers are kept in {args.out}, run again "
                           "to go on") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    print(f"{len(take_up(args.out)):,} answers in {args.out}" + (
+    print(f"{len(resume(args.out)):,} answers in {args.out}" + (
         f"; the endpoint refused {len(refused):,} prompts, the first: {refused[0]}" if refused else ""))
 
 

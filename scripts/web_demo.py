@@ -12,20 +12,20 @@ if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:  # Stream
 import streamlit as st
 
 from model.cli import run_main
-from scripts.web.parts import arguments, head, say
+from scripts.web.parts import arguments, sidebar_header, tr
 
 
 def main() -> None:
     """What stands around every page."""
     st.set_page_config(page_title="MiniMind", page_icon="🌱")
     with st.sidebar:
-        head()
+        sidebar_header()
     here = Path(__file__).parent
     st.navigation([
-        st.Page(here / "web" / "chat.py", title=say("Chat", "对话"), icon=":material/chat_bubble:", default=True),
-        st.Page(here / "web" / "compare.py", title=say("Compare", "比较"), icon=":material/compare_arrows:",
+        st.Page(here / "web" / "chat.py", title=tr("Chat", "对话"), icon=":material/chat_bubble:", default=True),
+        st.Page(here / "web" / "compare.py", title=tr("Compare", "比较"), icon=":material/compare_arrows:",
                 url_path="compare"),
-        st.Page(here / "web" / "curves.py", title=say("Curves", "曲线"), icon=":material/show_chart:",
+        st.Page(here / "web" / "curves.py", title=tr("Curves", "曲线"), icon=":material/show_chart:",
                 url_path="curves"),
     ], position="top").run()
 

@@ -12,7 +12,17 @@ import streamlit as st
 
 from model.weights import find_models
 from scripts.web.answers import LocalModel, RemoteModel, Reply
-from scripts.web.parts import KEPT, Bubble, arguments, lines, model_choice, no_weights_yet, sampling, say, watch
+from scripts.web.parts import (
+    PERSIST,
+    Bubble,
+    arguments,
+    lines,
+    model_choice,
+    no_weights_yet,
+    sampling,
+    stream_replies,
+    tr,
+)
 from trainer.rl.tools import MOCKED, SCHEMAS, TOOLS, call_tool
 
 MAX_CALLS = 8  # rounds of tools after one question
@@ -27,7 +37,7 @@ def main() -> None:
     state.setdefault("trouble", None)  # what went wrong last
     with st.sidebar:
         model, ask = settings()
-    st.chat_input(say("Write a message", "写点什么"), key="typed", on_submit=send, disabled=model is None)
+    st.chat_input(tr("Write a message", "写点什么"), key="typed", on_submit=send, disabled=model is None)
     if model is not None and state.pop("asked", False):
         state.trouble = None
         state.reply = Reply(ask())
@@ -39,7 +49,7 @@ def main() -> None:
     greeting.empty()
     bubble = conversation()
     if state.reply is not None:
-        watch([state.reply], [bubble])
+        stream_replies([state.reply], [bubble])
         keep_reply()
         st.rerun()
 
@@ -96,7 +106,7 @@ def send_results(results: list[str | None]) -> None:
     if all(results):
         give_results(results)
     else:
-        state.trouble = say("Write first what the tool says.", "请先写下工具的结果。")
+        state.trouble = tr("Write first what the tool says.", "请先写下工具的结果。")
 
 
 def retry() -> None:
@@ -123,15 +133,15 @@ def try_example(text: str, thinking: bool, tools: list[str]) -> None:
 def settings() -> tuple[LocalModel | RemoteModel | None, Callable]:
     """The settings beside the conversation. → the model, and how to ask it for the next message."""
     state = st.session_state
-    st.button(say("New conversation", "新对话"), key="clear", icon=":material/edit_square:", on_click=clear,
+    st.button(tr("New conversation", "新对话"), key="clear", icon=":material/edit_square:", on_click=clear,
               width="stretch", disabled=not state.messages)
     model = model_choice()
     chats = model is None or not model.continues_text
-    thinking = st.toggle(say("Think first", "先思考"), key="thinking", disabled=not chats, **KEPT)
-    tools = st.multiselect(say("Tools it may call", "可以调用的工具"), tuple(SCHEMAS), key="tools", disabled=not chats,
-                           placeholder=say("none", "无"), **KEPT)
-    system = st.text_area(say("System prompt", "系统提示词"), key="system", height=68, disabled=not chats, **KEPT)
-    with st.expander(say("Sampling", "采样"), icon=":material/tune:"):
+    thinking = st.toggle(tr("Think first", "先思考"), key="thinking", disabled=not chats, **PERSIST)
+    tools = st.multiselect(tr("Tools it may call", "可以调用的工具"), tuple(SCHEMAS), key="tools", disabled=not chats,
+                           placeholder=tr("none", "无"), **PERSIST)
+    system = st.text_area(tr("System prompt", "系统提示词"), key="system", height=68, disabled=not chats, **PERSIST)
+    with st.expander(tr("Sampling", "采样"), icon=":material/tune:"):
         how = sampling()
     start = [{"role": "system", "content": system.strip()}] if system.strip() else []
     return model, lambda: model.answer([*start, *state.messages], [SCHEMAS[name] for name in tools], thinking, how)
@@ -145,17 +155,17 @@ def welcome(model: LocalModel | RemoteModel | None) -> None:
             no_weights_yet()
         return
     if model.continues_text:
-        st.markdown(say("#### A text to go on with?", "#### 给它一段开头"))
-        st.caption(say("A pretrained weight does not chat yet: it continues what you write.",
+        st.markdown(tr("#### A text to go on with?", "#### 给它一段开头"))
+        st.caption(tr("A pretrained weight does not chat yet: it continues what you write.",
                        "预训练权重还不会聊天：它会把你写的文字接下去。"))
-        starts = say("The colour of|Once upon a time", "墨猫|很久以前").split("|")
+        starts = tr("The colour of|Once upon a time", "墨猫|很久以前").split("|")
         examples = [(":material/edit:", text, False, []) for text in starts]
     else:
-        st.markdown(say("#### What shall we talk about?", "#### 聊点什么？"))
-        st.caption(say("A small model, trained from scratch. Try one of these:", "从零训练的小模型。试试看："))
-        examples = [(":material/waving_hand:", say("What can you do?", "你能做什么？"), False, []),
-                    (":material/psychology:", say("Think it over: 6 + 6 + 2?", "想一想，6 + 6 + 2是多少？"), True, []),
-                    (":material/build:", say("What is 652 plus 561?", "请计算(179 - 131) * 122。"), False,
+        st.markdown(tr("#### What shall we talk about?", "#### 聊点什么？"))
+        st.caption(tr("A small model, trained from scratch. Try one of these:", "从零训练的小模型。试试看："))
+        examples = [(":material/waving_hand:", tr("What can you do?", "你能做什么？"), False, []),
+                    (":material/psychology:", tr("Think it over: 6 + 6 + 2?", "想一想，6 + 6 + 2是多少？"), True, []),
+                    (":material/build:", tr("What is 652 plus 561?", "请计算(179 - 131) * 122。"), False,
                      ["calculate_math"])]
     with st.container(horizontal=True):
         for number, (icon, *example) in enumerate(examples):
@@ -178,13 +188,13 @@ def conversation() -> Bubble | None:
                 bubble = Bubble(cards=bool(message.get("tool_calls")))
                 bubble.show(message, running=bool(live) and message is live[0])
     with turn or st.container():
-        ending(bubble)
+        footer(bubble)
         for _ in range(STALE if live else 0):  # what a longer answer before a retry left there
             st.empty()
     return bubble
 
 
-def ending(bubble: Bubble | None) -> None:
+def footer(bubble: Bubble | None) -> None:
     """What stands below the last answer: results a tool must give, a mishap, stop or retry."""
     state, last = st.session_state, st.session_state.messages[-1]
     if state.reply is None and last.get("tool_calls"):
@@ -192,16 +202,16 @@ def ending(bubble: Bubble | None) -> None:
         with st.form("results", border=False):
             for i, (call, result) in enumerate(zip(last["tool_calls"], results, strict=True)):
                 if result is None:
-                    st.text_input(say(f"What does {call['name']} say?", f"{call['name']} 的结果是？"),
+                    st.text_input(tr(f"What does {call['name']} say?", f"{call['name']} 的结果是？"),
                                   key=f"result_{i}", placeholder='{"result": …}')
-            st.form_submit_button(say("Give the result", "提交结果"), on_click=send_results, args=(results,))
+            st.form_submit_button(tr("Give the result", "提交结果"), on_click=send_results, args=(results,))
     if state.trouble:
         st.error(state.trouble, icon=":material/error:")
     button = (bubble.action if bubble else st).button
     if state.reply is not None:
-        button(say("Stop", "停止"), key="stop", icon=":material/stop_circle:", type="tertiary", on_click=end_reply)
+        button(tr("Stop", "停止"), key="stop", icon=":material/stop_circle:", type="tertiary", on_click=end_reply)
     else:
-        button(say("Retry", "重新回答"), key="retry", icon=":material/refresh:", type="tertiary", on_click=retry)
+        button(tr("Retry", "重新回答"), key="retry", icon=":material/refresh:", type="tertiary", on_click=retry)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import streamlit as st
 
 from model.weights import find_models
 from scripts.web.answers import Reply
-from scripts.web.parts import KEPT, Bubble, arguments, local_model, no_weights_yet, sampling, say, watch
+from scripts.web.parts import PERSIST, Bubble, arguments, local_model, no_weights_yet, sampling, stream_replies, tr
 
 
 def main() -> None:
@@ -21,22 +21,22 @@ def main() -> None:
         no_weights_yet()
         return
     with st.sidebar:
-        thinking = st.toggle(say("Think first", "先思考"), key="thinking", **KEPT)
+        thinking = st.toggle(tr("Think first", "先思考"), key="thinking", **PERSIST)
         how = sampling()
     models = []
     for side, column in enumerate(st.columns(2, gap="large")):
         with column:
-            name = st.selectbox(say("Weight", "权重"), names, side * (len(names) - 1), key=f"weight_{side}",
-                                label_visibility="collapsed", **KEPT)
+            name = st.selectbox(tr("Weight", "权重"), names, side * (len(names) - 1), key=f"weight_{side}",
+                                label_visibility="collapsed", **PERSIST)
             models.append(local_model(name, str(side)))
     ready = None not in models
-    st.chat_input(say("Ask both", "同时问两个模型"), key="asked_both", on_submit=ask_both, disabled=not ready)
+    st.chat_input(tr("Ask both", "同时问两个模型"), key="asked_both", on_submit=ask_both, disabled=not ready)
     if ready and state.pop("pair_asked", False):
         stop_both()
         message = [{"role": "user", "content": state.pair_question}]
         state.pair = [Reply(model.answer(message, [], thinking, how)) for model in models]
     if "pair" not in state:
-        st.caption(say("Ask below: both answer at once, with the same settings and the same seed.",
+        st.caption(tr("Ask below: both answer at once, with the same settings and the same seed.",
                        "在下面提问：两个模型同时回答，设置与随机种子相同。"))
         return
     st.chat_message("user", avatar=":material/person:").markdown(state.pair_question)
@@ -44,7 +44,7 @@ def main() -> None:
     for column in st.columns(2, gap="large"):
         with column, st.chat_message("assistant", avatar=":material/spa:"):
             bubbles.append(Bubble())
-    watch(state.pair, bubbles)
+    stream_replies(state.pair, bubbles)
 
 
 def ask_both() -> None:

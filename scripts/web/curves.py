@@ -11,7 +11,7 @@ if (ROOT := str(Path(__file__).resolve().parents[2])) not in sys.path:  # Stream
 import altair
 import streamlit as st
 
-from scripts.web.parts import KEPT, arguments, say
+from scripts.web.parts import PERSIST, arguments, tr
 
 FIRST = ("loss", "lr", "grad_norm", "tokens_per_s")  # shown unasked, in this order; what else a stage logs, on demand
 POINTS = 800  # a line is thinned to so many
@@ -21,7 +21,7 @@ LIVE = 90  # seconds since the last line within which a run counts as running
 def main() -> None:
     st.set_page_config(layout="wide")
     with st.sidebar:
-        st.caption(say("Every run that writes a log, redrawn every two seconds while it trains.",
+        st.caption(tr("Every run that writes a log, redrawn every two seconds while it trains.",
                        "每一次写日志的训练；训练时每两秒重画一次。"))
     curves()
 
@@ -50,26 +50,26 @@ def curves() -> None:
     folder = arguments().save_dir / "logs"
     runs = read_runs(folder)
     if not runs:
-        st.markdown(say("#### No training log yet", "#### 还没有训练日志"))
-        st.markdown(say(f"Every stage writes one into `{folder}`, and its curves appear here while it trains.",
+        st.markdown(tr("#### No training log yet", "#### 还没有训练日志"))
+        st.markdown(tr(f"Every stage writes one into `{folder}`, and its curves appear here while it trains.",
                         f"每个训练阶段都会在 `{folder}` 里写日志，曲线会在训练时出现在这里。"))
         st.code("python trainer/train_pretrain.py", language="bash")
         return
-    chosen = st.pills(say("Runs", "训练"), list(runs), selection_mode="multi", default=list(runs)[:4], key="runs",
-                      label_visibility="collapsed", **KEPT)
+    chosen = st.pills(tr("Runs", "训练"), list(runs), selection_mode="multi", default=list(runs)[:4], key="runs",
+                      label_visibility="collapsed", **PERSIST)
     chosen = [name for name in chosen if name in runs]
     if not chosen:
-        st.caption(say("Choose a run.", "选择一次训练。"))
+        st.caption(tr("Choose a run.", "选择一次训练。"))
         return
     newest = chosen[0]
-    tiles(newest, runs[newest], time.time() - (folder / f"{newest}.jsonl").stat().st_mtime)
+    metric_tiles(newest, runs[newest], time.time() - (folder / f"{newest}.jsonl").stat().st_mtime)
     known = {key for name in chosen for row in runs[name] for key in row if isinstance(row[key], (int, float))}
     others = sorted(known - {*FIRST, "step", "tokens", "epoch", "val_loss"})
     with st.container(horizontal=True, vertical_alignment="center"):
-        axis = st.segmented_control(say("Over", "横轴"), ("step", "tokens"), default="step", required=True, key="axis",
-                                    label_visibility="collapsed", **KEPT)
-        logarithmic = st.toggle(say("Logarithmic loss", "对数损失"), key="logarithmic", **KEPT)
-        more = st.pills(say("More", "更多"), others, selection_mode="multi", key="more", **KEPT,
+        axis = st.segmented_control(tr("Over", "横轴"), ("step", "tokens"), default="step", required=True, key="axis",
+                                    label_visibility="collapsed", **PERSIST)
+        logarithmic = st.toggle(tr("Logarithmic loss", "对数损失"), key="logarithmic", **PERSIST)
+        more = st.pills(tr("More", "更多"), others, selection_mode="multi", key="more", **PERSIST,
                         label_visibility="collapsed")
     shown = [key for key in (*FIRST, *more) if key in known] or others[:1]  # online RL begins with a validation
     rows = [{"run": name, **row} for name in chosen for row in thinned(runs[name])]
@@ -80,16 +80,16 @@ def curves() -> None:
             column.altair_chart(chart(rows, key, axis, chosen, 200), width="stretch", key=f"chart_{key}")
 
 
-def tiles(name: str, rows: list[dict], age: float) -> None:
+def metric_tiles(name: str, rows: list[dict], age: float) -> None:
     """The newest run in numbers."""
     last = {key: value for row in rows for key, value in row.items()}
-    state = f":green-badge[:material/radio_button_checked: {say('training', '训练中')}]" if age < LIVE else \
-        f":gray-badge[{say('written', '写于')} {ago(age)}]"
+    state = f":green-badge[:material/radio_button_checked: {tr('training', '训练中')}]" if age < LIVE else \
+        f":gray-badge[{tr('written', '写于')} {ago(age)}]"
     st.markdown(f"**{name}** &nbsp; {state}")
-    told = [(say("Step", "步"), f"{last['step']:,}"), (say("Loss", "损失"), number(last.get("loss"))),
-            (say("Validation", "验证损失"), number(last.get("val_loss"))),
-            (say("Tokens", "Token 数"), f"{last.get('tokens', 0) / 1e6:.2f} M"),
-            (say("Tokens/s", "Token/秒"), f"{last.get('tokens_per_s', 0):,.0f}")]
+    told = [(tr("Step", "步"), f"{last['step']:,}"), (tr("Loss", "损失"), number(last.get("loss"))),
+            (tr("Validation", "验证损失"), number(last.get("val_loss"))),
+            (tr("Tokens", "Token 数"), f"{last.get('tokens', 0) / 1e6:.2f} M"),
+            (tr("Tokens/s", "Token/秒"), f"{last.get('tokens_per_s', 0):,.0f}")]
     for column, (label, value) in zip(st.columns(len(told)), told, strict=True):
         column.metric(label, value)
 
@@ -101,8 +101,8 @@ def number(value: float | None) -> str:
 def ago(seconds: float) -> str:
     for size, english, chinese in ((86400, "d", "天"), (3600, "h", "小时"), (60, "min", "分钟")):
         if seconds >= size:
-            return say(f"{seconds / size:.0f} {english} ago", f"{seconds / size:.0f} {chinese}前")
-    return say("just now", "刚刚")
+            return tr(f"{seconds / size:.0f} {english} ago", f"{seconds / size:.0f} {chinese}前")
+    return tr("just now", "刚刚")
 
 
 def thinned(rows: list[dict]) -> list[dict]:

@@ -20,7 +20,7 @@ STYLE = """<style>
 .stChatMessage:has([aria-label="Chat message from user"]) { background: rgba(127, 133, 120, .12); }
 </style>"""
 LOCAL_SERVER = "http://127.0.0.1:8998/v1"  # scripts/serve_openai_api.py
-KEPT = {"persist_state": "session"}  # a setting survives the visit of another page
+PERSIST = {"persist_state": "session"}  # a setting survives the visit of another page
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,18 +34,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def say(english: str, chinese: str) -> str:
+def tr(english: str, chinese: str) -> str:
     """The text in the language of the page."""
     return chinese if st.session_state.get("language") == CHINESE else english
 
 
-def head() -> None:
+def sidebar_header() -> None:
     """What stands at the top of the sidebar of every page."""
     st.html(STYLE)
     st.markdown("### MiniMind")
     if "language" not in st.session_state:
         st.session_state.language = CHINESE if (st.context.locale or "").startswith("zh") else ENGLISH
-    st.segmented_control("Language / 语言", (ENGLISH, CHINESE), key="language", required=True, **KEPT,
+    st.segmented_control("Language / 语言", (ENGLISH, CHINESE), key="language", required=True, **PERSIST,
                          label_visibility="collapsed", width="stretch")
 
 
@@ -80,11 +80,11 @@ def local_model(name: str, key: str) -> LocalModel | None:
     try:
         modified = [path.stat().st_mtime]
         if any(folder.glob("lora_*.pth")) and (fitting := find_loras(folder, base_of(name, modified[0], folder))):
-            lora = st.selectbox("LoRA", (None, *fitting), key=f"lora_{key}_{name}", **KEPT,
-                                format_func=lambda value: value or say("no LoRA", "不用 LoRA"))
+            lora = st.selectbox("LoRA", (None, *fitting), key=f"lora_{key}_{name}", **PERSIST,
+                                format_func=lambda value: value or tr("no LoRA", "不用 LoRA"))
         if lora:
             modified += [path.stat().st_mtime for path in folder.glob(f"{lora}_*.pth")]
-        with st.spinner(say(f"Loading {name}…", f"正在载入 {name}…")):
+        with st.spinner(tr(f"Loading {name}…", f"正在载入 {name}…")):
             return load(name, tuple(modified), folder, options.tokenizer, options.device, lora)
     except (Failure, OSError) as error:
         st.error(str(error), icon=":material/error:")
@@ -94,45 +94,45 @@ def local_model(name: str, key: str) -> LocalModel | None:
 def model_choice() -> LocalModel | RemoteModel | None:
     """Ask for a model of this machine or a URL; None where there is none yet."""
     names = list(find_models(arguments().save_dir))
-    places = {"local": say("This machine", "本机"), "url": say("A URL", "网址")}
-    place = st.segmented_control(say("Model", "模型"), tuple(places), format_func=places.get, key="place",
-                                 default="local", required=True, width="stretch", **KEPT)
+    places = {"local": tr("This machine", "本机"), "url": tr("A URL", "网址")}
+    place = st.segmented_control(tr("Model", "模型"), tuple(places), format_func=places.get, key="place",
+                                 default="local", required=True, width="stretch", **PERSIST)
     if place == "url":
-        url = st.text_input(say("OpenAI-compatible URL", "OpenAI 兼容网址"), LOCAL_SERVER, key="url", **KEPT)
-        key = st.text_input(say("API key, if it wants one", "API 密钥（如需要）"), key="api_key", type="password",
-                            **KEPT)
-        name = st.text_input(say("Model name", "模型名"), key="model_name", **KEPT,
-                             placeholder=say("the first it serves", "服务的第一个模型"))
+        url = st.text_input(tr("OpenAI-compatible URL", "OpenAI 兼容网址"), LOCAL_SERVER, key="url", **PERSIST)
+        key = st.text_input(tr("API key, if it wants one", "API 密钥（如需要）"), key="api_key", type="password",
+                            **PERSIST)
+        name = st.text_input(tr("Model name", "模型名"), key="model_name", **PERSIST,
+                             placeholder=tr("the first it serves", "服务的第一个模型"))
         return RemoteModel(url.strip(), key.strip(), name.strip()) if url.strip() else None  # no SDK default
     if not names:
         return None
-    name = st.selectbox(say("Weight", "权重"), names, key="weight", label_visibility="collapsed", **KEPT)
+    name = st.selectbox(tr("Weight", "权重"), names, key="weight", label_visibility="collapsed", **PERSIST)
     return local_model(name, "chat")
 
 
 def no_weights_yet() -> None:
     """What to do when there is nothing to talk to."""
-    st.markdown(say("#### No weights yet", "#### 还没有权重"))
+    st.markdown(tr("#### No weights yet", "#### 还没有权重"))
     folder = arguments().save_dir
-    st.markdown(say(f"Nothing to talk to in `{folder}`. Train a small model in minutes, on two CPU cores:",
+    st.markdown(tr(f"Nothing to talk to in `{folder}`. Train a small model in minutes, on two CPU cores:",
                     f"`{folder}` 里还没有模型。用两个 CPU 核心，几分钟就能训练一个小模型："))
     st.code("make demo", language="bash")
-    st.markdown(say("or put published weights there (`full_sft_768.pth`, or a folder in transformers' format). "
+    st.markdown(tr("or put published weights there (`full_sft_768.pth`, or a folder in transformers' format). "
                     "This page finds them when it is loaded again.",
                     "或者把公开的权重放进去（`full_sft_768.pth`，或 transformers 格式的文件夹）。刷新页面即可找到。"))
 
 
 def sampling() -> Sampling:
     """The settings of sampling, with controls to change them."""
-    limit = st.slider(say("Longest answer, tokens", "最长回答（token）"), 16, 4096, 512, 16, key="max_new_tokens",
-                      **KEPT)
-    temperature = st.slider(say("Temperature", "温度"), 0.0, 2.0, 0.7, 0.05, key="temperature", **KEPT,
-                            help=say("0 always takes the likeliest token", "0：总是取最可能的 token"))
-    top_p = st.slider("Top p", 0.05, 1.0, 0.95, 0.05, key="top_p", **KEPT)
-    top_k = st.number_input("Top k", 0, 1000, 0, key="top_k", help=say("0: off", "0：不用"), **KEPT)
-    penalty = st.slider(say("Repetition penalty", "重复惩罚"), 1.0, 2.0, 1.0, 0.05, key="repetition_penalty", **KEPT)
-    seed = st.number_input(say("Seed", "随机种子"), 0, 2**31 - 1, None, key="seed", **KEPT,
-                           placeholder=say("another each time", "每次不同"))
+    limit = st.slider(tr("Longest answer, tokens", "最长回答（token）"), 16, 4096, 512, 16, key="max_new_tokens",
+                      **PERSIST)
+    temperature = st.slider(tr("Temperature", "温度"), 0.0, 2.0, 0.7, 0.05, key="temperature", **PERSIST,
+                            help=tr("0 always takes the likeliest token", "0：总是取最可能的 token"))
+    top_p = st.slider("Top p", 0.05, 1.0, 0.95, 0.05, key="top_p", **PERSIST)
+    top_k = st.number_input("Top k", 0, 1000, 0, key="top_k", help=tr("0: off", "0：不用"), **PERSIST)
+    penalty = st.slider(tr("Repetition penalty", "重复惩罚"), 1.0, 2.0, 1.0, 0.05, key="repetition_penalty", **PERSIST)
+    seed = st.number_input(tr("Seed", "随机种子"), 0, 2**31 - 1, None, key="seed", **PERSIST,
+                           placeholder=tr("another each time", "每次不同"))
     return Sampling(max_new_tokens=limit, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=penalty,
                     seed=time.time_ns() % 2**31 if seed is None else seed)
 
@@ -168,7 +168,7 @@ class Bubble:
         for call in calls[len(self._results):]:
             self._results.append(self._card(call["name"], call["arguments"]))
         for text in facts.get("malformed", ()):
-            told = say("A tool call that cannot be read: ", "无法读懂的工具调用：") + code(text)
+            told = tr("A tool call that cannot be read: ", "无法读懂的工具调用：") + code(text)
             self._once(text, told, lambda told: self._place().warning(told, icon=":material/build:"))
         if not running and not calls:  # with calls, the answer is yet to come
             self._once("facts", facts_line(facts), lambda text: self._facts.caption(text, width="content"))
@@ -185,7 +185,7 @@ class Bubble:
             self._status = self._thinking.status("", type="compact", expanded=thinking)
             self._reasoning = self._status.empty()
         told = f" · {seconds:.1f} s" if seconds is not None else ""
-        label = say("Thinking…", "思考中…") if thinking else say("Thought", "思考过程") + told
+        label = tr("Thinking…", "思考中…") if thinking else tr("Thought", "思考过程") + told
         self._once("reasoning", reasoning, lambda text: self._reasoning.markdown(lines(text)))
         self._once("label", label, lambda text: self._status.update(
             label=text, state="running" if thinking else "complete", expanded=thinking))
@@ -220,16 +220,16 @@ def code(value: object) -> str:
 
 def facts_line(facts: dict) -> str:
     """Tokens, speed and how it ended, in one line."""
-    parts = [say(f"{facts['tokens']} tokens", f"{facts['tokens']} 个 token")] if facts.get("tokens") else []
+    parts = [tr(f"{facts['tokens']} tokens", f"{facts['tokens']} 个 token")] if facts.get("tokens") else []
     if facts.get("speed"):
-        parts.append(say(f"{facts['speed']:.0f} tokens/s", f"{facts['speed']:.0f} token/秒"))
+        parts.append(tr(f"{facts['speed']:.0f} tokens/s", f"{facts['speed']:.0f} token/秒"))
     if facts.get("wait") is not None:
-        parts.append(say(f"first after {facts['wait']:.2f} s", f"首个 {facts['wait']:.2f} 秒"))
-    ends = {"length": say("cut at the longest answer", "到达最长回答"), "cancelled": say("stopped", "已停止")}
+        parts.append(tr(f"first after {facts['wait']:.2f} s", f"首个 {facts['wait']:.2f} 秒"))
+    ends = {"length": tr("cut at the longest answer", "到达最长回答"), "cancelled": tr("stopped", "已停止")}
     return " · ".join([*parts, *filter(None, [ends.get(facts.get("reason"))])])
 
 
-def watch(replies: list[Reply], bubbles: list[Bubble]) -> None:
+def stream_replies(replies: list[Reply], bubbles: list[Bubble]) -> None:
     """Draw answers while they are written, until all are done."""
     going = True
     while going:
