@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the repository, not this folder
 
 from model.cli import run_main
-from scripts.lib.download import choose, download, hub_flags, list_files, show
+from scripts.lib.download import add_hub_args, choose_files, download, list_files, print_files
 from trainer.arguments import Parser
 
 
@@ -21,12 +21,12 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="names of files; none lists what there is, with sizes")
     parser.add_argument("--target", type=Path, default=ROOT / "dataset", help="folder to write to (default: dataset/)")
-    hub_flags(parser)
+    add_hub_args(parser)
     args = parser.parse_args()
-    files = list_files("datasets", "minimind_dataset", args.hub, args.base_url)
+    files = list_files("dataset", "minimind_dataset", args.hub, args.base_url)
     if not args.files:
-        show(files)
-    for file in choose(files, args.files):
+        print_files(files)
+    for file in choose_files(files, args.files):
         download(file, args.target)
 
 

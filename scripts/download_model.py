@@ -15,7 +15,7 @@ sys.path[0] = str(ROOT)  # the repository, not this folder
 
 from model.cli import run_main
 from model.weights import OUT_DIR
-from scripts.lib.download import choose, download, hub_flags, list_files, show
+from scripts.lib.download import add_hub_args, choose_files, download, list_files, print_files
 from trainer.arguments import Parser
 
 
@@ -24,15 +24,15 @@ def main() -> None:
     parser.add_argument("name", help="repository of MiniMind's author: minimind-3, minimind-3-moe, minimind-3-pytorch")
     parser.add_argument("files", nargs="*", help="names of files; none takes the folder, or lists .pth files")
     parser.add_argument("--target", type=Path, help="folder to write to (default: out/ for .pth, else the name)")
-    hub_flags(parser)
+    add_hub_args(parser)
     args = parser.parse_args()
-    files = list_files("models", args.name, args.hub, args.base_url)
+    files = list_files("model", args.name, args.hub, args.base_url)
     weights = any(name.endswith(".pth") for name in files)
     if weights and not args.files:
-        show(files)
+        print_files(files)
         return
     folder = args.target or (OUT_DIR if weights else ROOT / args.name)
-    for file in choose(files, args.files or [name for name in sorted(files) if not name.startswith(".")]):
+    for file in choose_files(files, args.files or [name for name in sorted(files) if not name.startswith(".")]):
         download(file, folder)
 
 

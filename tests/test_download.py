@@ -1,76 +1,104 @@
-"""Downloads against a stand-in of both hubs: ranges, broken connections, wrong bytes, absent files, no network."""
+"""Downloads by the hubs' clients, from a stand-in of both hubs: ranges, broken connections, wrong bytes, no network."""
 
 import hashlib
 import http.server
 import json
+import re
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from unittest import mock
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
 import pytest
 
 from model.cli import run_main
 from scripts import download_data, download_model
+from scripts.lib.download import HAS_MODELSCOPE
 
-CONTENT = {"pretrain_t2t_mini.jsonl": b'{"text": "x"}\n' * 20_000, "README.md": b"# Data\n", "dir/a b.jsonl": b"{}\n"}
-WEIGHTS = {"full_sft_768.pth": b"weights" * 1000, ".gitattributes": b"*"}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+DATA = "pretrain_t2t_mini.jsonl"
+REPOSITORIES = {
+    "minimind_dataset": {DATA: b'{"text": "x"}\n' * 20_000, "README.md": b"# Data\n", "dir/a b.jsonl": b"{}\n"},
+    "minimind-3": {"config.json": b"{}", "dir/weights.safetensors": b"weights", ".gitattributes": b"*"},
+    "minimind-3-pytorch": {"full_sft_768.pth": b"weights" * 1000, ".gitattributes": b"*"},
+}
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Both hubs' lists and files. `breaks`: connections end after so many bytes; `spoil`: bytes are not the listed."""
+    """Both hubs' lists and files. `break_after`: bytes that a connection brings; `spoil`: the last byte differs."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.breaks, self.spoil, self.knows_ranges, self.asked = 0, False, True, []
+        self.break_after, self.spoil, self.knows_ranges = None, False, True
+        self.requests: list[tuple[str, str | None]] = []  # path and range
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        hub, path = self.server, unquote(urlsplit(self.path).path)
-        hub.asked.append((self.path, self.headers.get("Range")))
-        files = WEIGHTS if "-pytorch" in path else CONTENT
-        if "minimind-0" in path:
-            return self.send_error(404)
-        if path.startswith("/api/v1/"):
-            return self.answer(json.dumps({"Code": 200, "Data": {"Files": [
-                {"Path": "dir", "Type": "tree", "Size": 0}, *({"Path": name, "Type": "blob", "Size": len(content),
-                 "Sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items())]}}).encode())
-        if path.startswith("/api/"):
-            return self.answer(json.dumps([{"type": "directory", "path": "dir", "oid": "0", "size": 0}, *(
-                {"type": "file", "path": name, "size": len(content), "oid": git_blob(content)} | (
-                    {"lfs": {"oid": hashlib.sha256(content).hexdigest()}} if name.endswith("mini.jsonl") else {})
-                for name, content in files.items())]).encode())
-        name = path.split("/master/" if "/master/" in path else "/main/")[1]
-        content = files[name]
+        url = urlsplit(self.path)
+        path, query = unquote(url.path), {key: value[0] for key, value in parse_qs(url.query).items()}
+        self.server.requests.append((path, self.headers.get("Range")))
+        match = re.match(r"(/api(/v1)?)?(/models|/datasets)?/(jingyaogong|gongjy)/([^/]+)(/.*)?", path)
+        files = REPOSITORIES.get(match[5]) if match else None
+        if files is None:
+            self.send_error(404)
+        elif "FilePath" in query:
+            self.send_content(files[query["FilePath"]])
+        elif match[2]:
+            listing = [{"Path": "dir", "Type": "tree", "Size": 0}] + [
+                {"Path": name, "Type": "blob", "Size": len(content), "Sha256": hashlib.sha256(content).hexdigest()}
+                for name, content in files.items()]
+            self.send_bytes(json.dumps({"Code": 200, "Success": True, "Data": {"Files": listing}}).encode())
+        elif match[1]:
+            siblings = [{"rfilename": name, "size": len(content), "blobId": git_blob(content)}
+                        | ({"lfs": lfs(content)} if len(content) > 100 else {}) for name, content in files.items()]
+            self.send_bytes(json.dumps({"id": match[5], "sha": COMMIT, "siblings": siblings}).encode())
+        else:
+            self.send_content(files[match[6].removeprefix(f"/resolve/{COMMIT}/")])
+
+    def send_content(self, content: bytes) -> None:
+        hub = self.server
         if hub.spoil:
             content = content[:-1] + b"?"
         start = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if hub.knows_ranges else 0
-        self.answer(content[start:], 206 if start else 200, hub.breaks)
+        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        self.send_bytes(content[start:], 206 if start else 200, headers, hub.break_after)
 
-    def answer(self, body: bytes, status: int = 200, breaks: int = 0) -> None:
+    def send_bytes(self, body: bytes, status: int = 200, headers: dict | None = None, end: int | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {"Content-Length": len(body), **(headers or {})}.items():
+            self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(body[:breaks] if breaks else body)
+        self.wfile.write(body[:end])
 
     def log_message(self, *_) -> None:
         pass
 
 
 def git_blob(content: bytes) -> str:
-    """As git names it."""
+    """The object name that git itself gives."""
     done = subprocess.run(["git", "hash-object", "--stdin"], input=content, capture_output=True, check=True)
     return done.stdout.decode().strip()
 
 
+def lfs(content: bytes) -> dict:
+    return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+
+
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what a broken connection loses
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the clients' attempts
+    if HAS_MODELSCOPE:
+        monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_RETRY_MAX_DELAY_SECONDS", 0)
+        monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_INTEGRITY_RETRY_BACKOFF", 0)
     with Hub() as hub:
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -87,91 +115,133 @@ def run(program, *flags: object) -> None:
 def fails(capsys, status: int, words: str, program, *flags: object) -> None:
     with pytest.raises(SystemExit) as ended:
         run(program, *flags)
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert ended.value.code == status and len(said) == 1 and words in said[0], said
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == status and len(errors) == 1 and words in errors[0], errors
 
 
-@pytest.fixture(params=["modelscope", "huggingface"])
+needs_modelscope = pytest.mark.skipif(not HAS_MODELSCOPE, reason="ModelScope's client is not installed")
+HUBS = ["huggingface", pytest.param("modelscope", marks=needs_modelscope)]
+
+
+@pytest.fixture(params=HUBS)
 def data(request, hub, tmp_path):
+    """names → the program that downloads them from one of the hubs, and its flags."""
     flags = ("--hub", request.param, "--base_url", hub.url, "--target", tmp_path)
     return lambda *names: (download_data, *names, *flags)
 
 
-def test_files_arrive_by_name_with_their_sizes_told(data, hub, tmp_path, capsys):
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_arrive_by_name_with_their_sizes(data, hub, tmp_path, capsys):
     run(*data())
-    assert "0.3 MB  pretrain_t2t_mini.jsonl" in capsys.readouterr().out and not list(tmp_path.iterdir())
-    run(*data("pretrain_t2t_mini.jsonl", "dir/a b.jsonl"))
-    found = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {str(Path(name)): content for name, content in CONTENT.items() if name != "README.md"}
-    said = capsys.readouterr().err
-    assert "pretrain_t2t_mini.jsonl: 100%" in said and "280k/280k" in said
-    before = len(hub.asked)
-    run(*data("pretrain_t2t_mini.jsonl"))
-    assert "already there" in capsys.readouterr().out and len(hub.asked) == before + 1  # the list
-    (tmp_path / "pretrain_t2t_mini.jsonl").write_bytes(CONTENT["pretrain_t2t_mini.jsonl"][:-1] + b"?")
-    run(*data("pretrain_t2t_mini.jsonl"))
-    assert (tmp_path / "pretrain_t2t_mini.jsonl").read_bytes() == CONTENT["pretrain_t2t_mini.jsonl"]
+    assert f"0.3 MB  {DATA}" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    run(*data(DATA, "dir/a b.jsonl"))
+    content = REPOSITORIES["minimind_dataset"]
+    assert files_in(tmp_path) == {DATA: content[DATA], "dir/a b.jsonl": content["dir/a b.jsonl"]}
+    progress = capsys.readouterr().err
+    assert f"{DATA}:" in progress and "/280k" in progress
+    before = len(hub.requests)
+    run(*data(DATA, "dir/a b.jsonl"))
+    assert capsys.readouterr().out.count("already there") == 2 and len(hub.requests) == before + 1  # the list
+    (tmp_path / DATA).write_bytes(content[DATA][:-1] + b"?")
+    run(*data(DATA))
+    assert (tmp_path / DATA).read_bytes() == content[DATA]
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(data, hub, tmp_path):
-    hub.breaks = 100_000
-    run(*data("pretrain_t2t_mini.jsonl"))
-    assert [span for _, span in hub.asked[-3:]] == [None, "bytes=100000-", "bytes=200000-"]
-    assert (tmp_path / "pretrain_t2t_mini.jsonl").read_bytes() == CONTENT["pretrain_t2t_mini.jsonl"]
+def test_a_broken_connection_is_continued_where_it_broke(data, hub, tmp_path):
+    hub.break_after = 100_000
+    run(*data(DATA))
+    assert [span for _, span in hub.requests[-3:]] == [None, "bytes=100000-", "bytes=200000-"]
+    assert files_in(tmp_path) == {DATA: REPOSITORIES["minimind_dataset"][DATA]}
 
 
 @pytest.mark.parametrize("knows_ranges", [True, False])
-def test_a_later_call_goes_on_or_starts_again(data, hub, tmp_path, knows_ranges):
-    hub.knows_ranges = knows_ranges
-    (tmp_path / "pretrain_t2t_mini.jsonl.part").write_bytes(CONTENT["pretrain_t2t_mini.jsonl"][:70_000])
-    run(*data("pretrain_t2t_mini.jsonl"))
-    assert hub.asked[-1][1] == "bytes=70000-"
-    assert [path.name for path in tmp_path.iterdir()] == ["pretrain_t2t_mini.jsonl"]
-    assert (tmp_path / "pretrain_t2t_mini.jsonl").read_bytes() == CONTENT["pretrain_t2t_mini.jsonl"]
+def test_a_later_call_continues_or_starts_again(data, hub, tmp_path, knows_ranges):
+    hub.knows_ranges, content = knows_ranges, REPOSITORIES["minimind_dataset"][DATA]
+    (tmp_path / f"{DATA}.incomplete").write_bytes(content[:70_000])
+    run(*data(DATA))
+    assert hub.requests[-1][1] == "bytes=70000-" and files_in(tmp_path) == {DATA: content}
+    (tmp_path / DATA).unlink()
+    (tmp_path / f"{DATA}.incomplete").write_bytes(content + b"of another file")
+    run(*data(DATA))
+    assert files_in(tmp_path) == {DATA: content}
 
 
 def test_wrong_bytes_get_no_name(data, hub, tmp_path, capsys):
     hub.spoil = True
-    for name in ("pretrain_t2t_mini.jsonl", "README.md"):
-        fails(capsys, 1, "not what the hub lists", *data(name))
+    for name in (DATA, "README.md"):
+        fails(capsys, 1, "was removed, try again or name another --hub", *data(name))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_connection_that_brings_nothing_is_given_up_and_what_came_is_kept(data, hub, tmp_path, capsys, monkeypatch):
-    (tmp_path / "pretrain_t2t_mini.jsonl.part").write_bytes(b"{")
-    monkeypatch.setattr(Handler, "answer", lambda self, body, status=200, breaks=0: (
-        ORIGINAL(self, body, status, breaks) if "/api/" in self.path else ORIGINAL(self, body, status, -len(body))))
-    fails(capsys, 1, "broke 5 times at 1 of 280,000 bytes", *data("pretrain_t2t_mini.jsonl"))
-    assert (tmp_path / "pretrain_t2t_mini.jsonl.part").read_bytes() == b"{"
+def test_a_connection_that_brings_nothing_is_given_up_and_what_arrived_is_kept(data, hub, tmp_path, capsys):
+    hub.break_after = 0
+    fails(capsys, 1, "run the same command again", *data(DATA))
+    assert not (tmp_path / DATA).exists()
+    (tmp_path / f"{DATA}.incomplete").write_bytes(b"{")
+    fails(capsys, 1, "run the same command again", *data(DATA))
+    assert files_in(tmp_path) == {f"{DATA}.incomplete": b"{"}
 
 
-ORIGINAL = Handler.answer
-
-
-def test_absent_names_and_no_network_are_told_in_one_line(data, hub, tmp_path, capsys):
-    fails(capsys, 2, "no file pretrain.jsonl; there are README.md", *data("pretrain.jsonl"))
-    fails(capsys, 2, "404", download_model, "minimind-0", "--base_url", hub.url)
+def test_absent_names_and_no_network_end_in_one_line(data, hub, tmp_path, capsys, monkeypatch):
+    fails(capsys, 2, f"no file pretrain.jsonl; there are README.md, dir/a b.jsonl, {DATA}", *data("pretrain.jsonl"))
+    program, *flags = data()
+    fails(capsys, 2, "check the name, --hub and --base_url", download_model, "minimind-0", *flags)
     with socket.socket() as unused:  # bound and not listening: nobody answers
         unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        fails(capsys, 1, "no connection", download_data, "--base_url", url)
-    fails(capsys, 1, "not the file list of a hub", download_data, "--hub", "huggingface", "--base_url",
-          f"{hub.url}/models/x/main/README.md?")
+        fails(capsys, 1, "no connection", program, *flags, "--base_url", f"http://127.0.0.1:{unused.getsockname()[1]}")
+    monkeypatch.setattr(Handler, "send_bytes", lambda self, *_: SEND_BYTES(self, b"<html>a portal's page</html>"))
+    fails(capsys, 1, "not the file list of a hub", program, *flags)
 
 
-def test_a_hub_cannot_write_elsewhere(hub, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(CONTENT, "../outside", b"x")
-    fails(capsys, 1, "outside", download_data, "../outside", "--base_url", hub.url, "--target", tmp_path / "in")
+SEND_BYTES = Handler.send_bytes
+
+
+def test_offline_mode_and_an_absent_client_are_named(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("scripts.lib.download.HAS_MODELSCOPE", False)
+    fails(capsys, 2, "pip install modelscope", download_data, "--hub", "modelscope")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    fails(capsys, 1, "HF_HUB_OFFLINE", download_data, "--hub", "huggingface", "--base_url", hub.url)
+
+
+def test_huggingface_takes_its_address_and_token_from_the_environment(hub, tmp_path):
+    """In a process of its own: the client reads HF_ENDPOINT when it is imported."""
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"}
+    tokens = []
+
+    def do_get(handler: Handler) -> None:
+        if "/minimind_dataset" in handler.path:
+            tokens.append(handler.headers["Authorization"])
+        DO_GET(handler)
+
+    with mock.patch.object(Handler, "do_GET", do_get), mock.patch.dict("os.environ", environment):
+        done = subprocess.run([sys.executable, download_data.__file__, "README.md", "--hub", "huggingface",
+                               "--target", tmp_path], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert files_in(tmp_path) == {"README.md": b"# Data\n"} and tokens == ["Bearer hf_secret"] * 2
+
+
+DO_GET = Handler.do_GET
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_a_hub_cannot_write_elsewhere(hub, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setitem(REPOSITORIES["minimind_dataset"], "../outside", b"x")
+    fails(capsys, 1, "outside", download_data, "../outside", "--hub", name, "--base_url", hub.url,
+          "--target", tmp_path / "in")
     assert not (tmp_path / "outside").exists()
 
 
-def test_weights_go_to_out_and_folders_to_the_project(hub, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", HUBS)
+def test_weights_go_to_out_and_folders_to_the_project(hub, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(download_model, "OUT_DIR", tmp_path / "out")
     monkeypatch.setattr(download_model, "ROOT", tmp_path)
-    there = ("--base_url", hub.url)
-    run(download_model, "minimind-3-pytorch", *there)
+    flags = ("--hub", name, "--base_url", hub.url)
+    run(download_model, "minimind-3-pytorch", *flags)
     assert "full_sft_768.pth" in capsys.readouterr().out and not list(tmp_path.iterdir())
-    run(download_model, "minimind-3-pytorch", "full_sft_768.pth", *there)
-    assert (tmp_path / "out/full_sft_768.pth").read_bytes() == WEIGHTS["full_sft_768.pth"]
-    run(download_model, "minimind-3", *there)
-    assert (tmp_path / "minimind-3/dir/a b.jsonl").read_bytes() == CONTENT["dir/a b.jsonl"]
+    run(download_model, "minimind-3-pytorch", "full_sft_768.pth", *flags)
+    assert (tmp_path / "out/full_sft_768.pth").read_bytes() == b"weights" * 1000
+    run(download_model, "minimind-3", *flags)
+    assert files_in(tmp_path / "minimind-3") == {"config.json": b"{}", "dir/weights.safetensors": b"weights"}
