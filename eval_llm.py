@@ -8,9 +8,9 @@ from functools import partial
 import torch
 
 from model.chat import BOS, Answer, AnswerParser, ChatTokenizer
-from model.cli import UserError, run_main
+from model.cli import Parser, UserError, fraction, nonneg_float, nonneg_int, positive_int, run_main
 from model.inference.engine import Engine, Sampling
-from trainer.arguments import Parser, amount, load_asked, loading_flags, natural, positive, share
+from model.loading import add_loading_args, load_from_args
 
 QUESTIONS = ("你好，你是谁？", "你有什么特长？", "为什么天空是蓝色的？", "请介绍一下北京。", "推荐一些中国的美食。",
              "Who are you?", "What is machine learning?", "Why does it rain?", "Give me tips for learning English.")
@@ -22,17 +22,18 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--weight", default="full_sft",
                         help="name of the weight; 'pretrain…' continues text, others chat")
-    loading_flags(parser)
+    add_loading_args(parser)
     parser.add_argument("--prompt", nargs="+", help="answer this, or each of these by itself, and exit")
     parser.add_argument("--questions", action="store_true", help="answer the built-in questions and exit")
     parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
-    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="longest answer, in tokens")
-    parser.add_argument("--temperature", type=amount, default=0.85, help="0 takes the likeliest token")
-    parser.add_argument("--top_p", type=share, default=0.95,
+    parser.add_argument("--max_new_tokens", type=positive_int, default=1024, help="longest answer, in tokens")
+    parser.add_argument("--temperature", type=nonneg_float, default=0.85, help="0 takes the likeliest token")
+    parser.add_argument("--top_p", type=fraction, default=0.95,
                         help="sample from the likeliest tokens of this probability")
-    parser.add_argument("--top_k", type=natural, default=0, help="sample from so many of the likeliest tokens; 0: off")
-    parser.add_argument("--repetition_penalty", type=amount, default=1.0, help="above 1: repeat less; 1: off")
-    parser.add_argument("--seed", type=natural, help="of sampling (another one each time by default)")
+    parser.add_argument("--top_k", type=nonneg_int, default=0,
+                        help="sample from so many of the likeliest tokens; 0: off")
+    parser.add_argument("--repetition_penalty", type=nonneg_float, default=1.0, help="above 1: repeat less; 1: off")
+    parser.add_argument("--seed", type=nonneg_int, help="of sampling (another one each time by default)")
     return parser.parse_args()
 
 
@@ -117,7 +118,7 @@ def interact(chat: Chat) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    chat = Chat(*load_asked(args, args.weight), args)
+    chat = Chat(*load_from_args(args, args.weight), args)
     if not args.prompt and not args.questions:
         return interact(chat)
     asked = args.prompt or (TEXTS if chat.continues_text else QUESTIONS)

@@ -25,12 +25,12 @@ import openai
 from dataset.prompts import Prompt
 from eval_llm import Chat, interact
 from model.chat import TOKENIZER_DIR, Answer, ChatTokenizer, read_json
-from model.cli import UserError, run_main
+from model.cli import Parser, UserError, fraction, nonneg_float, nonneg_int, positive_int, run_main
 from model.inference.engine import Sampling
+from model.loading import add_loading_args, load_from_args
 from model.weights import save_atomically
 from scripts.chat_api import chat, friendly_errors
 from scripts.lib.tool_cases import Case, held_out_tasks, is_accepted, read_cases
-from trainer.arguments import Parser, amount, load_asked, loading_flags, natural, positive, share
 from trainer.rl.agent_rewards import truth
 from trainer.rl.episodes import run_calls, run_episodes
 from trainer.rl.rewards import NUMBER
@@ -192,7 +192,7 @@ class ApiChat:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weight", nargs="+", default=["agent"], help="name of the weight; to be counted, of several")
-    loading_flags(parser)
+    add_loading_args(parser)
     parser.add_argument("--backend", choices=("local", "api"), default="local", help="api: a server answers")
     parser.add_argument("--api_base_url", default="http://127.0.0.1:8998/v1", help="of the server (%(default)s)")
     parser.add_argument("--api_key", default="none", help="if the server wants one")
@@ -200,15 +200,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tools", nargs="+", choices=tuple(SCHEMAS), default=list(SCHEMAS), metavar="TOOL",
                         help=f"to offer in a conversation (all: {' '.join(SCHEMAS)})")
     parser.add_argument("--prompt", help="answer this and exit")
-    parser.add_argument("--benchmark", type=positive, metavar="N", help="count N sums and N tasks of other tools")
+    parser.add_argument("--benchmark", type=positive_int, metavar="N", help="count N sums and N tasks of other tools")
     parser.add_argument("--cases", type=Path, help="count the cases of a file")
     parser.add_argument("--json", type=Path, help="write what was counted there, with every turn")
     parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
-    parser.add_argument("--max_new_tokens", type=positive, default=256, help="of a turn (%(default)s)")
-    parser.add_argument("--max_total_len", type=positive, default=2048, help="tokens of an episode (%(default)s)")
-    parser.add_argument("--temperature", type=amount, default=0.0, help="0 takes the likeliest token (%(default)s)")
-    parser.add_argument("--top_p", type=share, default=0.95, help="sample from the likeliest tokens (%(default)s)")
-    parser.add_argument("--seed", type=natural, default=42, help="of tasks, tools and sampling (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=positive_int, default=256, help="of a turn (%(default)s)")
+    parser.add_argument("--max_total_len", type=positive_int, default=2048, help="tokens of an episode (%(default)s)")
+    parser.add_argument("--temperature", type=nonneg_float, default=0.0,
+                        help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--top_p", type=fraction, default=0.95, help="sample from the likeliest tokens (%(default)s)")
+    parser.add_argument("--seed", type=nonneg_int, default=42, help="of tasks, tools and sampling (%(default)s)")
     args = parser.parse_args()
     args.top_k, args.repetition_penalty = 0, 1.0
     if len(args.weight) > 1 and not (args.benchmark or args.cases) or len(args.weight) > 1 and args.backend == "api":
@@ -222,7 +223,7 @@ def main() -> None:
         client = openai.OpenAI(base_url=args.api_base_url, api_key=args.api_key)
     if not (args.benchmark or args.cases):
         (args.weight,) = args.weight
-        talk = ApiChat(client, args) if args.backend == "api" else ToolChat(*load_asked(args, args.weight), args)
+        talk = ApiChat(client, args) if args.backend == "api" else ToolChat(*load_from_args(args, args.weight), args)
         return talk.answer(args.prompt) if args.prompt else interact(talk)
     counted = {}
     for weight in [args.model] if args.backend == "api" else args.weight:
@@ -230,7 +231,7 @@ def main() -> None:
             tokenizer = ChatTokenizer(args.tokenizer or TOKENIZER_DIR)
             play = api_rollouts(client, args)
         else:
-            model, tokenizer = load_asked(args, weight)
+            model, tokenizer = load_from_args(args, weight)
             play = local_rollouts(model, tokenizer, args)
 
         def prompt_of(messages: list[dict], gt: tuple | list = (), tokenizer=tokenizer) -> Prompt:

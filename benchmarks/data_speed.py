@@ -22,9 +22,8 @@ import torch
 from benchmarks.machine import save_result
 from dataset.lm_dataset import PretrainDataset, parse_row, read_rows
 from model.chat import ChatTokenizer
-from model.cli import run_main
+from model.cli import Parser, nonneg_float, positive_int, run_main
 from model.weights import ROOT
-from trainer.arguments import Parser, amount, positive
 from trainer.metrics import peak_memory
 
 CPU = torch.device("cpu")
@@ -56,10 +55,11 @@ def start(path: Path, max_seq_len: int) -> dict:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=amount, default=1.0, help="size of the file, in 10^9 bytes (default: 1)")
+    parser.add_argument("--gigabytes", type=nonneg_float, default=1.0,
+                        help="size of the file, in 10^9 bytes (default: 1)")
     parser.add_argument("--data_path", type=Path, default=ROOT.parent / "shared/data/pretrain.jsonl.gz",
                         help="pretraining rows to repeat (default: %(default)s)")
-    parser.add_argument("--max_seq_len", type=positive, default=340, help="tokens in a row (default: 340)")
+    parser.add_argument("--max_seq_len", type=positive_int, default=340, help="tokens in a row (default: 340)")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)  # read this file here and print the numbers
     args = parser.parse_args()
     if args.start:

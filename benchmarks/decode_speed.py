@@ -29,13 +29,11 @@ from torch import Tensor, nn
 
 from benchmarks.machine import save_result
 from model import model_minimind
-from model.cli import run_main
+from model.cli import Parser, positive_int, run_main
+from model.device import choose_device, inference_dtype
 from model.inference.engine import Engine, Sampling
 from model.inference.prepacked import in_use
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
-from model.weights import inference_dtype
-from trainer.arguments import Parser, positive
-from trainer.distributed import choose_device
 from trainer.metrics import peak_flops, synchronise
 
 TEMPERATURE, TOP_P = 0.85, 0.95
@@ -231,12 +229,12 @@ def profile_arriving(model: nn.Module, requests: list[tuple[list[int], int]], ev
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=positive, default=768)
-    parser.add_argument("--num_hidden_layers", type=positive, default=8)
+    parser.add_argument("--hidden_size", type=positive_int, default=768)
+    parser.add_argument("--num_hidden_layers", type=positive_int, default=8)
     parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
-    parser.add_argument("--prompt", type=positive, default=64, help="tokens of a prompt (alone, at once)")
-    parser.add_argument("--tokens", type=positive, default=128, help="tokens of an answer (alone, at once)")
-    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--prompt", type=positive_int, default=64, help="tokens of a prompt (alone, at once)")
+    parser.add_argument("--tokens", type=positive_int, default=128, help="tokens of an answer (alone, at once)")
+    parser.add_argument("--repeats", type=positive_int, default=3)
     parser.add_argument("--cases", nargs="+", help="(default: all; on a CPU without 256 at once)")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=0)
     parser.add_argument("--graphs", type=int, choices=(0, 1), default=1, help="decode by CUDA graphs where possible")

@@ -22,11 +22,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import torch
 
 from benchmarks.machine import save_result
-from model.cli import UserError, run_main
+from model.cli import Parser, UserError, fraction, nonneg_float, positive_int, run_main
+from model.loading import add_model_args
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT
 from trainer import train_pretrain
-from trainer.arguments import Parser, amount, model_flags, positive, share
 from trainer.metrics import flops_per_token
 from trainer.parallel import MOMENTS, STRATEGIES, DeepSpeed, Replicas
 from trainer.trainer import SIZES
@@ -187,15 +187,16 @@ def cost_table(args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model_flags(parser)
-    parser.add_argument("--ranks", type=positive, default=8, help="processes, one GPU each (default: 8)")
-    parser.add_argument("--batch_size", type=positive, default=8, help="rows a rank takes at a time (default: 8)")
-    parser.add_argument("--max_seq_len", type=positive, default=340, help="tokens in a row (default: 340)")
-    parser.add_argument("--tflops", type=amount, default=71, help="of a rank's products, bf16 (default: a 3090's 71)")
-    parser.add_argument("--mfu", type=share, default=0.4, help="share of them that training reaches (assumed: 0.4)")
-    parser.add_argument("--link", type=amount, default=300, help="GB/s between ranks (default: NVLink's 300)")
+    add_model_args(parser)
+    parser.add_argument("--ranks", type=positive_int, default=8, help="processes, one GPU each (default: 8)")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a rank takes at a time (default: 8)")
+    parser.add_argument("--max_seq_len", type=positive_int, default=340, help="tokens in a row (default: 340)")
+    parser.add_argument("--tflops", type=nonneg_float, default=71,
+                        help="of a rank's products, bf16 (default: a 3090's 71)")
+    parser.add_argument("--mfu", type=fraction, default=0.4, help="share of them that training reaches (assumed: 0.4)")
+    parser.add_argument("--link", type=nonneg_float, default=300, help="GB/s between ranks (default: NVLink's 300)")
     parser.add_argument("--width", type=int, choices=(2, 4), default=2, help="bytes of an activation")
-    parser.add_argument("--price_per_hour", type=amount, default=1.3, help="yuan (default: 1.3)")
+    parser.add_argument("--price_per_hour", type=nonneg_float, default=1.3, help="yuan (default: 1.3)")
     parser.add_argument("--check", action="store_true", help="measure 64 M on this machine beside the formulas")
     parser.add_argument("--cost", action="store_true", help="the table of costs")
     parser.add_argument("--hold", type=Path, help=argparse.SUPPRESS)  # be a rank that writes there what it holds,

@@ -27,13 +27,13 @@ from benchmarks.full_report import write_report
 from dataset.lm_dataset import parse_row, read_rows
 from dataset.sample_world import write as write_sample
 from model.chat import ChatTokenizer
-from model.cli import Failure, UserError, run_main
+from model.cli import Failure, Parser, UserError, nonneg_float, positive_int, run_main
+from model.device import choose_device
 from model.inference.engine import Sampling, generate
-from model.weights import OUT_DIR, ROOT, load_for_inference, save_atomically
+from model.loading import load_for_inference
+from model.weights import OUT_DIR, ROOT, save_atomically
 from scripts.lib.stages import CHAT, COMMON, STAGES, run
 from scripts.score_sample import score
-from trainer.arguments import Parser, amount, positive
-from trainer.distributed import choose_device
 
 SAMPLE = {stage.name: stage for stage in STAGES}
 NAMES = ("data", "pretrain", "full_sft", "lora_identity", "dpo", "reward", "grpo", "cispo", "agent", "evaluation")
@@ -193,9 +193,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", default=[ROOT / "dataset", ROOT.parent / "shared/data"],
                         help="folders of data files, the first that has one gives it (default: %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="STAGE.FLAG=VALUE", help="a stage's flag; all: of all")
-    parser.add_argument("--sample_scale", type=amount, default=1.0, help="factor on the sample world's rows")
-    parser.add_argument("--every", type=positive, default=1, help="evaluate on every so manieth held-out case")
-    parser.add_argument("--price-per-hour", "--price_per_hour", type=amount, default=1.3,
+    parser.add_argument("--sample_scale", type=nonneg_float, default=1.0, help="factor on the sample world's rows")
+    parser.add_argument("--every", type=positive_int, default=1, help="evaluate on every so manieth held-out case")
+    parser.add_argument("--price-per-hour", "--price_per_hour", type=nonneg_float, default=1.3,
                         help="of this machine, in yuan (default: %(default)s, a rented 3090)")
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="where the run's folder is made (default: out)")
     parser.add_argument("--report_dir", type=Path, default=ROOT / "docs/report", help="default: docs/report")

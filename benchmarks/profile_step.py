@@ -23,8 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import save_result
 from benchmarks.train_speed import STAGES, default_flags, speed_parser
-from model.cli import run_main
-from trainer.arguments import positive
+from model.cli import positive_int, run_main
 from trainer.metrics import synchronise
 from trainer.trainer import Training
 
@@ -79,7 +78,7 @@ def kind_of(name: str) -> str:
 
 def main() -> None:
     parser = speed_parser(__doc__)
-    parser.add_argument("--kernels", type=positive, default=5, help="so many of the largest (default: 5)")
+    parser.add_argument("--kernels", type=positive_int, default=5, help="so many of the largest (default: 5)")
     args = parser.parse_args()
     import torch._inductor.config as inductor
 

@@ -25,9 +25,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from benchmarks.machine import save_result
 from dataset.lm_dataset import read_rows
-from model.cli import UserError, run_main
+from model.cli import Parser, UserError, nonneg_float, positive_int, run_main
 from model.weights import ROOT
-from trainer.arguments import Parser, amount, positive
 
 # the recipe as published: padded rows, AdamW, 256 rows a step, eager
 PLAIN = ("--packing=0", "--optimizer=adamw", "--batch_size=32", "--accumulation_steps=8", "--learning_rate=5e-4",
@@ -151,12 +150,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="of these choices, only those with such a name")
     parser.add_argument("--data_path", type=Path, required=True, help="text to train on")
     parser.add_argument("--val_data_path", type=Path, required=True, help=f"text to compare on: {VAL_ROWS} rows of it")
-    parser.add_argument("--seconds", type=amount, default=0, help="of training for each choice (0: the same rows)")
-    parser.add_argument("--seeds", type=positive, default=3)
-    parser.add_argument("--hidden_size", type=positive, default=256)
-    parser.add_argument("--num_hidden_layers", type=positive, default=4)
-    parser.add_argument("--batch_size", type=positive, default=8, help="rows a step")
-    parser.add_argument("--epochs", type=positive, default=1)
+    parser.add_argument("--seconds", type=nonneg_float, default=0,
+                        help="of training for each choice (0: the same rows)")
+    parser.add_argument("--seeds", type=positive_int, default=3)
+    parser.add_argument("--hidden_size", type=positive_int, default=256)
+    parser.add_argument("--num_hidden_layers", type=positive_int, default=4)
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a step")
+    parser.add_argument("--epochs", type=positive_int, default=1)
     parser.add_argument("--max_steps", type=int, default=0, help="stop after so many steps (0: all epochs)")
     args = parser.parse_args()
     if args.choices == "levers" and not args.seconds:

@@ -39,12 +39,12 @@ from benchmarks.machine import save_result
 from dataset.prompts import Prompt, PromptDataset
 from model import model_minimind
 from model.chat import CALL, END_CALL, EOS, ChatTokenizer
-from model.cli import run_main
+from model.cli import Parser, positive_int, run_main
+from model.device import choose_device, cpu_has_bfloat16
 from model.inference.engine import Engine, Sampling
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import cpu_has_bfloat16
-from trainer.arguments import Parser, policy_parser, positive, read_policy
-from trainer.distributed import World, choose_device
+from trainer.arguments import parse_policy_args, policy_parser
+from trainer.distributed import World
 from trainer.losses import k3, policy_loss
 from trainer.metrics import synchronise
 from trainer.optimizer import make_optimizers
@@ -148,7 +148,7 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
     policy, reference = copy.deepcopy(model), copy.deepcopy(model).eval().requires_grad_(False)
     parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
     reward_flags(parser)
-    args = read_policy(parser, [
+    args = parse_policy_args(parser, [
         "--batch_size", "4", "--accumulation_steps", str(answers // GENERATIONS // 4), "--num_generations",
         str(GENERATIONS), "--max_seq_len", "128", "--max_gen_len", str(LONGEST), "--beta", str(BETA)])
     run = SimpleNamespace(args=args, world=World(), device=device, tokenizer=ChatTokenizer(), autocast=half,
@@ -249,10 +249,11 @@ def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=positive, default=768)
-    parser.add_argument("--num_hidden_layers", type=positive, default=8)
-    parser.add_argument("--answers", type=positive, default=48, help="answers in a step, or episodes; a multiple of 24")
-    parser.add_argument("--repeats", type=positive, default=2)
+    parser.add_argument("--hidden_size", type=positive_int, default=768)
+    parser.add_argument("--num_hidden_layers", type=positive_int, default=8)
+    parser.add_argument("--answers", type=positive_int, default=48,
+                        help="answers in a step, or episodes; a multiple of 24")
+    parser.add_argument("--repeats", type=positive_int, default=2)
     parser.add_argument("--agent", action="store_true", help="episodes with tools")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()

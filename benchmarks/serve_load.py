@@ -31,12 +31,11 @@ from torch import nn
 from benchmarks.decode_speed import plain_loop
 from benchmarks.machine import save_result
 from model.chat import ChatTokenizer
-from model.cli import Failure, run_main
+from model.cli import Failure, Parser, positive_int, run_main
+from model.device import choose_device
 from model.inference.engine import Sampling, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, load_weight, save_weight
-from trainer.arguments import Parser, positive
-from trainer.distributed import choose_device
 
 
 @contextmanager
@@ -94,13 +93,13 @@ def engine_alone(model: nn.Module, prompts: list[list[int]], clients: int, token
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=positive, default=768)
-    parser.add_argument("--num_hidden_layers", type=positive, default=8)
+    parser.add_argument("--hidden_size", type=positive_int, default=768)
+    parser.add_argument("--num_hidden_layers", type=positive_int, default=8)
     parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
-    parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=positive, default=2, help="requests a client (a lone one: 8 times that)")
-    parser.add_argument("--prompt", type=positive, default=200, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=positive, default=128, help="tokens of an answer")
+    parser.add_argument("--clients", type=positive_int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=positive_int, default=2, help="requests a client (a lone one: 8 times that)")
+    parser.add_argument("--prompt", type=positive_int, default=200, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=positive_int, default=128, help="tokens of an answer")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device, dice = choose_device(args.device), random.Random(0)

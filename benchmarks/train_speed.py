@@ -31,12 +31,11 @@ from benchmarks.machine import save_result
 from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset, TokenDataset
 from dataset.packing import IGNORE
 from model.chat import ChatTokenizer
-from model.cli import run_main
+from model.cli import Parser, positive_int, run_main
+from model.device import choose_device
 from model.model_lora import TARGETS, LoRA, adaptable, apply_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT
-from trainer.arguments import Parser, positive
-from trainer.distributed import choose_device
 from trainer.losses import preference_losses
 from trainer.metrics import flops_per_token, peak_flops, peak_memory, synchronise
 
@@ -147,12 +146,12 @@ def speed_parser(description: str) -> Parser:
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, default="pretrain", help="row format and length")
     parser.add_argument("--data_path", type=Path, required=True, help="rows to train on")
-    parser.add_argument("--hidden_size", type=positive, default=768)
-    parser.add_argument("--num_hidden_layers", type=positive, default=8)
+    parser.add_argument("--hidden_size", type=positive_int, default=768)
+    parser.add_argument("--num_hidden_layers", type=positive_int, default=8)
     parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
-    parser.add_argument("--batch_size", type=positive, default=8, help="rows a step")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a step")
     parser.add_argument("--warmup", type=int, default=1, help="steps that are not counted")
-    parser.add_argument("--steps", type=positive, default=4, help="steps that are")
+    parser.add_argument("--steps", type=positive_int, default=4, help="steps that are")
     parser.add_argument("--device", default="auto")
     return parser
 

@@ -9,9 +9,8 @@ sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
 
 from browser import Page, browser, demo, missing
 
-from model.cli import UserError, run_main
+from model.cli import Parser, UserError, run_main
 from model.weights import OUT_DIR
-from trainer.arguments import Parser
 
 SECOND = {"en": "Please compute 151 * 53.", "zh": "请计算91 + 854 - 518。"}
 

@@ -17,8 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 import openai
 
-from model.cli import UserError, run_main
-from trainer.arguments import Parser, amount, positive
+from model.cli import Parser, UserError, nonneg_float, positive_int, run_main
 from trainer.rl.tools import MOCKED, SCHEMAS, call_tool
 
 
@@ -71,8 +70,8 @@ def main() -> None:
     parser.add_argument("--tools", action="store_const", const=list(SCHEMAS), default=[],
                         help=f"offer {', '.join(SCHEMAS)}; what {', '.join(MOCKED)} say is invented")
     parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
-    parser.add_argument("--temperature", type=amount, help="0 takes the likeliest token (default: the server's)")
-    parser.add_argument("--max_new_tokens", type=positive, help="longest answer, in tokens (default: the server's)")
+    parser.add_argument("--temperature", type=nonneg_float, help="0 takes the likeliest token (default: the server's)")
+    parser.add_argument("--max_new_tokens", type=positive_int, help="longest answer, in tokens (default: the server's)")
     args = parser.parse_args()
     client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key)
     messages: list[dict] = []

@@ -24,12 +24,12 @@ import openai
 from dataset.lm_dataset import parse_row, read_rows
 from eval_llm import QUESTIONS
 from model.chat import BOS, parse_answer
-from model.cli import Failure, UserError, first_line, run_main
+from model.cli import Failure, Parser, UserError, first_line, nonneg_float, nonneg_int, positive_int, run_main
+from model.device import choose_device
 from model.inference.engine import Sampling, generate
-from model.weights import OUT_DIR, find_models, load_for_inference, save_atomically
+from model.loading import load_for_inference
+from model.weights import OUT_DIR, find_models, save_atomically
 from scripts.generate_answers import from_openai, prompt_of, to_openai
-from trainer.arguments import Parser, amount, natural, positive
-from trainer.distributed import choose_device
 from trainer.rl.reward_models import Judge
 
 AT_A_TIME = 4  # requests to an endpoint
@@ -128,9 +128,11 @@ def main() -> None:
     parser.add_argument("--api_key", help="of the endpoints (OPENAI_API_KEY, if that is set)")
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
-    parser.add_argument("--max_new_tokens", type=positive, default=256, help="longest answer, in tokens (%(default)s)")
-    parser.add_argument("--temperature", type=amount, default=0.0, help="0 takes the likeliest token (%(default)s)")
-    parser.add_argument("--seed", type=natural, default=42, help="of sampling (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=positive_int, default=256,
+                        help="longest answer, in tokens (%(default)s)")
+    parser.add_argument("--temperature", type=nonneg_float, default=0.0,
+                        help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--seed", type=nonneg_int, default=42, help="of sampling (%(default)s)")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto: the best there is")
     args = parser.parse_args()
     prompts = read_prompts(args.prompts) if args.prompts else [[{"role": "user", "content": q}] for q in QUESTIONS]

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.cli import Failure, UserError, first_line, run_main
+from model.cli import Failure, Parser, UserError, first_line, run_main
 from model.model_lora import LoRA, adaptable, attach_file, attach_lora, lora_state, merge_lora, read_lora, save_lora
 from model.model_minimind import Experts, MiniMindForCausalLM
 from model.weights import (
@@ -42,7 +42,6 @@ from model.weights import (
     to_minimind,
     weight_name,
 )
-from trainer.arguments import Parser
 
 FORMATS = {"transformers": "a folder of Qwen3 or Qwen3-MoE", "minimind": "a folder of MiniMind's own class",
            "torch": "a .pth of ours", "gguf": "a file for llama.cpp, with Ollama's Modelfile",

@@ -12,11 +12,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from model.cli import run_main
+from model.cli import Parser, run_main
 from model.weights import OUT_DIR, ROOT
 from scripts.draw_curves import draw_curves, read_log
 from scripts.lib.stages import CHAT, COMMON, SAMPLE, SIZE, STAGES, Stage, run
-from trainer.arguments import Parser
 
 
 def score(stage: Stage) -> dict[str, float]:

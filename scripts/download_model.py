@@ -13,10 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the repository, not this folder
 
-from model.cli import run_main
+from model.cli import Parser, run_main
 from model.weights import OUT_DIR
 from scripts.lib.download import add_hub_args, choose_files, download, list_files, print_files
-from trainer.arguments import Parser
 
 
 def main() -> None:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from model.cli import UserError, run_main
-from trainer.arguments import Parser
+from model.cli import Parser, UserError, run_main
 
 
 def read_log(path: Path) -> list[dict]:

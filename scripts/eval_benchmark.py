@@ -24,12 +24,12 @@ from torch import nn
 
 from dataset.lm_dataset import parse_row, read_rows
 from model.chat import BOS, ChatTokenizer
-from model.cli import UserError, run_main
+from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
 from model.inference.likelihood import Request, likelihoods
+from model.loading import add_loading_args, load_from_args
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import save_atomically
 from scripts.lib.benchmark_formats import FORMATS, Question, read_questions
-from trainer.arguments import Parser, load_asked, loading_flags, natural, positive
 
 NUM_POSITIONS, NUM_PREDICTED = 16, 256  # of a long text: places that are looked at, and tokens predicted at each
 
@@ -166,16 +166,18 @@ def summarise(results: list[dict]) -> dict:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
-    loading_flags(parser)
+    add_loading_args(parser)
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, or .gz of them")
-    parser.add_argument("--max_seq_len", type=positive, default=512, help="of --text: tokens in a row (%(default)s)")
+    parser.add_argument("--max_seq_len", type=positive_int, default=512,
+                        help="of --text: tokens in a row (%(default)s)")
     parser.add_argument("--benchmark", nargs=2, action="append", default=[], metavar=("NAME", "FILE"),
                         help=f"{', '.join(FORMATS)}, and its file or folder (.csv, .jsonl, .jsonl.gz)")
-    parser.add_argument("--fewshot", type=natural, default=0, help="answered examples before a question (%(default)s)")
+    parser.add_argument("--fewshot", type=nonneg_int, default=0,
+                        help="answered examples before a question (%(default)s)")
     parser.add_argument("--fewshot_path", type=Path, help="file or folder of the examples, of the benchmark's format")
     parser.add_argument("--long_text", type=Path, metavar="FILE",
                         help="a text to predict with ever more context, with and without YaRN")
-    parser.add_argument("--lengths", type=positive, nargs="+", default=[512, 1024, 2048, 4096, 8192],
+    parser.add_argument("--lengths", type=positive_int, nargs="+", default=[512, 1024, 2048, 4096, 8192],
                         help="of --long_text: tokens of its windows (%(default)s)")
     parser.add_argument("--picture", type=Path, help="of --long_text: the curves, as a PNG")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
@@ -206,7 +208,7 @@ def main() -> None:
         examples = read_questions(args.benchmark[0][0], args.fewshot_path)
         benchmarks = {key: with_examples(of_key, examples, args.fewshot) for key, of_key in benchmarks.items()}
     long_text = "\n".join(read_texts(args.long_text)) if args.long_text else ""
-    model, tokenizer = load_asked(args, args.weight)
+    model, tokenizer = load_from_args(args, args.weight)
     model.to(getattr(torch, args.dtype))
     figures = {"weight": args.weight if args.load_from == "model" else args.load_from, "lora": args.lora_weight,
                "dtype": args.dtype, "texts": {}, "benchmarks": {}}

@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from dataset.lm_dataset import conversation_of, parse_row, read_rows
 from model.chat import parse_json, tool_calls_of
-from model.cli import Failure, UserError, first_line, run_main
-from trainer.arguments import Parser, amount, natural, positive
+from model.cli import Failure, Parser, UserError, first_line, nonneg_float, nonneg_int, positive_int, run_main
 
 
 def prompt_of(row: dict) -> list[dict]:
@@ -106,10 +105,10 @@ def main() -> None:
     parser.add_argument("--base_url", default="http://127.0.0.1:8998/v1", help="of the endpoint (our server's)")
     parser.add_argument("--api_key", help="its key (OPENAI_API_KEY, if that is set)")
     parser.add_argument("--model", default="minimind", help="name of the teacher there")
-    parser.add_argument("--temperature", type=amount, default=0.7, help="of the teacher's sampling")
-    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="longest answer, in tokens")
-    parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time")
-    parser.add_argument("--limit", type=natural, default=0, help="answer so many prompts (0: all)")
+    parser.add_argument("--temperature", type=nonneg_float, default=0.7, help="of the teacher's sampling")
+    parser.add_argument("--max_new_tokens", type=positive_int, default=1024, help="longest answer, in tokens")
+    parser.add_argument("--concurrency", type=positive_int, default=8, help="requests at a time")
+    parser.add_argument("--limit", type=nonneg_int, default=0, help="answer so many prompts (0: all)")
     args = parser.parse_args()
     done = resume(args.out)
     # read to the end before the first request: a bad row in the file costs nothing

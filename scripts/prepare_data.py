@@ -17,8 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.cli import UserError, run_main
-from trainer.arguments import Parser, natural, positive, share
+from model.cli import Parser, UserError, fraction, nonneg_int, positive_int, run_main
 
 KINDS = {"pretrain": PretrainDataset, "sft": SFTDataset, "dpo": DPODataset}
 LENGTHS = {"pretrain": 340, "sft": 768, "dpo": 1024}
@@ -29,11 +28,12 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, required=True, help="of rows; sft: for LoRA and distillation too")
     parser.add_argument("--data_path", type=Path, required=True, help="rows, .jsonl or .jsonl.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--max_seq_len", type=positive, help="rows to plan ahead; others are planned when asked for")
+    parser.add_argument("--max_seq_len", type=positive_int,
+                        help="rows to plan ahead; others are planned when asked for")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer")
     parser.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0, help="leave bad rows out")
-    for name, kind, default in (("seed", natural, 42), ("system_prompt_ratio", share, 0.2),
-                                ("empty_think_ratio", share, 0.2)):
+    for name, kind, default in (("seed", nonneg_int, 42), ("system_prompt_ratio", fraction, 0.2),
+                                ("empty_think_ratio", fraction, 0.2)):
         parser.add_argument(f"--{name}", type=kind, default=default, help="sft: as of the stage (default: %(default)s)")
     args = parser.parse_args()
     if args.out.exists():

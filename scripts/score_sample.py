@@ -11,10 +11,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 from dataset.lm_dataset import parse_row, read_rows
 from dataset.sample_world import is_correct
 from model.chat import parse_answer
-from model.cli import run_main
+from model.cli import Parser, positive_int, run_main
 from model.inference.engine import Sampling, generate
+from model.loading import add_loading_args, load_from_args
 from model.weights import ROOT
-from trainer.arguments import Parser, load_asked, loading_flags, positive
 
 
 def score(model, tokenizer, cases: list[dict], max_new_tokens: int = 128) -> list[dict]:
@@ -36,12 +36,12 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, nargs="+", default=[ROOT / "dataset/sample/heldout.jsonl"],
                         help="held-out cases; a row without a skill counts under the name of its file")
     parser.add_argument("--weight", default="full_sft", help="name of the weight")
-    loading_flags(parser)
-    parser.add_argument("--max_new_tokens", type=positive, default=128, help="longest answer, in tokens")
+    add_loading_args(parser)
+    parser.add_argument("--max_new_tokens", type=positive_int, default=128, help="longest answer, in tokens")
     parser.add_argument("--json", type=Path, help="write the scores there")
     parser.add_argument("--show_wrong", type=int, default=0, help="print so many wrong answers a skill")
     args = parser.parse_args()
-    model, tokenizer = load_asked(args, args.weight)
+    model, tokenizer = load_from_args(args, args.weight)
     cases = [{"skill": path.stem} | parse_row(line) for path in args.data_path for _, line in read_rows(path)]
     results = score(model, tokenizer, cases, args.max_new_tokens)
 

@@ -32,12 +32,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.chat import ChatTokenizer
-from model.cli import UserError, run_main
+from model.cli import Parser, UserError, fraction, nonneg_float, nonneg_int, positive_int, run_main
 from model.inference.engine import Engine
+from model.loading import add_loading_args, load_from_args
 from scripts.server import protocol as protocol
 from scripts.server.engine_thread import EngineThread, QueueFull, Stopping, Ticket, metrics_text
 from scripts.server.protocol import ApiError, Defaults, Job
-from trainer.arguments import Parser, amount, load_asked, loading_flags, natural, positive, share
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 LARGEST_BODY = 4 * 2**20  # bytes; 32,768 positions hold far less text
@@ -294,28 +294,30 @@ def listen(host: str, port: int) -> socket.socket:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
-    loading_flags(parser)
+    add_loading_args(parser)
     group = parser.add_argument_group("defaults of requests that do not say otherwise")
     group.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
-    group.add_argument("--max_new_tokens", type=positive, default=1024, help="longest answer, in tokens (%(default)s)")
-    group.add_argument("--temperature", type=amount, default=0.85, help="0 takes the likeliest token (%(default)s)")
-    group.add_argument("--top_p", type=share, default=0.95, help="mass of the tokens sampled from (%(default)s)")
+    group.add_argument("--max_new_tokens", type=positive_int, default=1024,
+                       help="longest answer, in tokens (%(default)s)")
+    group.add_argument("--temperature", type=nonneg_float, default=0.85,
+                       help="0 takes the likeliest token (%(default)s)")
+    group.add_argument("--top_p", type=fraction, default=0.95, help="mass of the tokens sampled from (%(default)s)")
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (%(default)s)")
-    group.add_argument("--port", type=natural, default=8998, help="0 takes a free one (%(default)s)")
+    group.add_argument("--port", type=nonneg_int, default=8998, help="0 takes a free one (%(default)s)")
     group.add_argument("--model_name", default=Defaults.model, help="what clients call the model (%(default)s)")
     group.add_argument("--api_key", help=f"what clients must send (default: ${KEY_VARIABLE}; without one, nothing)")
     group.add_argument("--cors", nargs="+", metavar="ORIGIN", help="web pages that may ask, or '*' for all")
-    group.add_argument("--max_batch", type=positive, default=32, help="answers written together (%(default)s)")
-    group.add_argument("--max_cache_tokens", type=positive, help="bound of the key-value cache (2,048 an answer)")
-    group.add_argument("--max_queue", type=natural, default=128, help="answers that may wait beside (%(default)s)")
+    group.add_argument("--max_batch", type=positive_int, default=32, help="answers written together (%(default)s)")
+    group.add_argument("--max_cache_tokens", type=positive_int, help="bound of the key-value cache (2,048 an answer)")
+    group.add_argument("--max_queue", type=nonneg_int, default=128, help="answers that may wait beside (%(default)s)")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
     with listen(args.host, args.port) as listener:
-        model, tokenizer = load_asked(args, args.weight)
+        model, tokenizer = load_from_args(args, args.weight)
         service = EngineThread(partial(Engine, model, tokenizer, args.max_batch, args.max_cache_tokens), args.max_queue)
         defaults = Defaults(args.model_name, args.max_new_tokens, args.temperature, args.top_p,
                             bool(args.open_thinking))

@@ -26,8 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from dataset.lm_dataset import parse_row, read_rows, write_atomically
 from model.chat import TOKENIZER_DIR
-from model.cli import UserError, run_main
-from trainer.arguments import Parser, positive
+from model.cli import Parser, UserError, positive_int, run_main
 
 # Position is id, and weights depend on it: append nothing, reorder nothing.
 CONTROL_TOKENS = [
@@ -142,8 +141,9 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, nargs="+", required=True, help=".jsonl or .jsonl.gz, any row format")
     parser.add_argument("--val_data_path", type=Path, help="held-out rows to measure compression on")
     parser.add_argument("--tokenizer_dir", type=Path, default=TOKENIZER_DIR, help="output (default: %(default)s)")
-    parser.add_argument("--vocab_size", type=positive, default=6400, help="entries, added tokens and bytes included")
-    parser.add_argument("--every", type=positive, default=1, help="take every N-th row of each training file")
+    parser.add_argument("--vocab_size", type=positive_int, default=6400,
+                        help="entries, added tokens and bytes included")
+    parser.add_argument("--every", type=positive_int, default=1, help="take every N-th row of each training file")
     args = parser.parse_args()
     smallest = len(ADDED_TOKENS) + 256
     if args.vocab_size < smallest:

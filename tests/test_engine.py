@@ -25,6 +25,7 @@ import eval_llm
 from model import model_minimind
 from model.chat import BOS, EOS, MARKERS, ChatTokenizer
 from model.cli import run_main
+from model.device import inference_dtype
 from model.inference import cuda_graphs as decode_graphs
 from model.inference import engine as engine_module
 from model.inference.cuda_graphs import DecodeGraphs, capturable
@@ -32,7 +33,7 @@ from model.inference.engine import Engine, Sampling, Sequence, generate, stream
 from model.inference.prepacked import in_use, pack
 from model.inference.sampling import draw
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
-from model.weights import inference_dtype, load_weight, save_weight
+from model.weights import load_weight, save_weight
 
 KINDS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2},
          "yarn": {"inference_rope_scaling": True}}

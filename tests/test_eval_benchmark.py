@@ -14,7 +14,7 @@ import torch
 from lab import TOKENIZER, small_model
 from transformers import AutoModelForCausalLM
 
-from model import weights
+from model import loading
 from model.chat import BOS
 from model.cli import run_main
 from model.inference import likelihood
@@ -245,7 +245,7 @@ def test_a_row_without_an_answer_is_told_in_one_line(tmp_path, run, capsys, name
 
 @pytest.fixture
 def run(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(weights, "inference_dtype", lambda *_: torch.float32)  # as the referees, on any CPU
+    monkeypatch.setattr(loading, "inference_dtype", lambda *_: torch.float32)  # as the referees, on any CPU
 
     def run(*arguments) -> dict:
         save_weight(model, "full_sft", tmp_path / "out", TOKENIZER)

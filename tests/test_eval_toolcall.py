@@ -43,7 +43,7 @@ def run(monkeypatch, capsys):
     def run(*flags: str, models: dict | None = None, lines: tuple = ()) -> str:
         monkeypatch.setattr(sys, "argv", ["eval_toolcall.py", "--device=cpu", *flags])
         if models is not None:
-            monkeypatch.setattr(eval_toolcall, "load_asked", lambda args, weight: (models[weight], TOKENIZER))
+            monkeypatch.setattr(eval_toolcall, "load_from_args", lambda args, weight: (models[weight], TOKENIZER))
         typed = iter(lines)
         monkeypatch.setattr(builtins, "input", lambda _: next(typed, "/exit"))
         run_main(eval_toolcall.main)

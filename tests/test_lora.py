@@ -11,10 +11,11 @@ import transformers
 from lab import DEADLINE, TOKENIZER, small_model
 from torch.testing import assert_close
 
-from model import weights
+from model import loading
 from model.cli import UserError, run_main
+from model.loading import load_for_inference
 from model.model_lora import LoRA, adaptable, apply_lora, load_lora, lora_state, merge_lora, read_lora, save_lora
-from model.weights import fingerprint, load_for_inference, load_weight, qwen3_config, save_weight
+from model.weights import fingerprint, load_weight, qwen3_config, save_weight
 from scripts import convert_model
 from trainer import train_lora
 from trainer import trainer as loop
@@ -99,7 +100,7 @@ def test_a_peft_adapter_comes_back_to_the_bit(tmp_path, options, targets):
 @pytest.fixture
 def in_fp32(monkeypatch):
     """Inference in full precision, also where the machine is faster in half."""
-    monkeypatch.setattr(weights, "inference_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(loading, "inference_dtype", lambda *_: torch.float32)
 
 
 def test_an_adapter_made_by_peft_is_read(tmp_path, in_fp32):

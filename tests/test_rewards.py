@@ -20,11 +20,10 @@ from transformers import (
 from dataset.prompts import Prompt
 from dataset.sample_world import SKILLS, World
 from model.chat import EOS, PAD, parse_answer
-from model.cli import Failure, UserError
+from model.cli import Failure, Parser, UserError
 from model.model_minimind import MiniMindConfig
 from model.model_reward import MiniMindForSequenceClassification
 from model.weights import save_folder, save_weight
-from trainer.arguments import Parser
 from trainer.rl import reward_models
 from trainer.rl.reward_models import classify, grade_of
 from trainer.rl.rewards import Rewards, exact, make_rewards, repetition, reward_flags, well_formed

@@ -18,7 +18,7 @@ from model.chat import EOS
 from model.cli import UserError
 from scripts.draw_curves import draw_curves
 from trainer import losses, train_grpo, train_ppo
-from trainer.arguments import policy_parser, read_policy
+from trainer.arguments import parse_policy_args, policy_parser
 from trainer.distributed import World
 from trainer.losses import gae, group_advantages, k3, policy_losses, policy_terms, value_losses
 from trainer.rl.rollouts import Experience, ValueTracker, coloured, share_prompts
@@ -177,7 +177,7 @@ def experience(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: t
     flags = [str(part) for pair in defaults.items() for part in pair] + [str(flag) for flag in flags]
     parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
     parser.set_defaults(reward_mix="")
-    args = read_policy(parser, flags)
+    args = parse_policy_args(parser, flags)
     dice = np.random.default_rng(0)
     prompts = object.__new__(PromptDataset)
     prompts.prompts = [Prompt(dice.integers(40, 6400, dice.integers(3, 20)).tolist(), [], where=f"rows:{i}")

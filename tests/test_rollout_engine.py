@@ -13,11 +13,10 @@ from lab import SMALL, TOKENIZER
 
 from dataset.prompts import Prompt
 from model.chat import EOS, PAD
-from model.cli import Failure, UserError
+from model.cli import Failure, Parser, UserError
 from model.inference.engine import Sampling, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import fingerprint, load_folder
-from trainer.arguments import Parser
 from trainer.distributed import World
 from trainer.rollout_engine import (
     LocalEngine,

@@ -20,9 +20,10 @@ from streamlit.testing.v1 import AppTest
 
 from model.chat import BOS, EOS, ChatTokenizer
 from model.inference.engine import Sampling
+from model.loading import load_for_inference
 from model.model_lora import LoRA, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import find_models, fingerprint, load_for_inference, load_weight, save_weight
+from model.weights import find_models, fingerprint, load_weight, save_weight
 from scripts.web import answers, curves, parts
 from scripts.web.answers import LocalModel, RemoteModel, Reply, openai_messages
 from scripts.web.chat import worked_out

@@ -1,79 +1,13 @@
 """The flags that every stage shares, under the names their users know."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from torch import nn
-
 from dataset.lm_dataset import CACHE_DIR
-from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.weights import CHECKPOINT_DIR, OUT_DIR, load_for_inference
-from trainer.distributed import choose_device
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake told in one line."""
-
-    def error(self, message: str) -> None:
-        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
-
-
-def amount(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return float(text)
-
-
-def share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
-def model_flags(parser: argparse.ArgumentParser) -> None:
-    """Sizes: needed to create a model, or to choose between weights of one name."""
-    group = parser.add_argument_group("model (needed only to create one, or to choose between weights of one name)")
-    group.add_argument("--hidden_size", type=positive, help="width (768 for a new model)")
-    group.add_argument("--num_hidden_layers", type=positive, help="blocks (8 for a new model)")
-    group.add_argument("--num_attention_heads", type=positive, help="query heads (8 for a new model)")
-    group.add_argument("--num_key_value_heads", type=positive, help="key-value heads (4 for a new model)")
-    group.add_argument("--intermediate_size", type=positive, help="width of the feed-forward (pi x hidden_size)")
-    group.add_argument("--use_moe", type=int, choices=(0, 1), help="mixture of 4 experts instead of dense")
-    group.add_argument("--norm_topk_prob", type=int, choices=(0, 1),
-                       help="MoE: weights of the chosen experts sum to 1 (0 for a new model, 1 in the published ones)")
-
-
-def loading_flags(parser: argparse.ArgumentParser) -> None:
-    """What says which model to load for inference, beside the name of the weight."""
-    parser.add_argument("--load_from", default="model",
-                        help="'model': a weight of --save_dir; else a transformers folder")
-    parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
-    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
-    model_flags(parser)
-    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than were trained on")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
-
-
-def load_asked(args: argparse.Namespace, weight: str) -> tuple[nn.Module, ChatTokenizer]:
-    """The model that `loading_flags` and the name of the weight say, and its tokenizer."""
-    use_moe = None if args.use_moe is None else bool(args.use_moe)
-    return load_for_inference(args.load_from, weight, args.save_dir, args.tokenizer, choose_device(args.device),
-                              args.hidden_size, use_moe, args.inference_rope_scaling, args.lora_weight)
+from model.chat import TOKENIZER_DIR
+from model.cli import Parser, fraction, nonneg_float, nonneg_int, positive_int
+from model.loading import add_model_args
+from model.weights import CHECKPOINT_DIR, OUT_DIR
 
 
 def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
@@ -85,17 +19,17 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", help="training rows, .jsonl or .jsonl.gz")
     data.add_argument("--val_data_path", help="rows to validate on; the best weights are kept as {save_weight}_best")
-    data.add_argument("--max_seq_len", type=positive, help="tokens in a row")
+    data.add_argument("--max_seq_len", type=positive_int, help="tokens in a row")
     if packs:
         data.add_argument("--packing", type=int, choices=(0, 1), default=1,
                           help="fill rows with several documents (else pad)")
-        data.add_argument("--num_workers", type=natural, default=0, help="threads that tokenise (0: one a core)")
+        data.add_argument("--num_workers", type=nonneg_int, default=0, help="threads that tokenise (0: one a core)")
         data.add_argument("--cache_dir", default=str(CACHE_DIR), help="folder of tokenised data")
     data.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0,
                       help="leave bad rows out instead of stopping")
     data.add_argument("--tokenizer", default=str(TOKENIZER_DIR), help="folder of the tokenizer")
 
-    model_flags(parser)
+    add_model_args(parser)
     group = parser.add_argument_group("weights")
     group.add_argument("--from_weight", help="weight to start from; 'none' starts at random")
     group.add_argument("--save_weight", help="name of the weight to write")
@@ -104,19 +38,19 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--from_resume", type=int, choices=(0, 1), default=0, help="go on from the resume state, if any")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=positive, default=2, help="passes over the data")
-    group.add_argument("--max_steps", type=natural, default=0,
+    group.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
+    group.add_argument("--max_steps", type=nonneg_int, default=0,
                        help="stop after so many steps (0: never); the schedule still spans all epochs")
-    group.add_argument("--batch_size", type=positive, help="rows a device takes at a time")
-    group.add_argument("--accumulation_steps", type=positive, default=1,
+    group.add_argument("--batch_size", type=positive_int, help="rows a device takes at a time")
+    group.add_argument("--accumulation_steps", type=positive_int, default=1,
                        help="batches in a step: batch_size x accumulation_steps rows, on any number of devices")
-    group.add_argument("--learning_rate", type=amount, help="peak; linear warm-up, then a cosine to a tenth")
-    group.add_argument("--warmup_ratio", type=share, default=0.02, help="share of the steps that warm up")
-    group.add_argument("--weight_decay", type=amount, default=0.1, help="decoupled, on matrices only")
-    group.add_argument("--grad_clip", type=amount, default=1.0, help="largest gradient norm (0: no limit)")
+    group.add_argument("--learning_rate", type=nonneg_float, help="peak; linear warm-up, then a cosine to a tenth")
+    group.add_argument("--warmup_ratio", type=fraction, default=0.02, help="share of the steps that warm up")
+    group.add_argument("--weight_decay", type=nonneg_float, default=0.1, help="decoupled, on matrices only")
+    group.add_argument("--grad_clip", type=nonneg_float, default=1.0, help="largest gradient norm (0: no limit)")
     group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
                        help="muon: for the hidden matrices, AdamW for the rest")
-    group.add_argument("--seed", type=natural, default=42, help="of weights, data order and sampling")
+    group.add_argument("--seed", type=nonneg_int, default=42, help="of weights, data order and sampling")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
@@ -131,9 +65,9 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's; LOCAL_RANK says it too
 
     group = parser.add_argument_group("progress")
-    group.add_argument("--log_interval", type=positive, default=100, help="steps between log lines")
-    group.add_argument("--save_interval", type=positive, default=1000, help="steps between saves")
-    group.add_argument("--eval_interval", type=natural, default=0, help="steps between validations (0: at the end)")
+    group.add_argument("--log_interval", type=positive_int, default=100, help="steps between log lines")
+    group.add_argument("--save_interval", type=positive_int, default=1000, help="steps between saves")
+    group.add_argument("--eval_interval", type=nonneg_int, default=0, help="steps between validations (0: at the end)")
     group.add_argument("--eval_first", type=int, choices=(0, 1), default=0, help="validate before the first step too")
     group.add_argument("--use_wandb", action="store_true", help="track with SwanLab (offline when it has no network)")
     group.add_argument("--wandb_project", help="project of the tracker")
@@ -145,17 +79,20 @@ def rl_parser(description: str, **defaults) -> Parser:
     """The flags of an online RL stage."""
     parser = stage_parser(description, packs=False, **defaults)
     group = parser.add_argument_group("rollouts (batch_size x accumulation_steps prompts each)")
-    group.add_argument("--max_gen_len", type=positive, default=1024, help="longest answer, in tokens")
-    group.add_argument("--num_generations", type=positive, default=6, help="answers to a prompt")
-    group.add_argument("--temperature", type=amount, default=1.0, help="of sampling, and of every log-probability")
-    group.add_argument("--thinking_ratio", type=share, default=0.9, help="share of the prompts that ask for thinking")
-    group.add_argument("--update_epochs", type=positive, default=1, help="times a rollout is learned from")
-    group.add_argument("--mini_batches", type=positive, default=1, help="optimizer steps in each of these")
-    group.add_argument("--target_kl", type=amount, default=0.0,
+    group.add_argument("--max_gen_len", type=positive_int, default=1024, help="longest answer, in tokens")
+    group.add_argument("--num_generations", type=positive_int, default=6, help="answers to a prompt")
+    group.add_argument("--temperature", type=nonneg_float, default=1.0,
+                       help="of sampling, and of every log-probability")
+    group.add_argument("--thinking_ratio", type=fraction, default=0.9,
+                       help="share of the prompts that ask for thinking")
+    group.add_argument("--update_epochs", type=positive_int, default=1, help="times a rollout is learned from")
+    group.add_argument("--mini_batches", type=positive_int, default=1, help="optimizer steps in each of these")
+    group.add_argument("--target_kl", type=nonneg_float, default=0.0,
                        help="stop learning from a rollout once the policy has moved so far, in nats a token (0: never)")
-    group.add_argument("--is_cap", type=amount, default=0.0,
+    group.add_argument("--is_cap", type=nonneg_float, default=0.0,
                        help="weigh a token by what the sampler's rounding did to it, at most so much (0: do not)")
-    group.add_argument("--show_samples", type=natural, default=0, help="print so many answers a rollout, coloured by "
+    group.add_argument("--show_samples", type=nonneg_int, default=0,
+                       help="print so many answers a rollout, coloured by "
                        "the advantage of each token")
     return parser
 
@@ -170,23 +107,25 @@ def policy_parser(description: str, **defaults) -> Parser:
     parser = rl_parser(description, **defaults)
     group = parser.add_argument_group("loss")
     group.add_argument("--loss_type", choices=POLICY_DEFAULTS, default="grpo", help="spo takes one answer to a prompt")
-    group.add_argument("--beta", type=amount, default=0.1, help="of the KL to the weight it started from (0: no KL)")
-    group.add_argument("--epsilon", type=amount, help="clip the ratio at 1 - this (each loss has its own default)")
-    group.add_argument("--epsilon_high", type=amount, help="clip the ratio at 1 + this; cispo: at this")
+    group.add_argument("--beta", type=nonneg_float, default=0.1,
+                       help="of the KL to the weight it started from (0: no KL)")
+    group.add_argument("--epsilon", type=nonneg_float,
+                       help="clip the ratio at 1 - this (each loss has its own default)")
+    group.add_argument("--epsilon_high", type=nonneg_float, help="clip the ratio at 1 + this; cispo: at this")
     group.add_argument("--aggregation", choices=("token", "sequence"),
                        help="mean over all tokens, or over answers of the mean over their tokens (as published)")
     group.add_argument("--scale_rewards", type=int, choices=(0, 1), default=1,
                        help="divide by the spread of a prompt's rewards")
     group.add_argument("--resample", type=int, choices=(0, 1), default=0,
                        help="draw further prompts for those whose answers all score alike")
-    group.add_argument("--spo_half_life", type=amount, default=0.06,
+    group.add_argument("--spo_half_life", type=nonneg_float, default=0.06,
                        help="spo: KL a token after which a prompt's past rewards count half")
     return parser
 
 
-def read_policy(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """As `read`, with what the chosen loss asks for."""
-    args = read(parser, argv)
+def parse_policy_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+    """As `parse_args`, with what the chosen loss asks for."""
+    args = parse_args(parser, argv)
     low, high, aggregation = POLICY_DEFAULTS[args.loss_type]
     args.epsilon = low if args.epsilon is None else args.epsilon
     args.epsilon_high = high if args.epsilon_high is None else args.epsilon_high
@@ -200,7 +139,7 @@ def read_policy(parser: Parser, argv: list[str] | None = None) -> argparse.Names
     return args
 
 
-def read(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse, and make the paths absolute, so that nothing depends on the current directory later."""
     args = parser.parse_args(argv)
     if getattr(args, "temperature", 1.0) == 0:

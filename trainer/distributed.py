@@ -11,7 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from model.cli import Failure, UserError, first_line
+from model.cli import Failure, first_line
+from model.device import choose_device
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,6 @@ _control = None  # a gloo group beside nccl: agreeing on a flag must not wait fo
 
 def control_group() -> dist.ProcessGroup:
     return _control or dist.group.WORLD
-
-
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """`auto`: CUDA, else MPS, else CPU. Raises UserError for a device that is not there."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-        if device.type == "cuda":
-            device = torch.device("cuda", device.index if device.index is not None else local_rank)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {wanted}: {first_line(error)}") from None
-    return device
 
 
 @contextmanager

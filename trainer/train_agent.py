@@ -8,9 +8,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from model.cli import run_main
+from model.cli import positive_int, run_main
 from model.weights import ROOT
-from trainer.arguments import policy_parser, positive, read_policy
+from trainer.arguments import parse_policy_args, policy_parser
 from trainer.losses import policy_loss
 from trainer.rl.agent_rewards import AGENT_MIX, AGENT_RULES
 from trainer.rl.episodes import EpisodeEngine
@@ -26,12 +26,12 @@ def main() -> None:
         max_seq_len=1024, max_gen_len=768, batch_size=2, num_generations=4, learning_rate=3e-7, weight_decay=0.0,
         epochs=1, loss_type="cispo", thinking_ratio=0.1, log_interval=1, save_interval=10,
         wandb_project="MiniMind-Agent")
-    parser.add_argument("--max_total_len", type=positive, default=2500, help="longest episode, in tokens")
-    parser.add_argument("--max_turns", type=positive, default=4, help="times the model may speak in an episode")
+    parser.add_argument("--max_total_len", type=positive_int, default=2500, help="longest episode, in tokens")
+    parser.add_argument("--max_turns", type=positive_int, default=4, help="times the model may speak in an episode")
     reward_flags(parser)
     engine_flags(parser)
     parser.set_defaults(reward_mix=AGENT_MIX)
-    args = read_policy(parser)
+    args = parse_policy_args(parser)
     if args.loss_type == "spo" or args.max_total_len <= args.max_seq_len:
         parser.error("--loss_type spo is for single answers: use train_grpo.py" if args.loss_type == "spo" else
                      f"--max_total_len {args.max_total_len} leaves no room after --max_seq_len {args.max_seq_len}")

@@ -10,9 +10,9 @@ if __name__ == "__main__":
 from torch import nn
 
 from dataset.lm_dataset import SFTDataset
-from model.cli import UserError, run_main
+from model.cli import UserError, fraction, nonneg_float, positive_int, run_main
 from model.weights import ROOT, fingerprint, load_folder, load_weight
-from trainer.arguments import amount, positive, read, share, stage_parser
+from trainer.arguments import parse_args, stage_parser
 from trainer.losses import distillation_loss
 from trainer.trainer import Run
 
@@ -38,24 +38,24 @@ def main() -> None:
     parser = stage_parser(
         __doc__, data_path=str(ROOT / "dataset/sft_t2t_mini.jsonl"), from_weight="full_sft", save_weight="full_dist",
         max_seq_len=340, batch_size=32, learning_rate=5e-6, epochs=6, wandb_project="MiniMind-Distillation")
-    for name, other, kind in (("student_hidden_size", "hidden_size", positive),
-                              ("student_num_layers", "num_hidden_layers", positive),
+    for name, other, kind in (("student_hidden_size", "hidden_size", positive_int),
+                              ("student_num_layers", "num_hidden_layers", positive_int),
                               ("student_use_moe", "use_moe", int), ("from_student_weight", "from_weight", str)):
         parser.add_argument(f"--{name}", dest=other, type=kind, help=f"the same as --{other}")
     parser.add_argument("--from_teacher_weight", default="full_sft", help="weight of the teacher")
     parser.add_argument("--teacher_load_from", default="model", help="'model', or a transformers folder")
-    parser.add_argument("--teacher_hidden_size", type=positive, help="to choose between weights of one name")
-    parser.add_argument("--teacher_num_layers", type=positive, help="blocks the teacher must have")
+    parser.add_argument("--teacher_hidden_size", type=positive_int, help="to choose between weights of one name")
+    parser.add_argument("--teacher_num_layers", type=positive_int, help="blocks the teacher must have")
     parser.add_argument("--teacher_use_moe", type=int, choices=(0, 1), help="to choose between weights of one name")
-    parser.add_argument("--alpha", type=share, default=0.5, help="share of the data's own tokens in the loss")
-    parser.add_argument("--temperature", type=amount, default=1.5, help="softens both distributions")
+    parser.add_argument("--alpha", type=fraction, default=0.5, help="share of the data's own tokens in the loss")
+    parser.add_argument("--temperature", type=nonneg_float, default=1.5, help="softens both distributions")
     parser.add_argument("--reverse_kl", type=int, choices=(0, 1), default=0,
                         help="KL(student || teacher): seek a mode of the teacher's, do not cover all")
-    parser.add_argument("--system_prompt_ratio", type=share, default=0.2,
+    parser.add_argument("--system_prompt_ratio", type=fraction, default=0.2,
                         help="share of the conversations without a system prompt that get one")
-    parser.add_argument("--empty_think_ratio", type=share, default=0.2,
+    parser.add_argument("--empty_think_ratio", type=fraction, default=0.2,
                         help="share of the conversations that keep their empty think blocks")
-    args = read(parser)
+    args = parse_args(parser)
     extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
         model, teacher = run.load_model(), load_teacher(run)  # in this order the seed gives a student of any teacher

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from dataset.lm_dataset import DPODataset
-from model.cli import UserError, run_main
+from model.cli import UserError, fraction, nonneg_float, run_main
 from model.weights import ROOT, fingerprint, save_atomically
-from trainer.arguments import amount, read, share, stage_parser
+from trainer.arguments import parse_args, stage_parser
 from trainer.losses import PREFERENCES, answer_log_probs, dpo_loss
 from trainer.trainer import Run, to_device
 
@@ -49,12 +49,13 @@ def main() -> None:
     parser = stage_parser(
         __doc__, data_path=str(ROOT / "dataset/dpo.jsonl"), from_weight="full_sft", save_weight="dpo",
         max_seq_len=1024, batch_size=4, learning_rate=1e-6, weight_decay=0.0, epochs=1, wandb_project="MiniMind-DPO")
-    parser.add_argument("--beta", type=amount, default=0.1, help="how much a log-ratio counts (simpo: 2 and more)")
+    parser.add_argument("--beta", type=nonneg_float, default=0.1,
+                        help="how much a log-ratio counts (simpo: 2 and more)")
     parser.add_argument("--loss_type", choices=PREFERENCES, default="sigmoid",
                         help="simpo: of mean log-probabilities, without a reference")
-    parser.add_argument("--label_smoothing", type=share, default=0.0, help="share of pairs taken for mislabelled")
-    parser.add_argument("--simpo_gamma", type=amount, default=0.5, help="margin that simpo wants")
-    args = read(parser)
+    parser.add_argument("--label_smoothing", type=fraction, default=0.0, help="share of pairs taken for mislabelled")
+    parser.add_argument("--simpo_gamma", type=nonneg_float, default=0.5, help="margin that simpo wants")
+    args = parse_args(parser)
     if not args.beta:
         raise UserError("--beta 0 learns nothing; give more than 0")
     if args.label_smoothing and args.loss_type == "ipo":

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
 from model.cli import run_main
 from model.weights import ROOT
-from trainer.arguments import policy_parser, read_policy
+from trainer.arguments import parse_policy_args, policy_parser
 from trainer.losses import policy_loss
 from trainer.rl.rewards import make_rewards, reward_flags
 from trainer.rl.rollouts import Experience, ValueTracker, held_out
@@ -25,7 +25,7 @@ def main() -> None:
         save_interval=10, wandb_project="MiniMind-GRPO")
     reward_flags(parser)
     engine_flags(parser)
-    args = read_policy(parser)
+    args = parse_policy_args(parser)
     with Run(args) as run:
         model = run.prepare(run.load_model())
         reference = run.frozen(copy.deepcopy(model)) if args.beta else None

@@ -8,10 +8,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from dataset.lm_dataset import SFTDataset
-from model.cli import run_main
+from model.cli import fraction, nonneg_float, positive_int, run_main
 from model.model_lora import TARGETS, LoRA, adaptable, apply_lora, save_lora
 from model.weights import ROOT, fingerprint
-from trainer.arguments import amount, positive, read, share, stage_parser
+from trainer.arguments import parse_args, stage_parser
 from trainer.losses import next_token_loss
 from trainer.trainer import Run
 
@@ -22,16 +22,18 @@ def main() -> None:
         save_weight="lora_identity", max_seq_len=340, batch_size=32, learning_rate=1e-4, weight_decay=0.0, epochs=10,
         wandb_project="MiniMind-LoRA")
     parser.add_argument("--lora_name", dest="save_weight", help="name of the LoRA to write, as --save_weight")
-    parser.add_argument("--lora_rank", type=positive, default=LoRA.rank, help="width of the branches")
-    parser.add_argument("--lora_alpha", type=amount, default=LoRA.alpha, help="a branch counts alpha / rank times")
-    parser.add_argument("--lora_dropout", type=share, default=LoRA.dropout, help="share of a branch's inputs left out")
+    parser.add_argument("--lora_rank", type=positive_int, default=LoRA.rank, help="width of the branches")
+    parser.add_argument("--lora_alpha", type=nonneg_float, default=LoRA.alpha,
+                        help="a branch counts alpha / rank times")
+    parser.add_argument("--lora_dropout", type=fraction, default=LoRA.dropout,
+                        help="share of a branch's inputs left out")
     parser.add_argument("--lora_targets", default="all",
                         help=f"names of layers, with commas between; all: what the model has of {', '.join(TARGETS)}")
-    parser.add_argument("--system_prompt_ratio", type=share, default=0.2,
+    parser.add_argument("--system_prompt_ratio", type=fraction, default=0.2,
                         help="share of the conversations without a system prompt that get one")
-    parser.add_argument("--empty_think_ratio", type=share, default=0.2,
+    parser.add_argument("--empty_think_ratio", type=fraction, default=0.2,
                         help="share of the conversations that keep their empty think blocks")
-    args = read(parser)
+    args = parse_args(parser)
     extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
         model = run.load_model()

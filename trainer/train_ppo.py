@@ -10,11 +10,11 @@ if __name__ == "__main__":
 
 from torch import Tensor, nn
 
-from model.cli import run_main
+from model.cli import fraction, nonneg_float, run_main
 from model.model_minimind import MiniMindForCausalLM
 from model.model_reward import MiniMindForSequenceClassification
 from model.weights import ROOT, save_weight
-from trainer.arguments import amount, read, rl_parser, share
+from trainer.arguments import parse_args, rl_parser
 from trainer.losses import ppo_loss
 from trainer.rl.rewards import make_rewards, reward_flags
 from trainer.rl.rollouts import Experience, held_out
@@ -48,17 +48,20 @@ def main() -> None:
         max_seq_len=768, batch_size=4, num_generations=1, update_epochs=2, mini_batches=2, target_kl=0.25,
         learning_rate=3e-7, weight_decay=0.0, epochs=1, log_interval=1, save_interval=10, wandb_project="MiniMind-PPO")
     group = parser.add_argument_group("loss")
-    group.add_argument("--critic_learning_rate", type=amount, default=5e-7, help="peak, on the schedule of the actor's")
-    group.add_argument("--clip_epsilon", type=amount, default=0.2, help="clip the ratio at 1 +- this")
-    group.add_argument("--cliprange_value", type=amount, default=0.2, help="largest move of a value (0: no limit)")
-    group.add_argument("--vf_coef", type=amount, default=0.5, help="how much the value loss counts")
-    group.add_argument("--kl_coef", type=amount, default=0.02, help="of the KL to the start, which lowers the rewards")
-    group.add_argument("--gamma", type=share, default=1.0, help="discount a token")
-    group.add_argument("--lam", type=share, default=0.95, help="lambda of generalised advantage estimation")
+    group.add_argument("--critic_learning_rate", type=nonneg_float, default=5e-7,
+                       help="peak, on the schedule of the actor's")
+    group.add_argument("--clip_epsilon", type=nonneg_float, default=0.2, help="clip the ratio at 1 +- this")
+    group.add_argument("--cliprange_value", type=nonneg_float, default=0.2,
+                       help="largest move of a value (0: no limit)")
+    group.add_argument("--vf_coef", type=nonneg_float, default=0.5, help="how much the value loss counts")
+    group.add_argument("--kl_coef", type=nonneg_float, default=0.02,
+                       help="of the KL to the start, which lowers the rewards")
+    group.add_argument("--gamma", type=fraction, default=1.0, help="discount a token")
+    group.add_argument("--lam", type=fraction, default=0.95, help="lambda of generalised advantage estimation")
     reward_flags(parser)
     engine_flags(parser)
     parser.set_defaults(aggregation="token", resample=0)
-    args = read(parser)
+    args = parse_args(parser)
     if not args.learning_rate:
         parser.error("--learning_rate 0 learns nothing; give more than 0")
     with Run(args) as run:

@@ -9,13 +9,13 @@ if __name__ == "__main__":
 from dataset.lm_dataset import PretrainDataset
 from model.cli import run_main
 from model.weights import ROOT
-from trainer.arguments import read, stage_parser
+from trainer.arguments import parse_args, stage_parser
 from trainer.losses import next_token_loss
 from trainer.trainer import Run
 
 
 def main() -> None:
-    args = read(stage_parser(
+    args = parse_args(stage_parser(
         __doc__, data_path=str(ROOT / "dataset/pretrain_t2t_mini.jsonl"), from_weight="none", save_weight="pretrain",
         max_seq_len=340, batch_size=32, accumulation_steps=8, learning_rate=5e-4, wandb_project="MiniMind-Pretrain"))
     with Run(args) as run:

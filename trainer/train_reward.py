@@ -8,10 +8,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from dataset.lm_dataset import DPODataset
-from model.cli import run_main
+from model.cli import nonneg_float, nonneg_int, run_main
 from model.model_reward import MiniMindForSequenceClassification
 from model.weights import ROOT, file_stem, fingerprint, save_folder
-from trainer.arguments import amount, natural, read, stage_parser
+from trainer.arguments import parse_args, stage_parser
 from trainer.losses import reward_loss
 from trainer.trainer import Run
 
@@ -20,11 +20,11 @@ def main() -> None:
     parser = stage_parser(
         __doc__, data_path=str(ROOT / "dataset/dpo.jsonl"), from_weight="full_sft", save_weight="reward",
         max_seq_len=1024, batch_size=4, learning_rate=1e-5, epochs=1, wandb_project="MiniMind-Reward")
-    parser.add_argument("--extra_layers", type=natural, default=0,
+    parser.add_argument("--extra_layers", type=nonneg_int, default=0,
                         help="layers to put on top, begun as copies of the first ones: room to judge what those say")
-    parser.add_argument("--token_weight", type=amount, default=0.0,
+    parser.add_argument("--token_weight", type=nonneg_float, default=0.0,
                         help="of the same loss on the sum of what each token of the answer is given")
-    args = read(parser)
+    args = parse_args(parser)
     with Run(args) as run:
         decoder = run.load_model()
         model = MiniMindForSequenceClassification.of(decoder, args.extra_layers)

@@ -24,8 +24,9 @@ from dataset.lm_dataset import TokenDataset
 from dataset.prompts import PromptDataset
 from model.chat import ChatTokenizer
 from model.cli import Failure, UserError, first_line
+from model.device import cpu_has_bfloat16
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
-from model.weights import cpu_has_bfloat16, file_stem, load_state, load_weight, save_weight
+from model.weights import file_stem, load_state, load_weight, save_weight
 from trainer.batches import RowStream
 from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
 from trainer.distributed import joined

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from model.cli import Failure, UserError
-from model.weights import OUT_DIR, ROOT, cpu_has_tiles
+from model.device import cpu_has_amx
+from model.weights import OUT_DIR, ROOT
 
 SAMPLE = ROOT / "dataset/sample"
-HIDDEN_SIZE = 256 if torch.cuda.is_available() or cpu_has_tiles() else 128  # what learns enough in the time
+HIDDEN_SIZE = 256 if torch.cuda.is_available() or cpu_has_amx() else 128  # what learns enough in the time
 SIZE = ("--hidden_size", HIDDEN_SIZE)
 COMMON = (*SIZE, "--max_seq_len", 512, "--epochs", 1, "--batch_size", 4, "--accumulation_steps", 1, "--use_compile", 1,
           "--optimizer", "muon", "--warmup_ratio", 0.05, "--log_interval", 40, "--save_interval", 400)

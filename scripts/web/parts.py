@@ -7,13 +7,13 @@ from pathlib import Path
 
 import streamlit as st
 
-from model.cli import Failure
+from model.cli import Failure, Parser
+from model.device import choose_device
 from model.inference.engine import Sampling
+from model.loading import load_for_inference
 from model.model_lora import find_loras
-from model.weights import OUT_DIR, find_models, fingerprint, load_folder, load_for_inference, load_weight
+from model.weights import OUT_DIR, find_models, fingerprint, load_folder, load_weight
 from scripts.web.answers import LocalModel, RemoteModel, Reply
-from trainer.arguments import Parser
-from trainer.distributed import choose_device
 
 ENGLISH, CHINESE = "English", "中文"
 STYLE = """<style>

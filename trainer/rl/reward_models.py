@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from dataset.prompts import Prompt
 from model.chat import EOS, PAD, ChatTokenizer, tool_calls_of
 from model.cli import UserError, first_line
+from model.device import inference_dtype
 from model.model_reward import MiniMindForSequenceClassification, rewards
-from model.weights import inference_dtype, load_weight
+from model.weights import load_weight
 from trainer.rollout_engine import Trajectory
 
 

@@ -1,0 +1,39 @@
+"""Which device a program runs on, and in which precision that device is fast."""
+
+import torch
+
+from model.cli import UserError, first_line
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; `auto`: CUDA, else MPS, else CPU. Raises UserError when the machine lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index if device.index is not None else local_rank)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {first_line(error)}") from None
+    return device
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware; else bf16 is emulated, several times slower than fp32."""
+    return cpu_has_amx() or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def cpu_has_amx() -> bool:
+    """Whether the CPU has matrix units (AMX), several times as fast as its vector units."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def inference_dtype(device: str | torch.device, use_moe: bool = False) -> torch.dtype:
+    """Half precision where the device multiplies it in hardware: decoding waits for the weights to be read."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+    if use_moe and kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16  # in which one kernel takes all experts, and the host reads no counts
+    return torch.float16 if kind == "cuda" else torch.float32
