@@ -56,6 +56,11 @@ class Answer:
         return message
 
 
+def hash_tokenizer(text: str) -> str:
+    """By which the .json of a weight names its tokenizer: a hash of the text of tokenizer.json."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class ChatTokenizer:
     """The tokenizer of `folder` (tokenizer.json) and the chat format on top of it."""
 
@@ -65,7 +70,7 @@ class ChatTokenizer:
             raise UserError(f"{path}: no tokenizer there; --tokenizer names a folder that holds tokenizer.json")
         text = path.read_text("utf-8")
         self.folder = Path(folder)
-        self.hash = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.hash = hash_tokenizer(text)
         layout = json.loads(text)
         added = {token["content"]: token["id"] for token in layout["added_tokens"]}
         for token, expected in {"<|endoftext|>": PAD, "<|im_start|>": BOS, "<|im_end|>": EOS, **MARKERS}.items():

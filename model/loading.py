@@ -9,7 +9,7 @@ from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import positive_int
 from model.device import choose_device, inference_dtype
 from model.model_lora import load_lora, merge_lora
-from model.weights import OUT_DIR, load_folder, load_weight
+from model.weights import OUT_DIR, find_tokenizer, find_weight, load_folder, read_metadata, read_weight
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
@@ -51,14 +51,19 @@ def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_di
     """A frozen model in evaluation mode on `device`, in the dtype of `inference_dtype`, and its tokenizer.
 
     `load_from`: "model" for the weights `weight` of `save_dir`, anything else is a transformers folder.
+    `tokenizer_dir`: None for the tokenizer that the weights' .json names, model/ where there is none.
     `lora_weight`: name of a LoRA in `save_dir`, merged into the weights. Raises UserError where something is missing.
     """
     if load_from != "model":
         yarn = {"inference_rope_scaling": True} if inference_rope_scaling else {}
         model, tokenizer = load_folder(load_from, **yarn)
     else:
+        path = find_weight(weight, save_dir, hidden_size, use_moe)
+        tokenizer_hash = read_metadata(path).get("tokenizer")
+        if tokenizer_hash and not tokenizer_dir:
+            tokenizer_dir = find_tokenizer(tokenizer_hash, path.parent)
         tokenizer = ChatTokenizer(tokenizer_dir or TOKENIZER_DIR)
-        model, _ = load_weight(weight, save_dir, hidden_size, use_moe, tokenizer, inference_rope_scaling)
+        model, _ = read_weight(path, tokenizer, inference_rope_scaling)
     if lora_weight:
         load_lora(model, lora_weight, save_dir)
         merge_lora(model)

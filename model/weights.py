@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from model import model_minimind
-from model.chat import TOKENIZER_DIR, ChatTokenizer
+from model.chat import TOKENIZER_DIR, ChatTokenizer, hash_tokenizer
 from model.cli import UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, register
 
@@ -136,22 +136,38 @@ def read_weight(path: Path, tokenizer: ChatTokenizer | None = None, inference_ro
     """
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        card_path = path.with_suffix(".json")
-        card = json.loads(card_path.read_text("utf-8")) if card_path.exists() else {}
     except Exception as error:
         raise UserError(f"{path}: not a weight file: {first_line(error)}") from None
+    card = read_metadata(path)
     if "settings" in state:
         raise UserError(f"{path} is a LoRA: attach it to its base, --weight {card.get('parent', 'BASE')} "
                         f"--lora_weight {weight_name(path)}")
     if tokenizer and card.get("tokenizer", tokenizer.hash) != tokenizer.hash:
+        folder = find_tokenizer(card["tokenizer"], path.parent) or "FOLDER"
         raise UserError(f"{path} was trained with another tokenizer ({card['tokenizer']}, not {tokenizer.hash} of "
-                        f"{tokenizer.folder}); name its folder with --tokenizer")
+                        f"{tokenizer.folder}); name its folder: --tokenizer {folder}")
     sizes = (card.get("config") or published_sizes(state, path)) | overrides
     if "score.weight" in state and kind is MiniMindForCausalLM:
         raise UserError(f"{path} is a reward model: it scores and does not talk; name another weight")
     model = kind(MiniMindConfig(**sizes, inference_rope_scaling=inference_rope_scaling))
     load_state(model, state, path)
     return model, card
+
+
+def read_metadata(path: Path) -> dict:
+    """The .json beside a weight; {} where there is none. Raises UserError when it cannot be read."""
+    path = path.with_suffix(".json")
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the description of a weight: {first_line(error)}") from None
+
+
+def find_tokenizer(tokenizer_hash: str, save_dir: Path) -> Path | None:
+    """The folder of the tokenizer with this hash: model/, or one in `save_dir`, as download_model.py writes them."""
+    folders = [TOKENIZER_DIR, *sorted(path.parent for path in save_dir.glob("*/tokenizer.json"))]
+    texts = ((folder, (folder / "tokenizer.json").read_text("utf-8")) for folder in folders)
+    return next((folder for folder, text in texts if hash_tokenizer(text) == tokenizer_hash), None)
 
 
 def load_state(model: nn.Module, state: dict, path: Path) -> None:

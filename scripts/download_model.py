@@ -2,20 +2,68 @@
 
     python scripts/download_model.py minimind-3                             # then: eval_llm.py --load_from minimind-3
     python scripts/download_model.py minimind-3-pytorch                     # lists the .pth files
-    python scripts/download_model.py minimind-3-pytorch full_sft_768.pth    # into out/
+    python scripts/download_model.py minimind-3-pytorch full_sft_768.pth    # into out/; then: eval_llm.py
     python scripts/download_model.py minimind-3-moe --hub huggingface
+
+With a .pth comes the tokenizer it was trained with, in a folder beside it, and a .json that names both.
 """
 
 import argparse
+import contextlib
+import json
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the repository, not this folder
 
-from model.cli import Parser, run_main
-from model.weights import OUT_DIR
-from scripts.lib.download import add_hub_args, choose_files, download, list_files, print_files
+import torch
+
+from model.chat import hash_tokenizer
+from model.cli import Parser, UserError, run_main
+from model.weights import OUT_DIR, published_sizes, read_metadata, save_atomically
+from scripts.lib.download import (
+    OWNERS,
+    RemoteFile,
+    add_hub_args,
+    choose_files,
+    download,
+    is_complete,
+    list_files,
+    print_files,
+)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def download_tokenizer(files: dict[str, RemoteFile], args: argparse.Namespace, folder: Path) -> str:
+    """Fetch the tokenizer of a repository of .pth files into a folder in `folder`. → its hash
+
+    The author keeps it with the transformers weights: minimind-3 has that of minimind-3-pytorch.
+    """
+    name = re.sub("-pytorch$", "", args.name, flags=re.IGNORECASE)
+    if "tokenizer.json" not in files:
+        files = list_files("model", name, args.hub, args.base_url)
+    choose_files(files, ["tokenizer.json"])
+    for file in TOKENIZER_FILES:
+        if file in files:
+            download(files[file], folder / name)
+    return hash_tokenizer((folder / name / "tokenizer.json").read_text("utf-8"))
+
+
+def download_weight(file: RemoteFile, folder: Path, tokenizer_hash: str, source: str) -> None:
+    """Fetch a .pth and write its .json (tokenizer, source, sizes). Raises UserError rather than replace another."""
+    path = folder / file.path
+    metadata = {"tokenizer": tokenizer_hash, "source": source}
+    known = read_metadata(path)
+    if path.exists() and known.get("source") != source and not is_complete(path, file):
+        raise UserError(f"{path} is there and is not the published file; move it, or name another folder with --target")
+    download(file, folder)
+    with contextlib.suppress(UserError):  # a LoRA, or a model from before QK-norm: only its tokenizer is known
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        metadata["config"] = published_sizes(state, path)
+    save_atomically(json.dumps(known | metadata, indent=1), path.with_suffix(".json"))
 
 
 def main() -> None:
@@ -26,13 +74,19 @@ def main() -> None:
     add_hub_args(parser)
     args = parser.parse_args()
     files = list_files("model", args.name, args.hub, args.base_url)
-    weights = any(name.endswith(".pth") for name in files)
-    if weights and not args.files:
+    is_native = any(name.endswith(".pth") for name in files)
+    if is_native and not args.files:
         print_files(files)
         return
-    folder = args.target or (OUT_DIR if weights else ROOT / args.name)
-    for file in choose_files(files, args.files or [name for name in sorted(files) if not name.startswith(".")]):
-        download(file, folder)
+    folder = args.target or (OUT_DIR if is_native else ROOT / args.name)
+    chosen = choose_files(files, args.files or [name for name in sorted(files) if not name.startswith(".")])
+    weights = [file for file in chosen if file.path.endswith(".pth")]
+    tokenizer_hash = download_tokenizer(files, args, folder) if weights else ""
+    for file in chosen:
+        if file in weights:
+            download_weight(file, folder, tokenizer_hash, f"{OWNERS[args.hub]}/{args.name}")
+        else:
+            download(file, folder)
 
 
 if __name__ == "__main__":

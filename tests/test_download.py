@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import io
 import json
 import re
 import socket
@@ -14,8 +15,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
+import torch
+from lab import small_model
 
+import eval_llm
+from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import run_main
+from model.loading import load_for_inference
+from model.weights import save_weight
 from scripts import download_data, download_model
 from scripts.lib.download import HAS_MODELSCOPE
 
@@ -24,7 +31,6 @@ DATA = "pretrain_t2t_mini.jsonl"
 REPOSITORIES = {
     "minimind_dataset": {DATA: b'{"text": "x"}\n' * 20_000, "README.md": b"# Data\n", "dir/a b.jsonl": b"{}\n"},
     "minimind-3": {"config.json": b"{}", "dir/weights.safetensors": b"weights", ".gitattributes": b"*"},
-    "minimind-3-pytorch": {"full_sft_768.pth": b"weights" * 1000, ".gitattributes": b"*"},
 }
 
 
@@ -234,14 +240,64 @@ def test_a_hub_cannot_write_elsewhere(hub, tmp_path, capsys, monkeypatch, name):
     assert not (tmp_path / "outside").exists()
 
 
+def published_weight(state: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({key: value.half() for key, value in state.items()}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def published(monkeypatch) -> dict[str, bytes]:
+    """The author's repository of .pth files, whose tokenizer is another than ours and lies in another repository."""
+    layout = json.loads((TOKENIZER_DIR / "tokenizer.json").read_text("utf-8"))
+    names = {number: token for token, number in layout["model"]["vocab"].items()}
+    layout["model"]["vocab"] |= {names[1000]: 1001, names[1001]: 1000}
+    monkeypatch.setitem(REPOSITORIES["minimind-3"], "tokenizer.json", json.dumps(layout).encode())
+    monkeypatch.setitem(REPOSITORIES["minimind-3"], "tokenizer_config.json", b"{}")
+    repository = {"full_sft_64.pth": published_weight(small_model().state_dict()), ".gitattributes": b"*",
+                  "lora_medical_64.pth": published_weight({"model.layers.0.q_proj.lora.A.weight": torch.ones(2, 2)})}
+    monkeypatch.setitem(REPOSITORIES, "minimind-3-pytorch", repository)
+    return repository
+
+
 @pytest.mark.parametrize("name", HUBS)
-def test_weights_go_to_out_and_folders_to_the_project(hub, tmp_path, capsys, monkeypatch, name):
+def test_weights_go_to_out_with_their_tokenizer_and_folders_to_the_project(hub, published, tmp_path, capsys,
+                                                                           monkeypatch, name):
     monkeypatch.setattr(download_model, "OUT_DIR", tmp_path / "out")
     monkeypatch.setattr(download_model, "ROOT", tmp_path)
     flags = ("--hub", name, "--base_url", hub.url)
     run(download_model, "minimind-3-pytorch", *flags)
-    assert "full_sft_768.pth" in capsys.readouterr().out and not list(tmp_path.iterdir())
-    run(download_model, "minimind-3-pytorch", "full_sft_768.pth", *flags)
-    assert (tmp_path / "out/full_sft_768.pth").read_bytes() == b"weights" * 1000
+    assert "full_sft_64.pth" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    run(download_model, "minimind-3-pytorch", "full_sft_64.pth", "lora_medical_64.pth", *flags)
+    arrived = files_in(tmp_path / "out")
+    assert {path: arrived[path] for path in published if path in arrived} == {
+        path: content for path, content in published.items() if path.endswith(".pth")}
+    assert sorted(arrived.keys() - published.keys()) == [
+        "full_sft_64.json", "lora_medical_64.json", "minimind-3/tokenizer.json", "minimind-3/tokenizer_config.json"]
     run(download_model, "minimind-3", *flags)
-    assert files_in(tmp_path / "minimind-3") == {"config.json": b"{}", "dir/weights.safetensors": b"weights"}
+    assert files_in(tmp_path / "minimind-3") == {
+        path: content for path, content in REPOSITORIES["minimind-3"].items() if not path.startswith(".")}
+
+
+def test_a_published_weight_is_used_with_its_own_tokenizer(hub, published, tmp_path, capsys):
+    flags = ("--hub", "huggingface", "--base_url", hub.url, "--target", tmp_path)
+    run(download_model, "minimind-3-pytorch", "full_sft_64.pth", *flags)
+    model, tokenizer = load_for_inference("model", "full_sft", tmp_path, None, "cpu")
+    assert tokenizer.folder == tmp_path / "minimind-3" and model.config.hidden_size == 64
+    assert ChatTokenizer().token_bytes[1000] == tokenizer.token_bytes[1001]
+    run(eval_llm, "--save_dir", tmp_path, "--prompt", "hello", "--max_new_tokens", 2, "--device", "cpu")
+    fails(capsys, 2, f"--tokenizer {tmp_path / 'minimind-3'}", eval_llm, "--save_dir", tmp_path, "--prompt", "hello",
+          "--tokenizer", TOKENIZER_DIR)
+
+
+def test_a_weight_trained_here_is_not_replaced_and_one_without_tokenizer_is_refused(hub, published, tmp_path, capsys,
+                                                                                    monkeypatch):
+    flags = ("full_sft_64.pth", "--hub", "huggingface", "--base_url", hub.url, "--target", tmp_path)
+    path = save_weight(small_model(), "full_sft", tmp_path, ChatTokenizer())
+    before = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    fails(capsys, 2, "not the published file", download_model, "minimind-3-pytorch", *flags)
+    assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == before
+    monkeypatch.setitem(REPOSITORIES, "minimind-3", {"README.md": b""})
+    path.unlink()
+    fails(capsys, 2, "no file tokenizer.json", download_model, "minimind-3-pytorch", *flags)
+    assert not path.exists()
