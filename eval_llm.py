@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from model.chat import BOS, Answer, AnswerParser, ChatTokenizer
+from model.chat import BOS, AssistantMessage, ChatTokenizer, MessageParser
 from model.cli import Parser, UserError, fraction, nonneg_float, nonneg_int, positive_int, run_main
 from model.inference.engine import Engine, Sampling
 from model.loading import add_loading_args, load_from_args
@@ -46,7 +46,7 @@ class Chat:
         self.engine = self.new_engine()  # remembers what it has read: earlier turns are not computed again
         self.continues_text = args.load_from == "model" and args.weight.startswith("pretrain")
         self.messages: list[dict] = []
-        self.said = Answer()  # last
+        self.said = AssistantMessage()  # last
 
     def answer(self, text: str) -> None:
         """Print the answer to `text` as it is written, and remember both. Ctrl-C ends it early."""
@@ -66,7 +66,7 @@ class Chat:
         except ValueError as error:
             del self.messages[-1:]
             raise UserError(error) from None
-        parser, shown, began = AnswerParser(self.tokenizer, thinks), 0, time.perf_counter()
+        parser, shown, began = MessageParser(self.tokenizer, thinks), 0, time.perf_counter()
         try:
             while self.engine.busy:
                 self.engine.step()
@@ -81,9 +81,9 @@ class Chat:
         count = len(sequence.ids)
         speed = count / (time.perf_counter() - began)
         print(f"\n[{count} tokens, {speed:.1f} tokens/s]" if sys.stdout.isatty() else "")
-        self.said = parser.answer
+        self.said = parser.message
         if not self.continues_text:
-            self.messages.append(self.said.message())
+            self.messages.append(self.said.to_dict())
 
 
 def show(kind: str, value: str | dict) -> None:

@@ -24,7 +24,7 @@ import openai
 
 from dataset.prompts import Prompt
 from eval_llm import Chat, interact
-from model.chat import TOKENIZER_DIR, Answer, ChatTokenizer, read_json
+from model.chat import TOKENIZER_DIR, AssistantMessage, ChatTokenizer, read_json
 from model.cli import Parser, UserError, fraction, nonneg_float, nonneg_int, positive_int, run_main
 from model.inference.engine import Sampling
 from model.loading import add_loading_args, load_from_args
@@ -98,9 +98,9 @@ def tools_of(prompt: Prompt) -> list[dict]:
     return read_json(prompt.tools) if isinstance(prompt.tools, str) else prompt.tools
 
 
-def answer_of(message) -> Answer:
+def answer_of(message) -> AssistantMessage:
     """A message of the openai SDK, as the chat format takes answers apart."""
-    answer = Answer(message.content or "", getattr(message, "reasoning_content", None) or "")
+    answer = AssistantMessage(message.content or "", getattr(message, "reasoning_content", None) or "")
     for call in message.tool_calls or ():
         try:
             arguments = read_json(call.function.arguments or "{}")
@@ -122,7 +122,7 @@ def evaluate(play: RolloutFn, cases: list[Case]) -> dict:
         by_kind[case.kind].append(case)
     results = {}
     for kind, chosen in by_kind.items():
-        calls_only = not chosen[0].prompt.gt and chosen[0].accepted is not None
+        calls_only = not chosen[0].prompt.ground_truth and chosen[0].accepted is not None
         episodes = play([case.prompt for case in chosen], 1 if calls_only else MAX_TURNS)
         lines = [score_case(case, episode, calls_only) for case, episode in zip(chosen, episodes, strict=True)]
         for line in lines:
@@ -137,10 +137,10 @@ def evaluate(play: RolloutFn, cases: list[Case]) -> dict:
 
 def score_case(case: Case, episode: Trajectory, calls_only: bool) -> dict:
     """What came of a case, in one line of JSON."""
-    first = episode.turns[0] if episode.turns else Answer()
+    first = episode.turns[0] if episode.turns else AssistantMessage()
     call_is_right = (case.accepted is not None and len(first.tool_calls) == 1 and not first.malformed
                      and is_accepted(first.tool_calls[0], case.accepted))
-    said, gt = " ".join(episode.answer.content.split()), case.prompt.gt
+    said, gt = " ".join(episode.answer.content.split()), case.prompt.ground_truth
     numbers = NUMBER.findall(said) if gt and all(map(NUMBER.fullmatch, gt)) else []
     prediction = json.dumps(first.tool_calls or first.malformed or said, ensure_ascii=False) if calls_only else (
         f"none ({episode.finish_reason})" if episode.unfinished else " ".join(numbers[-len(gt):]) or said or "none")

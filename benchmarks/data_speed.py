@@ -50,7 +50,7 @@ def start(path: Path, max_seq_len: int) -> dict:
     return {"seconds": round(seconds, 2), "cpu_seconds": round(sum(os.times()[:4]), 1),  # its own and its children's
             "memory_gb": round(peak_memory(CPU), 3),
             "memory_gb_after_imports": round(imported, 3), "documents": data.meta["documents"],
-            "tokens": data.meta["tokens"], "rows": len(data), "fill": round(data.fill, 4)}
+            "tokens": data.meta["tokens"], "rows": len(data), "fill": round(data.utilization, 4)}
 
 
 def main() -> None:

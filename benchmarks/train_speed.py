@@ -54,7 +54,7 @@ def padded(data: TokenDataset, documents: np.ndarray, length: int) -> tuple[torc
     for row, document in enumerate(documents % len(ends)):
         stop = min(ends[document], starts[document] + length)
         text = torch.from_numpy(data.tokens[starts[document]:stop].astype(np.int64))
-        said = data.mask[starts[document]:stop] if data.masked else np.ones(len(text), np.uint8)
+        said = data.mask[starts[document]:stop] if data.has_loss_mask else np.ones(len(text), np.uint8)
         ids[row, :len(text)] = text
         labels[row, :len(text)] = text.masked_fill(torch.from_numpy(said == 0), IGNORE)
         useful += len(text)
@@ -133,7 +133,7 @@ def default_recipe(args: argparse.Namespace, folder: Path) -> dict:
     row = json.loads(log.read_text("utf-8").splitlines()[-1])
     if args.stage == "dpo":  # a prompt that both answers share is computed and logged once, the plain recipe's twice
         data = kind(args.data_path, ChatTokenizer(), length, cache_dir=folder)
-        row["tokens_per_s"] *= (shared := data.rows.length.sum() / data.real.sum())
+        row["tokens_per_s"] *= (shared := data.rows.length.sum() / data.num_tokens.sum())
     if reference := re.search(r"reference: ([\d,]+) tokens .* in ([\d.]+) s", said):
         tokens, seconds = (float(text.replace(",", "")) for text in reference.groups())
         row["training_tokens_per_s"] = row["tokens_per_s"]

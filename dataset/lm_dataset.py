@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.packing import Rows, branched, collate, cut_at_answers, pack, split_long
-from model.chat import BOS, EOS, ChatTokenizer, Piece, read_json, render
+from dataset.packing import Rows, collate, cut_at_answers, pack, pack_shared_prefix, split_long
+from model.chat import BOS, EOS, ChatTokenizer, Segment, read_json, render
 from model.cli import UserError
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
@@ -101,15 +101,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class TokenDataset:
-    """Packed rows of one data file. A subclass says how a row reads (`pieces`) and how a document is cut (`cut`).
+    """Packed rows of one data file. A subclass says how a row reads (`segments`) and how a document is cut (`cut`).
 
     `data_path`: the file, or the folder of its tokens; `key` names the tokens, wherever they lie.
-    len(dataset) rows of `row_length` positions; `batch(indices)` → the tensors of these rows; `units[r]`: what the
-    loss of row r is a sum over; `supervised[r]`, `real[r]`: tokens with a label, and tokens, in it; `report`: what
-    was skipped or cut, as sentences for the user.
+    len(dataset) rows of `row_length` positions; `batch(indices)` → the tensors of these rows; `loss_count[r]`: how many
+    terms the loss of row r sums; `num_targets[r]`, `num_tokens[r]`: tokens with a label, and tokens, in it; `warnings`:
+    what was skipped or cut, as sentences for the user.
     """
 
-    masked = False  # whether some tokens of a document are not to be learned
+    has_loss_mask = False  # whether some tokens of a document are not to be learned
     sides = 1  # documents a row of the file has
     plan = "rows"  # name of the file that says which pieces make up which row
 
@@ -136,14 +136,14 @@ class TokenDataset:
         if self.meta["bad"] and not skip_bad_rows:
             raise self._bad_row(self.meta["first_bad"][0])
         self.tokens = np.memmap(self.folder / "tokens.bin", np.uint16, "r")
-        self.mask = np.memmap(self.folder / "mask.bin", np.uint8, "r") if self.masked else None
+        self.mask = np.memmap(self.folder / "mask.bin", np.uint8, "r") if self.has_loss_mask else None
         self._load_plan(self.folder / f"{self.plan}_{max_seq_len}_{'packed' if packing else 'padded'}.npz", packing)
 
-    def documents(self, row: dict) -> list[list[Piece]]:
+    def documents(self, row: dict) -> list[list[Segment]]:
         """One row of the file → its documents, to be tokenised. Raises ValueError saying what is wrong with it."""
-        return [self.pieces(row)]
+        return [self.segments(row)]
 
-    def pieces(self, row: dict) -> list[Piece]:
+    def segments(self, row: dict) -> list[Segment]:
         """The document of a row that has one."""
         raise NotImplementedError
 
@@ -164,17 +164,17 @@ class TokenDataset:
         return len(self.rows)
 
     @property
-    def units(self) -> np.ndarray:
-        return self.supervised
+    def loss_count(self) -> np.ndarray:
+        return self.num_targets
 
     def batch(self, wanted: np.ndarray) -> dict[str, torch.Tensor]:
         """Rows → tensors, see `packing.collate`."""
-        return collate(self.rows, wanted, self.tokens, self.mask, self.row_length, self.max_pieces)
+        return collate(self.rows, wanted, self.tokens, self.mask, self.row_length, self.max_sequences)
 
     @property
-    def fill(self) -> float:
+    def utilization(self) -> float:
         """Share of the rows' positions that hold a token."""
-        return float(self.real.sum() / (len(self) * self.row_length))
+        return float(self.num_tokens.sum() / (len(self) * self.row_length))
 
     def _ready_made(self, made_by: list) -> dict:
         """The meta.json of a folder of tokens, if they are those that the file would become here."""
@@ -201,9 +201,9 @@ class TokenDataset:
                     bad, first_bad = bad + len(errors), (first_bad + errors)[:5]
                     if bad and not self.skip_bad_rows:
                         raise self._bad_row(first_bad[0])
-                    for ids, mask in self.tokenizer.encode_pieces(conversations):
+                    for ids, mask in self.tokenizer.encode_segments(conversations):
                         tokens.write(np.array(ids, np.uint16).tobytes())
-                        if self.masked:
+                        if self.has_loss_mask:
                             masks.write(np.array(mask, np.uint8).tobytes())
                         total += len(ids)
                         ends.append(total)
@@ -226,7 +226,7 @@ class TokenDataset:
     def _bad_row(self, complaint: str) -> UserError:
         return UserError(f"{self.path}:{complaint} (--skip_bad_rows 1 leaves such rows out)")
 
-    def _chunks(self) -> Iterator[tuple[list[list[Piece]], list[str]]]:
+    def _chunks(self) -> Iterator[tuple[list[list[Segment]], list[str]]]:
         """The file's rows as pieces, a few megabytes at a time, and complaints about bad ones: "line: words"."""
         conversations, errors, size = [], [], 0
         for number, line in read_rows(self.path):
@@ -242,14 +242,14 @@ class TokenDataset:
 
     def _load_plan(self, path: Path, packing: bool) -> None:
         """Which pieces make up which row: from the cache, or made and put there."""
-        self.plan_path = path
+        self.row_index_path = path
         if not path.exists():
             ends = np.load(self.folder / "ends.npy")
             start = np.concatenate(([0], ends[:-1]))
             rows, lost = self.arrange(start, ends - start - 1, packing)
-            row_of_piece = np.repeat(np.arange(len(rows)), np.diff(rows.first))
+            row_of_piece = np.repeat(np.arange(len(rows)), np.diff(rows.row_offsets))
             real = np.bincount(row_of_piece, self.positions(rows), len(rows)).astype(np.int64)
-            if self.masked:
+            if self.has_loss_mask:
                 said = np.asarray(self.mask)  # a slice of a memmap is slow to make
                 labels = [np.count_nonzero(said[start + 1:start + length + 1])
                           for start, length in zip(rows.start.tolist(), rows.length.tolist(), strict=True)]
@@ -257,24 +257,24 @@ class TokenDataset:
             else:
                 supervised = real
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                np.savez(file, start=rows.start, length=rows.length, first=rows.first, real=real, supervised=supervised,
-                         lost=np.array(json.dumps(lost)))
+                np.savez(file, start=rows.start, length=rows.length, first=rows.row_offsets, real=real,
+                         supervised=supervised, lost=np.array(json.dumps(lost)))
                 file.seek(0)
                 write_atomically(path, file.read())
         with np.load(path) as plan:
             self.rows = Rows(plan["start"], plan["length"], plan["first"])
-            self.real, self.supervised = plan["real"], plan["supervised"]
-            self.report = json.loads(str(plan["lost"]))
-        self.max_pieces = int(np.diff(self.rows.first).max())
+            self.num_tokens, self.num_targets = plan["real"], plan["supervised"]
+            self.warnings = json.loads(str(plan["lost"]))
+        self.max_sequences = int(np.diff(self.rows.row_offsets).max())
         if self.meta["bad"]:
             first = "; ".join(f"line {complaint}" for complaint in self.meta["first_bad"])
-            self.report.insert(0, f"skipped {self.meta['bad']:,} bad rows of {self.path}, the first: {first}")
+            self.warnings.insert(0, f"skipped {self.meta['bad']:,} bad rows of {self.path}, the first: {first}")
 
 
 class PretrainDataset(TokenDataset):
     """{"text": …}: `<|im_start|>` text `<|im_end|>`, every token learned; a long text continues in further pieces."""
 
-    def pieces(self, row: dict) -> list[Piece]:
+    def segments(self, row: dict) -> list[Segment]:
         text = row.get("text")
         if not isinstance(text, str):
             raise ValueError('a pretraining row is {"text": …}' + ("" if text is None else ", text"))
@@ -293,22 +293,22 @@ class SFTDataset(TokenDataset):
     `empty_think_ratio` keep their empty think blocks. Which ones: decided by the seed and the row itself.
     """
 
-    masked = True
+    has_loss_mask = True
 
     def __init__(self, data_path, tokenizer, max_seq_len, packing=True, skip_bad_rows=False, cache_dir=CACHE_DIR, *,
                  seed: int = 42, system_prompt_ratio: float = 0.2, empty_think_ratio: float = 0.2):
         super().__init__(data_path, tokenizer, max_seq_len, packing, skip_bad_rows, cache_dir, seed=seed,
                          system_prompt_ratio=system_prompt_ratio, empty_think_ratio=empty_think_ratio)
 
-    def pieces(self, row: dict) -> list[Piece]:
-        messages = conversation_of(row)
+    def segments(self, row: dict) -> list[Segment]:
+        messages = parse_conversation(row)
         if not any(message.get("role") == "assistant" for message in messages):
             raise ValueError("no message of the assistant's, so nothing to learn")
         text = str(messages)
         chance = random.Random(f"{self.settings['seed']} {text}")
         add_system, keep_think = (chance.random() < self.settings[ratio]
                                   for ratio in ("system_prompt_ratio", "empty_think_ratio"))
-        rendered = render(messages, empty_think=keep_think)
+        rendered = render(messages, keep_empty_think=keep_think)
         if add_system and messages[0].get("role") != "system":
             language = "zh" if any("一" <= character <= "鿿" for character in text) else "en"
             rendered = render([{"role": "system", "content": chance.choice(SYSTEM_PROMPTS[language])}]) + rendered
@@ -326,19 +326,19 @@ class DPODataset(TokenDataset):
     """{"chosen": [messages], "rejected": [messages]}, the same prompt and two answers: only the answers are learned.
 
     `max_seq_len` bounds each of the two. A row has twice as many positions and holds whole pairs, each as its prompt,
-    once, and the two answers. `units`: pairs. `reference`: what to hand on with each document, [documents] in the order
-    of the rows, or None.
+    once, and the two answers. `loss_count`: pairs. `reference`: what to hand on with each document, [documents] in the
+    order of the rows, or None.
     """
 
-    masked, sides, plan, reference = True, 2, "pairs", None
+    has_loss_mask, sides, plan, reference = True, 2, "pairs", None
 
-    def documents(self, row: dict) -> list[list[Piece]]:
-        pair = {side: messages_of(row, side, '{"chosen": [messages], "rejected": [messages]}')
+    def documents(self, row: dict) -> list[list[Segment]]:
+        pair = {side: parse_messages(row, side, '{"chosen": [messages], "rejected": [messages]}')
                 for side in ("chosen", "rejected")}
         if pair["chosen"][:-1] != pair["rejected"][:-1]:
             raise ValueError("the prompts of chosen and rejected differ; only their last messages may")
         thinks = any(messages[-1].get("reasoning_content") for messages in pair.values())
-        return [answer_pieces(messages, side, thinks) for side, messages in pair.items()]
+        return [answer_segments(messages, side, thinks) for side, messages in pair.items()]
 
     def prompt(self, start: int, length: int) -> int:
         """How many tokens come before the answer of a document; `length` + 1 if none is left of that."""
@@ -356,7 +356,7 @@ class DPODataset(TokenDataset):
         cut, total = int((kept < questions).reshape(-1, 2).any(1)[pairs].sum()), len(start) // 2
         report = [f"{cut:,} of {total:,} pairs have a side of more than {self.max_seq_len} tokens, which is cut; "
                   f"{total - len(pairs):,} more, whose prompt is that long, are left out"]
-        rows = Rows(start[documents], kept[documents].astype(np.int32), 2 * rows.first)
+        rows = Rows(start[documents], kept[documents].astype(np.int32), 2 * rows.row_offsets)
         return rows, report if cut or len(pairs) < total else []
 
     def positions(self, rows):
@@ -366,17 +366,18 @@ class DPODataset(TokenDataset):
         return own
 
     @property
-    def units(self) -> np.ndarray:
-        return np.diff(self.rows.first) // 2
+    def loss_count(self) -> np.ndarray:
+        return np.diff(self.rows.row_offsets) // 2
 
     def batch(self, wanted):
-        """What `branched` gives, of the D documents; 2i and 2i + 1 are the two sides of pair i.
+        """What `pack_shared_prefix` gives, of the D documents; 2i and 2i + 1 are the two sides of pair i.
 
         `ends` [D]: the flat index of the last position of each; `document` [M]: which of them each of `logits_at`
         belongs to, `token_at` [M]: where the token itself stands; `reference` [D], if it is set.
         """
-        documents = np.concatenate([np.arange(self.rows.first[row], self.rows.first[row + 1]) for row in wanted
-                                    if row >= 0] or [np.arange(0)])
+        bounds = self.rows.row_offsets
+        documents = np.concatenate([np.arange(bounds[row], bounds[row + 1]) for row in wanted if row >= 0]
+                                   or [np.arange(0)])
         trees, said = [], [np.zeros(0, np.uint8)]
         for pair in documents.reshape(-1, 2):
             start, length = self.rows.start[pair].tolist(), self.rows.length[pair].tolist()
@@ -384,7 +385,7 @@ class DPODataset(TokenDataset):
             answers = [slice(begin + n, begin + asks + 1) for begin, asks in zip(start, length, strict=True)]
             trees.append((self.tokens[start[0]:start[0] + n], [self.tokens[answer] for answer in answers]))
             said += [self.mask[answer] for answer in answers]
-        batch = branched(trees, len(wanted) * self.row_length)
+        batch = pack_shared_prefix(trees, len(wanted) * self.row_length)
         lengths = np.array([len(mask) for mask in said[1:]], np.int64)
         last, asked = torch.from_numpy(np.cumsum(lengths) - 1), batch["logits_at"]
         token_at = torch.cat((asked[1:], asked[-1:]))
@@ -398,7 +399,7 @@ class DPODataset(TokenDataset):
         return batch
 
 
-def answer_pieces(messages: list[dict], side: str, thinks: bool) -> list[Piece]:
+def answer_segments(messages: list[dict], side: str, thinks: bool) -> list[Segment]:
     """A conversation of which only the last message is learned. Raises ValueError when that is no answer.
 
     Where one side of a pair `thinks`, the other side's empty think block is a choice of its answer too.
@@ -412,12 +413,12 @@ def answer_pieces(messages: list[dict], side: str, thinks: bool) -> list[Piece]:
     return [(piece, False) for piece, _ in start] + [(piece, said or thinks) for piece, said in answer] + end
 
 
-def conversation_of(row: dict) -> list[dict]:
+def parse_conversation(row: dict) -> list[dict]:
     """The messages of a row. Raises ValueError when there are none."""
-    return messages_of(row, "conversations", '{"conversations": [messages]}')
+    return parse_messages(row, "conversations", '{"conversations": [messages]}')
 
 
-def messages_of(row: dict, name: str, form: str) -> list[dict]:
+def parse_messages(row: dict, name: str, form: str) -> list[dict]:
     """The messages in field `name` of a row, which has `form`. Raises ValueError when there are none."""
     messages = row.get(name)
     if not isinstance(messages, list) or not messages:

@@ -18,14 +18,14 @@ PADDING = 256  # positions of a document of padding: attention to nothing shall 
 
 @dataclass
 class Rows:
-    """Which pieces make up each row: pieces `first[r]:first[r + 1]` are row r's. Start and length are in tokens."""
+    """Which pieces make up a row: `row_offsets[r]:row_offsets[r + 1]` are row r's. Start and length are in tokens."""
 
     start: np.ndarray  # [pieces] int64
     length: np.ndarray  # [pieces] int32
-    first: np.ndarray  # [rows + 1] int64
+    row_offsets: np.ndarray  # [rows + 1] int64
 
     def __len__(self) -> int:
-        return len(self.first) - 1
+        return len(self.row_offsets) - 1
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -90,11 +90,12 @@ def cut_at_answers(start: np.ndarray, questions: np.ndarray, mask: np.ndarray, c
 
 
 def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray | None, capacity: int,
-            max_pieces: int) -> dict[str, torch.Tensor]:
+            max_sequences: int) -> dict[str, torch.Tensor]:
     """Rows `wanted` → a batch: what `MiniMindForCausalLM.forward` takes, and `targets` [M] at its `logits_at` [M].
 
     Row -1 is an empty one, to fill a batch up.
-    `cu_seqlens` always has len(wanted) · (max_pieces + 1) + 1 bounds, the last ones repeated, so shapes never change.
+    `cu_seqlens` always has len(wanted) · (max_sequences + 1) + 1 bounds, the last ones repeated, so shapes are
+    constant.
     """
     B = len(wanted)
     ids, positions = np.zeros((B, capacity), np.int64), np.zeros((B, capacity), np.int64)
@@ -102,7 +103,7 @@ def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray
     bounds = [0]
     for b, row in enumerate(wanted.tolist()):
         at = 0
-        for piece in range(rows.first[row], rows.first[row + 1]) if row >= 0 else ():
+        for piece in range(rows.row_offsets[row], rows.row_offsets[row + 1]) if row >= 0 else ():
             start, n = int(rows.start[piece]), int(rows.length[piece])
             ids[b, at:at + n] = tokens[start:start + n]
             after = slice(start + 1, start + n + 1)
@@ -115,14 +116,14 @@ def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray
             bounds.append(b * capacity + at)
         if at < capacity:
             bounds.append((b + 1) * capacity)
-    bounds += [B * capacity] * (B * (max_pieces + 1) + 1 - len(bounds))
+    bounds += [B * capacity] * (B * (max_sequences + 1) + 1 - len(bounds))
     logits_at = np.flatnonzero(targets != IGNORE)
     batch = {"input_ids": ids, "position_ids": positions, "attention_mask": real,
              "cu_seqlens": np.array(bounds, np.int32), "logits_at": logits_at, "targets": targets.ravel()[logits_at]}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def branched(trees: list[tuple[Sequence[int], list[Sequence[int]]]], size: int) -> dict[str, torch.Tensor]:
+def pack_shared_prefix(trees: list[tuple[Sequence[int], list[Sequence[int]]]], size: int) -> dict[str, torch.Tensor]:
     """Prompts, each with answers to it → one row [1, size] in which a prompt stands once, before all of its answers.
 
     A batch like `collate`'s, in which every token of an answer is a target [M], in order. Answers see their prompt and

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.lm_dataset import conversation_of, parse_row, read_rows
+from dataset.lm_dataset import parse_conversation, parse_row, read_rows
 from model.chat import ChatTokenizer
 from model.cli import UserError
 
@@ -18,8 +18,8 @@ class Prompt:
     ids: list[int]
     messages: list[dict]
     thinking: bool = False
-    gt: list[str] = field(default_factory=list)  # what a right answer contains; [] where nobody knows
-    where: str = ""  # file:line
+    ground_truth: list[str] = field(default_factory=list)  # what a right answer contains; [] where nobody knows
+    source: str = ""  # file:line
 
     @property
     def tools(self) -> list | str:
@@ -31,19 +31,19 @@ class PromptDataset:
     """The prompts of a file of rlaif rows `{"conversations": […, placeholder]}` or agent_rl rows, which add `"gt"`.
 
     A last message of the assistant's is a placeholder and dropped. `thinking_ratio` of the prompts ask for thinking:
-    decided by the seed and the row. Prompts of more than `max_seq_len` tokens are left out and counted in `report`.
+    decided by the seed and the row. Prompts of more than `max_seq_len` tokens are left out and counted in `warnings`.
     """
 
     def __init__(self, data_path: str | Path, tokenizer: ChatTokenizer, max_seq_len: int, skip_bad_rows: bool = False,
                  thinking_ratio: float = 0.0, seed: int = 42):
-        self.path, self.report = Path(data_path), []
+        self.path, self.warnings = Path(data_path), []
         self.prompts: list[Prompt] = []
         too_long, bad = 0, []
         for number, line in read_rows(self.path):
             where = f"{self.path}:{number}"
             try:
                 row = parse_row(line)
-                messages, gt = conversation_of(row), truths_of(row)
+                messages, gt = parse_conversation(row), parse_ground_truth(row)
                 messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
                 thinking = random.Random(f"{seed} {messages}").random() < thinking_ratio
                 ids = tokenizer.prompt(messages, open_thinking=thinking)
@@ -57,16 +57,16 @@ class PromptDataset:
             else:
                 self.prompts.append(Prompt(ids, messages, thinking, gt, where))
         if bad:
-            self.report.append(f"skipped {len(bad):,} bad rows of {self.path}, the first: {'; '.join(bad[:5])}")
+            self.warnings.append(f"skipped {len(bad):,} bad rows of {self.path}, the first: {'; '.join(bad[:5])}")
         if too_long:
-            self.report.append(f"{too_long:,} prompts of more than --max_seq_len {max_seq_len} tokens are left out")
+            self.warnings.append(f"{too_long:,} prompts of more than --max_seq_len {max_seq_len} tokens are left out")
         if not self.prompts:
             raise UserError(f"{self.path}: no usable prompt in it" + "; all are too long" * bool(too_long))
 
     @property
     def fingerprint(self) -> str:
         """Hash of all prompts and what is known of their answers."""
-        told = json.dumps([[prompt.ids, prompt.gt] for prompt in self.prompts])
+        told = json.dumps([[prompt.ids, prompt.ground_truth] for prompt in self.prompts])
         return hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class PromptDataset:
         return self.prompts[index]
 
 
-def truths_of(row: dict) -> list[str]:
+def parse_ground_truth(row: dict) -> list[str]:
     """The values of `gt` as text, numbers as they are written. Raises ValueError when it is not a list of values."""
     gt = row.get("gt", [])
     if not isinstance(gt, list) or not all(isinstance(value, (str, int, float)) for value in gt):

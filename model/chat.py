@@ -22,15 +22,15 @@ from model.cli import UserError
 
 TOKENIZER_DIR = Path(__file__).resolve().parent
 PAD, BOS, EOS = 0, 1, 2  # <|endoftext|> <|im_start|> <|im_end|>
-MARKERS = {"<tool_call>": 21, "</tool_call>": 22, "<tool_response>": 23, "</tool_response>": 24,
+SPECIAL_TOKENS = {"<tool_call>": 21, "</tool_call>": 22, "<tool_response>": 23, "</tool_response>": 24,
            "<think>": 25, "</think>": 26}
-CALL, END_CALL, RESPONSE, END_RESPONSE, THINK, END_THINK = MARKERS.values()
+CALL, END_CALL, RESPONSE, END_RESPONSE, THINK, END_THINK = SPECIAL_TOKENS.values()
 ROLES = ("system", "user", "assistant", "tool")
 
-Piece = tuple[str | int, bool]  # text or marker id, and whether the assistant said it
+Segment = tuple[str | int, bool]  # text or marker id, and whether the assistant said it
 
 
-def byte_of_character() -> dict[str, int]:
+def unicode_to_byte() -> dict[str, int]:
     """Byte-level BPE writes each byte as one printable character (Radford et al. 2019); this undoes it."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in printable)
@@ -38,7 +38,7 @@ def byte_of_character() -> dict[str, int]:
 
 
 @dataclass
-class Answer:
+class AssistantMessage:
     """What an assistant said, taken apart. `malformed` holds the text of tool calls that could not be read."""
 
     content: str = ""
@@ -46,7 +46,7 @@ class Answer:
     tool_calls: list[dict] = field(default_factory=list)  # [{"name": str, "arguments": dict}]
     malformed: list[str] = field(default_factory=list)
 
-    def message(self) -> dict:
+    def to_dict(self) -> dict:
         """As a message of the chat format, to append to the conversation."""
         message = {"role": "assistant", "content": self.content}
         if self.reasoning or "</think>" in self.content:  # with the field, the content is all content
@@ -73,13 +73,13 @@ class ChatTokenizer:
         self.hash = hash_tokenizer(text)
         layout = json.loads(text)
         added = {token["content"]: token["id"] for token in layout["added_tokens"]}
-        for token, expected in {"<|endoftext|>": PAD, "<|im_start|>": BOS, "<|im_end|>": EOS, **MARKERS}.items():
+        for token, expected in {"<|endoftext|>": PAD, "<|im_start|>": BOS, "<|im_end|>": EOS, **SPECIAL_TOKENS}.items():
             if added.get(token) != expected:
                 raise UserError(f"{path}: token {token} must have id {expected}, found {added.get(token)}")
         self._plain = Tokenizer.from_str(json.dumps(layout | {"added_tokens": []}))
         self.vocab_size = self._plain.get_vocab_size()
         names = {number: token for token, number in self._plain.get_vocab().items()} | {i: t for t, i in added.items()}
-        alphabet = byte_of_character()
+        alphabet = unicode_to_byte()
         #: the bytes each token stands for, by id: what it adds to a UTF-8 text
         self.token_bytes = [names[i].encode() if names[i] in added else bytes(alphabet[c] for c in names[i])
                             for i in range(self.vocab_size)]
@@ -92,54 +92,54 @@ class ChatTokenizer:
         """The same for many texts at once, on all cores."""
         return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Iterable[int], keep_markers: bool = False) -> str:
-        """Text of the ids; special tokens (below 36) are left out unless `keep_markers`."""
-        kept = (self.token_bytes[i] for i in ids if keep_markers or i > 35)
+    def decode(self, ids: Iterable[int], keep_special_tokens: bool = False) -> str:
+        """Text of the ids; special tokens (below 36) are left out unless `keep_special_tokens`."""
+        kept = (self.token_bytes[i] for i in ids if keep_special_tokens or i > 35)
         return b"".join(kept).decode("utf-8", errors="replace")
 
-    def encode_pieces(self, conversations: list[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
+    def encode_segments(self, conversations: list[list[Segment]]) -> list[tuple[list[int], list[bool]]]:
         """Ids and loss mask of rendered conversations, tokenised in one batch."""
-        texts = [piece for pieces in conversations for piece, _ in pieces if isinstance(piece, str)]
+        texts = [segment for segments in conversations for segment, _ in segments if isinstance(segment, str)]
         encoded = iter(self.encode_texts(texts))
         rows = []
-        for pieces in conversations:
+        for segments in conversations:
             ids, mask = [], []
-            for piece, said in pieces:
-                tokens = next(encoded) if isinstance(piece, str) else [piece]
+            for segment, said in segments:
+                tokens = next(encoded) if isinstance(segment, str) else [segment]
                 ids += tokens
                 mask += [said] * len(tokens)
             rows.append((ids, mask))
         return rows
 
     def encode(self, messages: list[dict], tools: list | str | None = None,
-               empty_think: bool = True) -> tuple[list[int], list[bool]]:
+               keep_empty_think: bool = True) -> tuple[list[int], list[bool]]:
         """Messages → ids and loss mask: True on what an assistant said and on its `<|im_end|>`, nowhere else."""
-        return self.encode_pieces([render(messages, tools, empty_think)])[0]
+        return self.encode_segments([render(messages, tools, keep_empty_think)])[0]
 
     def prompt(self, messages: list[dict], tools: list | str | None = None, open_thinking: bool = False) -> list[int]:
         """Messages → ids that an assistant's answer follows: inside `<think>\n`, or after an empty think block."""
-        pieces = [*render(messages, tools), *answer_start(open_thinking)]
-        return self.encode_pieces([pieces])[0][0]
+        segments = [*render(messages, tools), *generation_prompt(open_thinking)]
+        return self.encode_segments([segments])[0][0]
 
 
-def answer_start(open_thinking: bool) -> list[Piece]:
-    """The pieces that stand between a conversation and the assistant's next words."""
+def generation_prompt(open_thinking: bool) -> list[Segment]:
+    """The segments that stand between a conversation and the assistant's next words."""
     thinking = [(THINK, False), ("\n", False)] if open_thinking else empty_think_block()
     return [(BOS, False), ("assistant\n", False), *thinking]
 
 
-def empty_think_block() -> list[Piece]:
+def empty_think_block() -> list[Segment]:
     return [(THINK, False), ("\n\n", False), (END_THINK, False), ("\n\n", False)]
 
 
-def render(messages: list[dict], tools: list | str | None = None, empty_think: bool = True) -> list[Piece]:
-    """Messages → pieces. Without `empty_think`, an assistant turn without reasoning has no think block at all.
+def render(messages: list[dict], tools: list | str | None = None, keep_empty_think: bool = True) -> list[Segment]:
+    """Messages → segments. Without `keep_empty_think`, an assistant turn without reasoning has no think block at all.
 
     `tools` may also sit on the first message. Raises ValueError saying what is wrong.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("a conversation is a non-empty list of messages")
-    pieces: list[Piece] = []
+    segments: list[Segment] = []
     for number, message in enumerate(messages, 1):
         try:
             if not isinstance(message, dict):
@@ -147,36 +147,36 @@ def render(messages: list[dict], tools: list | str | None = None, empty_think: b
             if number == 1:
                 tools = parse_json(tools or message.get("tools") or [], "tools", list)
                 if tools and message.get("role") != "system":
-                    pieces += turn("system", system_pieces("", tools))
-            pieces += turn(*message_pieces(message, tools if number == 1 else [], empty_think))
+                    segments += turn("system", system_segments("", tools))
+            segments += turn(*message_segments(message, tools if number == 1 else [], keep_empty_think))
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from None
-    return pieces
+    return segments
 
 
-def turn(role: str, pieces: list[Piece]) -> list[Piece]:
+def turn(role: str, segments: list[Segment]) -> list[Segment]:
     said = role == "assistant"
-    for piece, _ in pieces:
-        if isinstance(piece, str):
-            check_text(piece)
-    return [(BOS, False), *pieces, (EOS, said), ("\n", False)]
+    for segment, _ in segments:
+        if isinstance(segment, str):
+            check_text(segment)
+    return [(BOS, False), *segments, (EOS, said), ("\n", False)]
 
 
-def message_pieces(message: dict, tools: list, empty_think: bool) -> tuple[str, list[Piece]]:
+def message_segments(message: dict, tools: list, keep_empty_think: bool) -> tuple[str, list[Segment]]:
     """One message → its role and what stands between `<|im_start|>` and `<|im_end|>`."""
-    role, content = message.get("role"), text_of(message.get("content"))
+    role, content = message.get("role"), content_text(message.get("content"))
     if role == "system":
-        return role, system_pieces(content, tools)
+        return role, system_segments(content, tools)
     if role == "user":
         return role, [(f"user\n{content}", False)]
     if role == "tool":
         return role, [("user\n", False), (RESPONSE, False), (f"\n{content}\n", False), (END_RESPONSE, False)]
     if role == "assistant":
-        return role, [("assistant\n", False), *assistant_pieces(message, content, empty_think)]
+        return role, [("assistant\n", False), *assistant_segments(message, content, keep_empty_think)]
     raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
 
 
-def system_pieces(content: str, tools: list) -> list[Piece]:
+def system_segments(content: str, tools: list) -> list[Segment]:
     if not tools:
         return [(f"system\n{content}", False)]
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
@@ -185,7 +185,7 @@ def system_pieces(content: str, tools: list) -> list[Piece]:
             ('\n{"name": its name, "arguments": {its arguments}}\n', False), (END_CALL, False)]
 
 
-def assistant_pieces(message: dict, content: str, empty_think: bool) -> list[Piece]:
+def assistant_segments(message: dict, content: str, keep_empty_think: bool) -> list[Segment]:
     reasoning = message.get("reasoning_content")
     if reasoning is not None and not isinstance(reasoning, str):
         raise ValueError(f"reasoning_content is text, not {type(reasoning).__name__}")
@@ -193,22 +193,22 @@ def assistant_pieces(message: dict, content: str, empty_think: bool) -> list[Pie
         before, content = content.split("</think>", 1)
         reasoning = before.split("<think>", 1)[-1]
     reasoning, content = (reasoning or "").strip("\n"), content.lstrip("\n")
-    pieces: list[Piece] = []
+    segments: list[Segment] = []
     if reasoning:
-        pieces = [(THINK, True), ("\n", True), (f"{reasoning}\n", True), (END_THINK, True), ("\n\n", True)]
-    elif empty_think:
-        pieces = empty_think_block()
-    calls = tool_calls_of(message)
+        segments = [(THINK, True), ("\n", True), (f"{reasoning}\n", True), (END_THINK, True), ("\n\n", True)]
+    elif keep_empty_think:
+        segments = empty_think_block()
+    calls = parse_tool_calls(message)
     if content:
-        pieces.append((content + "\n" * bool(calls), True))
+        segments.append((content + "\n" * bool(calls), True))
     for number, call in enumerate(calls):
         if number:
-            pieces.append(("\n", True))
-        pieces += [(CALL, True), (f"\n{json.dumps(call, ensure_ascii=False)}\n", True), (END_CALL, True)]
-    return pieces
+            segments.append(("\n", True))
+        segments += [(CALL, True), (f"\n{json.dumps(call, ensure_ascii=False)}\n", True), (END_CALL, True)]
+    return segments
 
 
-def text_of(content: str | list | None) -> str:
+def content_text(content: str | list | None) -> str:
     """The content of a message: text, OpenAI's text parts, or nothing."""
     if content is None:
         return ""
@@ -222,7 +222,7 @@ def text_of(content: str | list | None) -> str:
     return content
 
 
-def tool_calls_of(message: dict) -> list[dict]:
+def parse_tool_calls(message: dict) -> list[dict]:
     """Tool calls as [{"name", "arguments": dict}], from a list or JSON text, flat or as OpenAI nests them."""
     calls = []
     for call in parse_json(message.get("tool_calls") or [], "tool_calls", list):
@@ -263,7 +263,7 @@ def check_text(text: str) -> None:
         raise ValueError("not text: half a surrogate pair (\\ud800 to \\udfff) in it") from None
 
 
-class AnswerParser:
+class MessageParser:
     """Takes an answer apart while it is written: feed ids or text, get events, read `answer` at any time.
 
     An event is ("content" | "reasoning", text), ("tool_call", {"name", "arguments"}) or ("malformed", text).
@@ -273,33 +273,33 @@ class AnswerParser:
 
     def __init__(self, tokenizer: ChatTokenizer, open_thinking: bool = False):
         self.tokenizer = tokenizer
-        self.answer = Answer()
+        self.message = AssistantMessage()
         self._section = "reasoning" if open_thinking else "content"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._text = ""  # fed as text, may end in half a marker
         self._newlines = ""  # may be the format's or the text's: known when something follows
         self._call = ""
 
-    def feed(self, pieces: Iterable[int | str]) -> Iterator[tuple[str, str | dict]]:
+    def feed(self, segments: Iterable[int | str]) -> Iterator[tuple[str, str | dict]]:
         """Events of the next token ids, or of text in which no marker is meant. Other special tokens say nothing."""
-        for i in pieces:
+        for i in segments:
             if isinstance(i, str):
                 yield from self._say(i)
             elif i > 35:
                 yield from self._say(self._utf8.decode(self.tokenizer.token_bytes[i]))
-            elif i in MARKERS.values():
+            elif i in SPECIAL_TOKENS.values():
                 yield from self._say(self._utf8.decode(b"", final=True))
                 yield from self._switch(i)
 
     def feed_text(self, text: str) -> Iterator[tuple[str, str | dict]]:
-        """Events of the next piece of text, for answers that come from elsewhere as text."""
+        """Events of the next segment of text, for answers that come from elsewhere as text."""
         self._text += text
-        while found := min(((self._text.find(m), m) for m in MARKERS if m in self._text), default=None):
+        while found := min(((self._text.find(m), m) for m in SPECIAL_TOKENS if m in self._text), default=None):
             start, marker = found
             before, self._text = self._text[:start], self._text[start + len(marker):]
             yield from self._say(before)
-            yield from self._switch(MARKERS[marker])
-        held = max((n for m in MARKERS for n in range(1, len(m)) if self._text.endswith(m[:n])), default=0)
+            yield from self._switch(SPECIAL_TOKENS[marker])
+        held = max((n for m in SPECIAL_TOKENS for n in range(1, len(m)) if self._text.endswith(m[:n])), default=0)
         ready, self._text = self._text[:len(self._text) - held], self._text[len(self._text) - held:]
         yield from self._say(ready)
 
@@ -315,13 +315,13 @@ class AnswerParser:
             self._call += text
             return
         name = self._section
-        so_far = getattr(self.answer, name)
+        so_far = getattr(self.message, name)
         text = self._newlines + text
         text = text if so_far else text.lstrip("\n")
         said = text.rstrip("\n")
         self._newlines = text[len(said):]
         if said:
-            setattr(self.answer, name, so_far + said)
+            setattr(self.message, name, so_far + said)
             yield name, said
 
     def _switch(self, marker: int) -> Iterator[tuple[str, str | dict]]:
@@ -332,8 +332,8 @@ class AnswerParser:
                 yield from self._malformed()
             else:
                 try:
-                    call, = tool_calls_of({"tool_calls": [parse_json(self._call, "tool call", dict)]})
-                    self.answer.tool_calls.append(call)
+                    call, = parse_tool_calls({"tool_calls": [parse_json(self._call, "tool call", dict)]})
+                    self.message.tool_calls.append(call)
                     yield "tool_call", call
                 except ValueError:
                     yield from self._malformed()
@@ -341,13 +341,14 @@ class AnswerParser:
         self._section = {THINK: "reasoning", CALL: "tool_call"}.get(marker, "content")
 
     def _malformed(self) -> Iterator[tuple[str, str]]:
-        self.answer.malformed.append(self._call.strip("\n"))
+        self.message.malformed.append(self._call.strip("\n"))
         yield "malformed", self._call.strip("\n")
 
 
-def parse_answer(tokenizer: ChatTokenizer, answer: Iterable[int] | str, open_thinking: bool = False) -> Answer:
+def parse_message(tokenizer: ChatTokenizer, answer: Iterable[int] | str,
+                  open_thinking: bool = False) -> AssistantMessage:
     """A whole answer, as ids or text, taken apart."""
-    parser = AnswerParser(tokenizer, open_thinking)
+    parser = MessageParser(tokenizer, open_thinking)
     list(parser.feed_text(answer) if isinstance(answer, str) else parser.feed(answer))
     list(parser.finish())
-    return parser.answer
+    return parser.message

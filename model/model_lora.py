@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from model.chat import ChatTokenizer
 from model.cli import UserError, first_line
 from model.model_minimind import Experts, Linear, expert_product
-from model.weights import OUT_DIR, find_weight, fingerprint, save_weight, weight_name
+from model.weights import OUT_DIR, find_weight, save_weight, weight_name, weights_hash
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """How a model is adapted. `targets`: last names of the layers; `base`: fingerprint of the model it belongs to."""
+    """How a model is adapted. `targets`: last names of the layers; `base`: weights_hash of the model it belongs to."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -161,8 +161,8 @@ def attach_lora(model: nn.Module, lora: LoRA, state: dict[str, Tensor], source: 
             wanted[name].copy_(value)
 
 
-def find_loras(save_dir: Path, base: str) -> list[str]:
-    """Names of the LoRAs of `save_dir` whose .json says that they were trained on the model of fingerprint `base`."""
+def compatible_adapters(save_dir: Path, base: str) -> list[str]:
+    """Names of the LoRAs of `save_dir` that were trained, by their .json, on the model whose weights_hash is `base`."""
     found = []
     for path in sorted(Path(save_dir).glob("lora_*.pth")):
         try:
@@ -180,12 +180,12 @@ def load_lora(model: nn.Module, name: str, save_dir: Path = OUT_DIR) -> LoRA:
 
 
 def attach_file(model: nn.Module, path: Path, base: str | None = None) -> LoRA:
-    """Attach a LoRA file to the base it was trained on. `base`: the model's fingerprint, if it is known.
+    """Attach a LoRA file to the base it was trained on. `base`: the weights_hash of the model, if it is known.
 
     Raises UserError when it is no LoRA, or belongs to another base.
     """
     lora, state = read_lora(path)
-    if lora.base != (base or fingerprint(model)):
+    if lora.base != (base or weights_hash(model)):
         raise UserError(f"{path} was trained on another base than this one; name its base "
                         "(its .json tells which), or train it again on this one")
     attach_lora(model, lora, state, path)

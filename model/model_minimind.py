@@ -265,7 +265,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqle
 
     `mask` [B, 1, T, S] bool says which keys a query sees. `cu_seqlens` [documents + 1] int32 bounds the documents
     of packed rows in the flattened [B*T]; repeated bounds are empty documents. With neither: plain causal, T = S.
-    With `spread` and `fold` (`dataset.packing.branched`) several documents share their first tokens.
+    With `spread` and `fold` (`dataset.packing.pack_shared_prefix`) several documents share their first tokens.
     With T = 1, all rows may see the first `alike` keys, which are then the same in each of them.
     """
     if spread is not None:

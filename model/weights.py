@@ -77,7 +77,7 @@ def save_weight(model: nn.Module, name: str, save_dir: Path, tokenizer: ChatToke
     return path
 
 
-def fingerprint(model: nn.Module) -> str:
+def weights_hash(model: nn.Module) -> str:
     """Hash of a model's parameters as they would be saved: equal for equal weights, on any device, in any format."""
     digest = hashlib.blake2b(digest_size=12)
     for name, value in sorted(model.named_parameters()):
@@ -146,7 +146,7 @@ def read_weight(path: Path, tokenizer: ChatTokenizer | None = None, inference_ro
         folder = find_tokenizer(card["tokenizer"], path.parent) or "FOLDER"
         raise UserError(f"{path} was trained with another tokenizer ({card['tokenizer']}, not {tokenizer.hash} of "
                         f"{tokenizer.folder}); name its folder: --tokenizer {folder}")
-    sizes = (card.get("config") or published_sizes(state, path)) | overrides
+    sizes = (card.get("config") or infer_config(state, path)) | overrides
     if "score.weight" in state and kind is MiniMindForCausalLM:
         raise UserError(f"{path} is a reward model: it scores and does not talk; name another weight")
     model = kind(MiniMindConfig(**sizes, inference_rope_scaling=inference_rope_scaling))
@@ -179,7 +179,7 @@ def load_state(model: nn.Module, state: dict, path: Path) -> None:
         raise UserError(f"{path} does not fit the model: {details}") from None
 
 
-def published_sizes(state: dict, path: Path) -> dict:
+def infer_config(state: dict, path: Path) -> dict:
     """The configuration of a state dict without a card: sizes from its shapes, the rest as published."""
     try:
         first = "model.layers.0."
@@ -230,7 +230,7 @@ def minimind_config(config: PretrainedConfig) -> MiniMindConfig:
     return MiniMindConfig(**sizes | {"use_moe": config.model_type == "qwen3_moe", "rope_theta": rope["rope_theta"]})
 
 
-def to_minimind(model: nn.Module) -> MiniMindForCausalLM:
+def from_hf_model(model: nn.Module) -> MiniMindForCausalLM:
     """A Qwen3 or Qwen3-MoE of transformers as our own class; ours as it is."""
     if isinstance(model, MiniMindForCausalLM):
         return model
@@ -252,16 +252,16 @@ def chat_template(tokenizer: ChatTokenizer) -> str:
 
 
 def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, kind: str = "CausalLM",
-                dtype: torch.dtype = torch.float32, own_class: bool = False, **options) -> None:
+                dtype: torch.dtype = torch.float32, as_minimind: bool = False, **options) -> None:
     """Write `model` as a Qwen3 folder with its tokenizer, for transformers' AutoModelFor{kind}.
 
-    With `own_class`, as MiniMind's class: its file goes along, for programs that load with trust_remote_code.
+    With `as_minimind`, as MiniMind's class: its file goes along, for programs that load with trust_remote_code.
     """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     folder = Path(folder)
-    if own_class:
+    if as_minimind:
         model_minimind.name_experts()
         theirs = MiniMindForCausalLM(MiniMindConfig(**model.config.to_dict() | {"auto_map": AUTO_MAP}))
     else:
@@ -269,7 +269,7 @@ def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, 
         theirs = getattr(transformers, name)(qwen3_config(model.config, **options))
     theirs.load_state_dict(model.state_dict())
     theirs.to(dtype).save_pretrained(folder)
-    if own_class:
+    if as_minimind:
         shutil.copyfile(model_minimind.__file__, folder / "model_minimind.py")
     else:  # transformers 5 renamed these; engines and transformers 4 read the old names, and have defaults for them
         config = json.loads((folder / "config.json").read_text("utf-8"))

@@ -23,7 +23,7 @@ import openai
 
 from dataset.lm_dataset import parse_row, read_rows
 from eval_llm import QUESTIONS
-from model.chat import BOS, parse_answer
+from model.chat import BOS, parse_message
 from model.cli import Failure, Parser, UserError, first_line, nonneg_float, nonneg_int, positive_int, run_main
 from model.device import choose_device
 from model.inference.engine import Sampling, generate
@@ -94,7 +94,7 @@ def answers_of(spec: str, prompts: list[list[dict]], args: argparse.Namespace) -
     else:
         ids = [tokenizer.prompt(prompt) for prompt in prompts]
     sampling = Sampling(args.max_new_tokens, args.temperature, seed=args.seed)
-    return [parse_answer(tokenizer, each.ids).message() for each in generate(model, ids, sampling, tokenizer)]
+    return [parse_message(tokenizer, each.ids).to_dict() for each in generate(model, ids, sampling, tokenizer)]
 
 
 def cell(text: str) -> str:

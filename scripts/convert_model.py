@@ -33,14 +33,14 @@ from model.model_lora import LoRA, adaptable, attach_file, attach_lora, lora_sta
 from model.model_minimind import Experts, MiniMindForCausalLM
 from model.weights import (
     file_stem,
-    fingerprint,
+    from_hf_model,
     load_folder,
     read_weight,
     save_atomically,
     save_folder,
     save_weight,
-    to_minimind,
     weight_name,
+    weights_hash,
 )
 
 FORMATS = {"transformers": "a folder of Qwen3 or Qwen3-MoE", "minimind": "a folder of MiniMind's own class",
@@ -104,7 +104,7 @@ def convert(model: MiniMindForCausalLM, tokenizer: ChatTokenizer, target: Path, 
         gguf_file.write_gguf(model, target, tokenizer, dtype)
         save_atomically(gguf_file.modelfile(target.name), target.with_suffix(".Modelfile"))
         return gguf_file.read_gguf(target, model.config)
-    save_folder(model, target, tokenizer, dtype=DTYPES[dtype], own_class=form == "minimind")
+    save_folder(model, target, tokenizer, dtype=DTYPES[dtype], as_minimind=form == "minimind")
     return load_folder(target)[0]
 
 
@@ -188,7 +188,7 @@ def import_peft(model: nn.Module, folder: Path) -> LoRA:
                     targets += [target] * (target not in targets)
     if tensors:
         raise UserError(f"--lora {folder}: this model has no place for {min(tensors)}; name its base by --source")
-    lora = LoRA(rank, alpha, float(config.get("lora_dropout") or 0), tuple(targets), fingerprint(model))
+    lora = LoRA(rank, alpha, float(config.get("lora_dropout") or 0), tuple(targets), weights_hash(model))
     attach_lora(model, lora, state, folder)
     return lora
 
@@ -199,7 +199,7 @@ def write(args: argparse.Namespace, draft: Path) -> str:
         return export_peft(args.source, draft)
     source, tokenizer, card = read_source(args.source, args.tokenizer)
     ids = tokenizer.encode(SAMPLE)[0]
-    model, before = to_minimind(source), logits(source, ids)
+    model, before = from_hf_model(source), logits(source, ids)
     if args.format in ("torch", "lora") and draft.name != f"{file_stem(weight_name(draft), model.config)}.pth":
         stem = file_stem("NAME", model.config)
         raise UserError(f"--target {args.target}: a weight of this size is called {stem}.pth")
@@ -212,7 +212,7 @@ def write(args: argparse.Namespace, draft: Path) -> str:
             value.data = value.half().float()
         attach_file(base, draft)
         return check(args.target, args.dtype, before, logits(model, ids), logits(base, ids))
-    base = fingerprint(model) if args.lora else ""
+    base = weights_hash(model) if args.lora else ""
     for text in args.lora:
         merge_lora(model, attach(model, text, base)[1])
     if args.lora:

@@ -23,14 +23,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import openai
 from tqdm import tqdm
 
-from dataset.lm_dataset import conversation_of, parse_row, read_rows
-from model.chat import parse_json, tool_calls_of
+from dataset.lm_dataset import parse_conversation, parse_row, read_rows
+from model.chat import parse_json, parse_tool_calls
 from model.cli import Failure, Parser, UserError, first_line, nonneg_float, nonneg_int, positive_int, run_main
 
 
 def prompt_of(row: dict) -> list[dict]:
     """The messages before the answer. Raises ValueError when nobody asks anything."""
-    messages = conversation_of(row)
+    messages = parse_conversation(row)
     prompt = messages[:-1] if messages[-1].get("role") == "assistant" else messages
     if not prompt or prompt[-1].get("role") not in ("user", "tool"):
         raise ValueError("the message before the answer is not the user's nor a tool's")
@@ -47,7 +47,7 @@ def to_openai(prompt: list[dict]) -> tuple[list[dict], list]:
     messages, open_calls = [], []
     for number, message in enumerate(prompt):
         told = {"role": message.get("role"), "content": message.get("content") or ""}
-        if calls := tool_calls_of(message):
+        if calls := parse_tool_calls(message):
             told["tool_calls"] = [{"id": f"call_{number}_{i}", "type": "function", "function": {
                 "name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
                 for i, call in enumerate(calls)]
@@ -64,7 +64,7 @@ def from_openai(message) -> dict:
     if reasoning := getattr(message, "reasoning_content", None):
         answer["reasoning_content"] = reasoning
     if message.tool_calls:
-        answer["tool_calls"] = tool_calls_of({"tool_calls": [call.model_dump() for call in message.tool_calls]})
+        answer["tool_calls"] = parse_tool_calls({"tool_calls": [call.model_dump() for call in message.tool_calls]})
     return answer
 
 

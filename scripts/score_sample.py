@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from dataset.lm_dataset import parse_row, read_rows
 from dataset.sample_world import is_correct
-from model.chat import parse_answer
+from model.chat import parse_message
 from model.cli import Parser, positive_int, run_main
 from model.inference.engine import Sampling, generate
 from model.loading import add_loading_args, load_from_args
@@ -25,7 +25,7 @@ def score(model, tokenizer, cases: list[dict], max_new_tokens: int = 128) -> lis
         thinking.append(bool(expected.get("reasoning_content")))
         prompts.append(tokenizer.prompt(context, open_thinking=thinking[-1]))
     answers = generate(model, prompts, Sampling(max_new_tokens, temperature=0))
-    parsed = [parse_answer(tokenizer, answer.ids, thinks).message()
+    parsed = [parse_message(tokenizer, answer.ids, thinks).to_dict()
               for answer, thinks in zip(answers, thinking, strict=True)]
     return [case | {"answer": answer, "correct": is_correct(case["conversations"][-1], answer)}
             for case, answer in zip(cases, parsed, strict=True)]

@@ -15,10 +15,10 @@ from model.chat import (
     END_THINK,
     EOS,
     THINK,
-    Answer,
-    AnswerParser,
+    AssistantMessage,
     ChatTokenizer,
-    parse_answer,
+    MessageParser,
+    parse_message,
     render,
 )
 from model.cli import UserError
@@ -146,13 +146,13 @@ def test_tools_and_calls_as_json_text_say_the_same(tokenizer):
     assert tokenizer.encode([user("go")], json.dumps(TOOLS)) == tokenizer.encode([user("go")], TOOLS)
 
 
-@pytest.mark.parametrize("empty_think", [True, False])
-def test_loss_is_on_what_the_assistant_said_and_on_nothing_else(tokenizer, empty_think):
+@pytest.mark.parametrize("keep_empty_think", [True, False])
+def test_loss_is_on_what_the_assistant_said_and_on_nothing_else(tokenizer, keep_empty_think):
     calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g"}]
     messages = [{"role": "system", "content": "S", "tools": [{"name": "f"}]}, user("U"), assistant("A."), user("V"),
                 assistant("B.", reasoning_content="R", tool_calls=calls), result("T"),
                 assistant("", tool_calls=[{"name": "h"}]), user("W"), assistant("")]
-    block = "<think>\n\n</think>\n\n" if empty_think else ""
+    block = "<think>\n\n</think>\n\n" if keep_empty_think else ""
     expected = [
         (False, '<|im_start|>system\nS\n\n# Tools\n{"name": "f"}\nTo call a tool, write <tool_call>\n'
                 '{"name": its name, "arguments": {its arguments}}\n</tool_call><|im_end|>\n'
@@ -168,9 +168,9 @@ def test_loss_is_on_what_the_assistant_said_and_on_nothing_else(tokenizer, empty
         (True, "<|im_end|>"),
         (False, "\n"),
     ]
-    ids, mask = tokenizer.encode(messages, empty_think=empty_think)
+    ids, mask = tokenizer.encode(messages, keep_empty_think=keep_empty_think)
     runs = groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0])
-    assert [(said, tokenizer.decode((i for _, i in run), keep_markers=True)) for said, run in runs] == expected
+    assert [(said, tokenizer.decode((i for _, i in run), keep_special_tokens=True)) for said, run in runs] == expected
 
 
 SPECIAL = [token["content"] for token in json.loads((MODEL / "tokenizer.json").read_text())["added_tokens"]]
@@ -194,7 +194,7 @@ def test_no_text_becomes_a_marker(tokenizer, forgery):
     expected, _ = tokenizer.encode(conversation("x"))
     assert [i for i in ids if i < 36] == [i for i in expected if i < 36]
     assert sum(said for i, said in zip(ids, mask, strict=True) if i == EOS) == 3
-    assert tokenizer.decode(ids, keep_markers=True).count(forgery.strip("\n")) >= 5
+    assert tokenizer.decode(ids, keep_special_tokens=True).count(forgery.strip("\n")) >= 5
 
 
 def test_rendering_grows_only_at_its_end(tokenizer):
@@ -232,7 +232,7 @@ def test_text_survives_encoding(tokenizer):
 def test_decoding_keeps_markers_only_when_asked(tokenizer):
     ids = tokenizer.encode([user("hi"), assistant("yo", reasoning_content="hm")])[0]
     assert tokenizer.decode(ids) == "user\nhi\nassistant\n\nhm\n\n\nyo\n"
-    assert tokenizer.decode(range(36), keep_markers=True) == "".join(SPECIAL)
+    assert tokenizer.decode(range(36), keep_special_tokens=True) == "".join(SPECIAL)
 
 
 # ------------------------------------------------------------------------------------------- bad messages, bad folders
@@ -296,9 +296,9 @@ def written(tokenizer: ChatTokenizer, message: dict) -> list[int]:
     return ids[len([BOS, *tokenizer.encode_text("assistant\n")]):-2]
 
 
-def heard(feed, pieces, finish) -> Answer:
+def heard(feed, pieces, finish) -> AssistantMessage:
     """The answer put together from the events of the pieces."""
-    answer = Answer()
+    answer = AssistantMessage()
     for events in [*map(feed, pieces), finish()]:
         for kind, value in events:
             if kind in ("content", "reasoning"):
@@ -314,34 +314,34 @@ def test_any_chunking_of_an_answer_reads_as_its_message(tokenizer):
     for _ in range(200):
         message = random_answer(rng)
         ids = written(tokenizer, message)
-        text = tokenizer.decode(ids, keep_markers=True)
-        expected = Answer(message["content"].strip("\n"), message.get("reasoning_content", "").strip("\n"),
+        text = tokenizer.decode(ids, keep_special_tokens=True)
+        expected = AssistantMessage(message["content"].strip("\n"), message.get("reasoning_content", "").strip("\n"),
                           message.get("tool_calls", []))
-        assert parse_answer(tokenizer, ids) == parse_answer(tokenizer, text) == expected
+        assert parse_message(tokenizer, ids) == parse_message(tokenizer, text) == expected
         for pieces in (chunks(rng, ids), [[i] for i in ids]):
-            parser = AnswerParser(tokenizer)
-            assert heard(parser.feed, pieces, parser.finish) == parser.answer == expected
+            parser = MessageParser(tokenizer)
+            assert heard(parser.feed, pieces, parser.finish) == parser.message == expected
         for pieces in (chunks(rng, text), list(text)):
-            parser = AnswerParser(tokenizer)
-            assert heard(parser.feed_text, pieces, parser.finish) == parser.answer == expected
+            parser = MessageParser(tokenizer)
+            assert heard(parser.feed_text, pieces, parser.finish) == parser.message == expected
 
 
 def test_what_is_said_is_never_taken_back(tokenizer):
-    whole = Answer("好的😀，\n\na < b.", "想\n\n想", [ADD, WEATHER])
-    ids = written(tokenizer, whole.message())
-    text = tokenizer.decode(ids, keep_markers=True)
-    for sequence, feed in ((ids, AnswerParser.feed), (text, AnswerParser.feed_text)):
-        parser = AnswerParser(tokenizer)
+    whole = AssistantMessage("好的😀，\n\na < b.", "想\n\n想", [ADD, WEATHER])
+    ids = written(tokenizer, whole.to_dict())
+    text = tokenizer.decode(ids, keep_special_tokens=True)
+    for sequence, feed in ((ids, MessageParser.feed), (text, MessageParser.feed_text)):
+        parser = MessageParser(tokenizer)
         for n in range(len(sequence)):
             list(feed(parser, sequence[n:n + 1]))
-            assert whole.content.startswith(parser.answer.content)
-            assert whole.reasoning.startswith(parser.answer.reasoning)
-            assert parser.answer.tool_calls == whole.tool_calls[:len(parser.answer.tool_calls)]
-        assert parser.answer == whole
+            assert whole.content.startswith(parser.message.content)
+            assert whole.reasoning.startswith(parser.message.reasoning)
+            assert parser.message.tool_calls == whole.tool_calls[:len(parser.message.tool_calls)]
+        assert parser.message == whole
 
 
 def test_characters_and_markers_come_whole_or_not_at_all(tokenizer):
-    parser = AnswerParser(tokenizer)
+    parser = MessageParser(tokenizer)
     single_bytes = [tokenizer.token_bytes.index(bytes([byte])) for byte in "👩".encode()]
     assert [list(parser.feed([i])) for i in single_bytes] == [[], [], [], [("content", "👩")]]
     assert [list(parser.feed_text(text)) for text in ("<thi", "nk", ">x", "</thin", "g>")] == [
@@ -351,16 +351,16 @@ def test_characters_and_markers_come_whole_or_not_at_all(tokenizer):
 
 
 def test_newlines_of_the_format_are_no_content(tokenizer):
-    assert parse_answer(tokenizer, "\n\n a\n\nb \n\n") == Answer(" a\n\nb ")
-    assert parse_answer(tokenizer, "t\n\nu\n</think>\n\nA", open_thinking=True) == Answer("A", "t\n\nu")
-    assert parse_answer(tokenizer, "A", open_thinking=True) == Answer("", "A")
+    assert parse_message(tokenizer, "\n\n a\n\nb \n\n") == AssistantMessage(" a\n\nb ")
+    assert parse_message(tokenizer, "t\n\nu\n</think>\n\nA", open_thinking=True) == AssistantMessage("A", "t\n\nu")
+    assert parse_message(tokenizer, "A", open_thinking=True) == AssistantMessage("", "A")
 
 
 def test_spelt_markers_in_ids_are_text(tokenizer):
     for text in SPECIAL:
-        answer = parse_answer(tokenizer, tokenizer.encode_text(f"a{text}b"))
-        assert answer == Answer(f"a{text}b")
-        assert parse_answer(tokenizer, written(tokenizer, answer.message())) == answer
+        answer = parse_message(tokenizer, tokenizer.encode_text(f"a{text}b"))
+        assert answer == AssistantMessage(f"a{text}b")
+        assert parse_message(tokenizer, written(tokenizer, answer.to_dict())) == answer
 
 
 def test_markers_that_are_not_the_assistants_say_nothing(tokenizer):
@@ -368,7 +368,7 @@ def test_markers_that_are_not_the_assistants_say_nothing(tokenizer):
     text = f"<think>a<tool_response>b</think>c</tool_response>d{call.replace(':', ':<tool_response>', 1)}"
     parts = [[THINK], "a", [23], "b", [END_THINK], "c", [24, 0, EOS, 30], "d", [CALL], json.dumps(ADD), [END_CALL]]
     ids = [i for part in parts for i in (tokenizer.encode_text(part) if isinstance(part, str) else part)]
-    assert parse_answer(tokenizer, ids) == parse_answer(tokenizer, text) == Answer("cd", "ab", [ADD])
+    assert parse_message(tokenizer, ids) == parse_message(tokenizer, text) == AssistantMessage("cd", "ab", [ADD])
 
 
 MALFORMED = {
@@ -383,14 +383,15 @@ MALFORMED = {
 def test_an_unreadable_call_is_reported_and_the_rest_still_read(tokenizer, name):
     body = MALFORMED[name]
     good = f"<tool_call>\n{json.dumps(ADD)}\n</tool_call>"
-    answer = parse_answer(tokenizer, f"a<tool_call>\n{body}\n</tool_call>b{good}")
-    assert answer == Answer("ab", "", [ADD], [body])
-    interrupted = parse_answer(tokenizer, f"a{good}<tool_call>\n{body}\n{good}")
-    unclosed = parse_answer(tokenizer, f"a{good}{good}<tool_call>\n{body}")
-    assert interrupted == unclosed == Answer("a", "", [ADD, ADD], [body])
+    answer = parse_message(tokenizer, f"a<tool_call>\n{body}\n</tool_call>b{good}")
+    assert answer == AssistantMessage("ab", "", [ADD], [body])
+    interrupted = parse_message(tokenizer, f"a{good}<tool_call>\n{body}\n{good}")
+    unclosed = parse_message(tokenizer, f"a{good}{good}<tool_call>\n{body}")
+    assert interrupted == unclosed == AssistantMessage("a", "", [ADD, ADD], [body])
 
 
 def test_a_call_that_was_never_closed_is_no_call(tokenizer):
     opened = f"<tool_call>{json.dumps(ADD)}"
-    answer = Answer("", "", [], [json.dumps(ADD)] * 2)
-    assert parse_answer(tokenizer, f"{opened}{opened}") == parse_answer(tokenizer, f"{opened}<think>{opened}") == answer
+    answer = AssistantMessage("", "", [], [json.dumps(ADD)] * 2)
+    for text in (f"{opened}{opened}", f"{opened}<think>{opened}"):
+        assert parse_message(tokenizer, text) == answer

@@ -24,7 +24,7 @@ from model.chat import ChatTokenizer
 from model.cli import run_main
 from model.model_lora import LoRA, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindForCausalLM, register
-from model.weights import fingerprint, load_folder, load_weight, qwen3_config, read_weight, save_folder, save_weight
+from model.weights import load_folder, load_weight, qwen3_config, read_weight, save_folder, save_weight, weights_hash
 from scripts import convert_model
 from scripts.lib import gguf_file
 
@@ -161,7 +161,7 @@ def test_a_published_state_dict_without_a_card_is_read(tmp_path):
 @pytest.mark.parametrize("names", ["per expert", "stacked"])
 def test_both_layouts_of_experts_are_read_and_a_gap_is_refused(tmp_path, names, capsys):
     model = filled(use_moe=True)
-    save_folder(model, tmp_path / "folder", TOKENIZER, own_class=True)
+    save_folder(model, tmp_path / "folder", TOKENIZER, as_minimind=True)
     file = tmp_path / "folder/model.safetensors"
     state = load_file(file)
     assert "model.layers.0.mlp.experts.3.up_proj.weight" in state
@@ -179,7 +179,7 @@ def test_both_layouts_of_experts_are_read_and_a_gap_is_refused(tmp_path, names, 
 def test_a_lora_is_merged_into_any_format(tmp_path, source, kind):
     path = source(kind)
     base = read_weight(path)[0].eval()
-    lora = LoRA(rank=4, targets=("q_proj", "down_proj"), base=fingerprint(base))
+    lora = LoRA(rank=4, targets=("q_proj", "down_proj"), base=weights_hash(base))
     adapted = read_weight(path)[0].eval()
     apply_lora(adapted, lora)
     for value in lora_state(adapted).values():

@@ -118,7 +118,7 @@ def test_the_answers_of_conversations_and_nothing_else_are_asked_exactly_once(ma
         expected.update((ids[i], ids[i + 1], i) for i in range(len(ids) - 1) if mask[i + 1])
     data = make(SFTDataset, rows, 512, packing=packed, system_prompt_ratio=0, empty_think_ratio=1)
     assert questions(data) == expected
-    assert data.report == []
+    assert data.warnings == []
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -129,16 +129,17 @@ def test_bounds_positions_and_attention_mask_agree(make, kind, rows, packed):
         real, positions = batch["attention_mask"].flatten(), batch["position_ids"].flatten()
         bounds = batch["cu_seqlens"].tolist()
         assert batch["cu_seqlens"].numpy().dtype == np.int32
-        assert len(bounds) == len(wanted) * (data.max_pieces + 1) + 1
+        assert len(bounds) == len(wanted) * (data.max_sequences + 1) + 1
         assert set(bounds) >= {row * 64 for row in range(len(wanted) + 1)}
         for begin, end in itertools.pairwise(bounds):
             assert begin <= end
             if real[begin:end].any():
                 assert real[begin:end].all() and positions[begin:end].tolist() == list(range(end - begin))
         assert (batch["input_ids"].flatten()[real == 0] == 0).all()
-        assert batch["attention_mask"].sum(1).tolist() == data.real[wanted].tolist()
-        assert np.bincount(batch["logits_at"] // 64, minlength=len(wanted)).tolist() == data.supervised[wanted].tolist()
-    assert packed == (data.max_pieces > 1)
+        assert batch["attention_mask"].sum(1).tolist() == data.num_tokens[wanted].tolist()
+        targets_per_row = np.bincount(batch["logits_at"] // 64, minlength=len(wanted))
+        assert targets_per_row.tolist() == data.num_targets[wanted].tolist()
+    assert packed == (data.max_sequences > 1)
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
@@ -168,8 +169,8 @@ def test_packing_in_windows_keeps_every_piece_and_fills_no_row_twice(monkeypatch
     start = np.cumsum(length)
     rows = packing.pack(start, length, 20)
     assert sorted(zip(rows.start, rows.length, strict=True)) == sorted(zip(start, length, strict=True))
-    loads = np.add.reduceat(rows.length, rows.first[:-1])
-    assert rows.first[-1] == 100 and loads.max() <= 20 and loads.min() >= 1
+    loads = np.add.reduceat(rows.length, rows.row_offsets[:-1])
+    assert rows.row_offsets[-1] == 100 and loads.max() <= 20 and loads.min() >= 1
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here")
@@ -177,7 +178,7 @@ def test_packing_in_windows_keeps_every_piece_and_fills_no_row_twice(monkeypatch
 def test_rows_of_real_text_are_98_percent_full(tmp_path, tokenizer, kind, name, length):
     path = SHARED / f"{name}.jsonl.gz"
     packed, padded = (kind(path, tokenizer, length, packing, cache_dir=tmp_path) for packing in (True, False))
-    assert packed.fill >= 0.98 > padded.fill
+    assert packed.utilization >= 0.98 > padded.utilization
     assert len(padded) == len(padded.rows.start) == len(packed.rows.start) > len(packed)
 
 
@@ -202,8 +203,8 @@ def test_conversations_end_at_an_answers_end_unless_the_first_is_too_long(make, 
         answers_cut += len(candidates[0]) > 81
         exact += len(candidates[0]) == 81
     assert len(rows) > shortened > answers_cut > 0 < exact
-    assert f"{shortened} of {len(rows)} conversations exceed 80 tokens" in data.report[0]
-    assert data.report[0].endswith(f"{answers_cut} first answers are cut")
+    assert f"{shortened} of {len(rows)} conversations exceed 80 tokens" in data.warnings[0]
+    assert data.warnings[0].endswith(f"{answers_cut} first answers are cut")
 
 
 # ----------------------------------------------------------------------------------------------------- the cache
@@ -213,7 +214,7 @@ def forbid_tokenising(monkeypatch):
     def refuse(*_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(ChatTokenizer, "encode_pieces", refuse)
+    monkeypatch.setattr(ChatTokenizer, "encode_segments", refuse)
 
 
 def test_the_second_start_reads_the_cache(make, monkeypatch):
@@ -223,7 +224,7 @@ def test_the_second_start_reads_the_cache(make, monkeypatch):
     second = make(SFTDataset, rows)
     for wanted, batch in batches(first):
         assert all(batch[name].equal(tensor) for name, tensor in second.batch(wanted).items())
-    assert second.report == first.report != []
+    assert second.warnings == first.warnings != []
     for options in ({"max_seq_len": 32}, {"packing": False}, {"name": "the_same_in_another_file.jsonl"}):
         assert make(SFTDataset, rows, **options).folder == first.folder
 
@@ -288,7 +289,7 @@ def test_an_edited_file_is_read_again(make, tmp_path):
 
 
 def test_interrupted_tokenising_leaves_nothing_half_done(make, tmp_path, monkeypatch):
-    rows, encode = random_texts(9), ChatTokenizer.encode_pieces
+    rows, encode = random_texts(9), ChatTokenizer.encode_segments
     calls = itertools.count(1)
 
     def interrupt(self, conversations):
@@ -297,7 +298,7 @@ def test_interrupted_tokenising_leaves_nothing_half_done(make, tmp_path, monkeyp
         return encode(self, conversations)
 
     monkeypatch.setattr(lm_dataset, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(ChatTokenizer, "encode_pieces", interrupt)
+    monkeypatch.setattr(ChatTokenizer, "encode_segments", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(PretrainDataset, rows)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files"]
@@ -311,7 +312,7 @@ def extras(data: SFTDataset, tokenizer: ChatTokenizer) -> dict[str, tuple[bool, 
     """By first question: whether it got a system prompt, and how many think blocks it has."""
     found = {}
     for ids in documents(data):
-        text = tokenizer.decode(ids, keep_markers=True)
+        text = tokenizer.decode(ids, keep_special_tokens=True)
         question = text.split("<|im_start|>user\n", 1)[1].split("<|im_end|>", 1)[0]
         found[question] = text.startswith("<|im_start|>system"), text.count("<think>")
     return found
@@ -402,7 +403,7 @@ def test_a_bad_row_is_named_by_file_and_line_or_left_out(make, tmp_path, name):
             if skipped:
                 data = make(kind, [GOOD, line, GOOD], skip_bad_rows=True, **options)
                 assert data.meta["documents"] == 2
-                assert data.report[0].startswith(f"skipped 1 bad rows of {data.path}, the first: line 2: {words}")
+                assert data.warnings[0].startswith(f"skipped 1 bad rows of {data.path}, the first: line 2: {words}")
             else:
                 with pytest.raises(UserError) as caught:
                     make(kind, [GOOD, line, GOOD], **options)
@@ -414,8 +415,8 @@ def test_a_bad_row_is_named_by_file_and_line_or_left_out(make, tmp_path, name):
 def test_skipped_rows_are_counted_and_the_first_five_named(make, monkeypatch):
     monkeypatch.setattr(lm_dataset, "CHUNK_BYTES", 20)
     data = make(PretrainDataset, [GOOD, b"[1]", b"", b"[1]", GOOD, b"3", b"{", b"", b"{}"], skip_bad_rows=True)
-    assert data.report[0].startswith("skipped 7 bad rows")
-    assert re.findall(r"line (\d+): ", data.report[0]) == ["2", "3", "4", "6", "7"]
+    assert data.warnings[0].startswith("skipped 7 bad rows")
+    assert re.findall(r"line (\d+): ", data.warnings[0]) == ["2", "3", "4", "6", "7"]
 
 
 @pytest.mark.parametrize("rows, options", [([], {}), ([b"", b"{}"], {"skip_bad_rows": True})])

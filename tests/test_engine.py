@@ -23,7 +23,7 @@ from transformers.generation import logits_process as referee
 
 import eval_llm
 from model import model_minimind
-from model.chat import BOS, EOS, MARKERS, ChatTokenizer
+from model.chat import BOS, EOS, SPECIAL_TOKENS, ChatTokenizer
 from model.cli import run_main
 from model.device import inference_dtype
 from model.inference import cuda_graphs as decode_graphs
@@ -635,12 +635,12 @@ def test_text_never_shows_half_a_character_nor_part_of_a_stop_string():
 def test_half_a_character_at_the_end_is_left_out_and_markers_stand_between_texts():
     first_byte = TOKENIZER.token_bytes.index("好".encode()[:1])
     sequence = Sequence([1], Sampling(4, stop=("</think>",)), TOKENIZER)
-    for token in (*TOKENIZER.encode_text("a"), MARKERS["<tool_call>"], *TOKENIZER.encode_text("b"), first_byte):
+    for token in (*TOKENIZER.encode_text("a"), SPECIAL_TOKENS["<tool_call>"], *TOKENIZER.encode_text("b"), first_byte):
         sequence._take(token, 0.0, [])
-    assert sequence.said == ["a", MARKERS["<tool_call>"], "b"] and sequence.text == "ab"
+    assert sequence.said == ["a", SPECIAL_TOKENS["<tool_call>"], "b"] and sequence.text == "ab"
     assert sequence.finish_reason == "length"
     sequence = Sequence([1], Sampling(4, stop=("</think>",)), TOKENIZER)
-    sequence._take(MARKERS["</think>"], 0.0, [])
+    sequence._take(SPECIAL_TOKENS["</think>"], 0.0, [])
     assert (sequence.finish_reason, sequence.said) == ("stop", [])
 
 

@@ -11,7 +11,7 @@ from lab import TOKENIZER, small_model
 from reciter import Reciter
 
 from dataset.prompts import Prompt
-from model.chat import CALL, END_CALL, EOS, PAD, answer_start, render
+from model.chat import CALL, END_CALL, EOS, PAD, generation_prompt, render
 from model.inference.engine import Sampling
 from trainer.rl.episodes import observation, run_episodes
 from trainer.rl.tools import SCHEMAS, call_tool
@@ -105,7 +105,7 @@ def test_a_canonical_episode_has_the_ids_of_the_whole_conversation(engine, name,
         assert [False] * len(episode.prompt.ids) + episode.sampled == mask[:-1]
     assert episode.finish_reason == "stop" and not episode.unfinished
     assert len(episode.turns) == sum(message["role"] == "assistant" for message in talk)
-    assert [turn.message() for turn in episode.turns] == [
+    assert [turn.to_dict() for turn in episode.turns] == [
         message for message in talk if message["role"] == "assistant"]
     assert [json.dumps(result) for _, result in episode.calls] == [
         message["content"] for message in talk if message["role"] == "tool"]
@@ -220,7 +220,7 @@ def test_a_result_that_is_too_long_ends_the_episode(engine):
 def test_what_stands_between_two_turns_is_what_the_chat_format_writes():
     talk = [OFFER, *CANONICAL["at once"][:-1]]
     for thinking in (False, True):
-        whole = TOKENIZER.encode_pieces([[*render(talk), *answer_start(thinking)]])[0][0]
+        whole = TOKENIZER.encode_segments([[*render(talk), *generation_prompt(thinking)]])[0][0]
         before = TOKENIZER.encode(talk[:3])[0][:-1]
         seen = observation(TOKENIZER, [{"result": 3}, {"result": 20}], thinking)
         assert before + seen == whole

@@ -31,7 +31,8 @@ def answered(case) -> list[int]:
     """The ids of a case that is answered rightly."""
     (name, accepted), = case.accepted.items()
     arguments = {key: values[0] for key, values in accepted.items()}
-    said = [calls((name, arguments)), *told(call_tool(name, arguments, seed=42)), says(f"So: {case.prompt.gt[0]}")]
+    said = [calls((name, arguments)), *told(call_tool(name, arguments, seed=42)),
+            says(f"So: {case.prompt.ground_truth[0]}")]
     said[1]["content"] = json.dumps(call_tool(name, arguments, seed=42), ensure_ascii=False)
     return TOKENIZER.encode([*case.prompt.messages, *said])[0]
 
@@ -67,7 +68,7 @@ def test_tasks_are_held_out_new_and_the_same_for_a_seed():
     assert len(trained) > 200 and not trained & {case.shown for case in cases}
     assert {next(iter(case.accepted)) for case in cases[60:]} == set(SCHEMAS) - {"calculate_math"}
     for case in cases[:60]:
-        assert case.prompt.gt == [str(eval(case.shown))]
+        assert case.prompt.ground_truth == [str(eval(case.shown))]
 
 
 def test_more_tasks_than_there_are_new_ones_come_to_an_end():
@@ -94,7 +95,8 @@ def test_a_benchmark_counts_right_answers_of_several_weights_on_the_same_cases(r
               models={"good": good, "half": half})
     lines = out.splitlines()
     assert len(lines) == 2 * 16 + 4 and [line[0] for line in lines[:16]] == ["✅"] * 4 + ["❌"] * 12
-    assert lines[0] == f"✅ math: {cases[0].shown}  gt {cases[0].prompt.gt[0]}  prediction {cases[0].prompt.gt[0]}"
+    result = cases[0].prompt.ground_truth[0]
+    assert lines[0] == f"✅ math: {cases[0].shown}  gt {result}  prediction {result}"
     assert lines[-4:] == ["half math: 4/8 = 50.0% [21.5%, 78.5%]", "half mixed: 0/8 = 0.0% [0.0%, 32.4%]",
                           "good math: 8/8 = 100.0% [67.6%, 100.0%]", "good mixed: 8/8 = 100.0% [67.6%, 100.0%]"]
     saved = json.loads((tmp_path / "x.json").read_text("utf-8"))

@@ -15,7 +15,7 @@ from model import loading
 from model.cli import UserError, run_main
 from model.loading import load_for_inference
 from model.model_lora import LoRA, adaptable, apply_lora, load_lora, lora_state, merge_lora, read_lora, save_lora
-from model.weights import fingerprint, load_weight, qwen3_config, save_weight
+from model.weights import load_weight, qwen3_config, save_weight, weights_hash
 from scripts import convert_model
 from trainer import train_lora
 from trainer import trainer as loop
@@ -40,7 +40,7 @@ def saved_pair(folder, options: dict, targets: tuple, name: str = "lora", **sett
     if not (folder / f"full_sft_64{'_moe' if options else ''}.pth").exists():
         save_weight(large_weights(small_model(**options)), "full_sft", folder, TOKENIZER)
     base, _ = load_weight("full_sft", folder, **options)
-    lora = LoRA(**{"rank": 8, "alpha": 12.0, "targets": targets, "base": fingerprint(base), **settings})
+    lora = LoRA(**{"rank": 8, "alpha": 12.0, "targets": targets, "base": weights_hash(base), **settings})
     adapted, _ = load_weight("full_sft", folder, **options)
     apply_lora(adapted, lora)
     for value in lora_state(adapted).values():
@@ -161,7 +161,7 @@ def test_only_the_branches_learn_and_only_they_are_kept(lab, monkeypatch, use_mo
     trained = seen["model"].state_dict()
     assert all(torch.equal(trained[name], value) for name, value in base.state_dict().items())
     state = lab.weight(stem)
-    assert state.pop("settings")["base"] == fingerprint(base)
+    assert state.pop("settings")["base"] == weights_hash(base)
     assert state.keys() == lora_state(seen["model"]).keys() == lab.state(stem)["model"].keys()
     assert all(value.dtype == torch.float16 for value in state.values())
     assert lab.losses(stem)[-1] < lab.losses(stem)[0] - 0.3

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from dataset.packing import branched
+from dataset.packing import pack_shared_prefix
 from model import model_minimind as mm
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, _grouped_by_expert, _loop_by_expert
 
@@ -217,7 +217,7 @@ def some_trees() -> list[tuple[list[int], list[list[int]]]]:
 @every_kind
 def test_answers_that_share_their_prompt_equal_qwen3_on_each_conversation_alone(kind, device):
     (ours, theirs), trees = twins(kind, device), some_trees()
-    batch = {name: x.to(device) for name, x in branched(trees, 64).items()}
+    batch = {name: x.to(device) for name, x in pack_shared_prefix(trees, 64).items()}
     assert int(batch["attention_mask"].sum()) == 7 + 12 + 1 + 3 + 12 + 6  # a prompt once, no answer's last token
     targets = batch.pop("targets")
     assert targets.tolist() == sum((answer for _, answers in trees for answer in answers), [])

@@ -58,15 +58,15 @@ def plain_log_prob(model, messages: list[dict]) -> tuple[torch.Tensor, int]:
 def test_a_batch_holds_whole_pairs_and_says_which_token_is_whose(tmp_path, packing):
     rows = random_pairs(15)
     data, model = dataset(tmp_path, rows, packing=packing), small_model().requires_grad_(False)
-    assert data.units.sum() == 15 and data.row_length == 128
-    assert len(data) == 15 if not packing else len(data) < 10 and data.fill > 0.7
+    assert data.loss_count.sum() == 15 and data.row_length == 128
+    assert len(data) == 15 if not packing else len(data) < 10 and data.utilization > 0.7
     got, every = {}, np.arange(len(data))
     for wanted in (every[:-3], np.array([*every[-3:], -1])):
         batch = data.batch(wanted)
         log_p, _ = answer_log_probs(model, batch)
         flat, bounds = batch["input_ids"].flatten(), batch["cu_seqlens"].tolist()
-        assert (flat[batch["ends"]] == 2).all() and len(batch["ends"]) == 2 * data.units[wanted[wanted >= 0]].sum()
-        assert batch["attention_mask"].sum() == data.real[wanted[wanted >= 0]].sum()
+        assert (flat[batch["ends"]] == 2).all() and len(batch["ends"]) == 2 * data.loss_count[wanted[wanted >= 0]].sum()
+        assert batch["attention_mask"].sum() == data.num_tokens[wanted[wanted >= 0]].sum()
         for document in range(len(batch["ends"])):
             ids = flat[batch["spread"][bounds[document]:bounds[document + 1]]]
             got[tuple(ids.tolist()), document % 2] = log_p[document]
@@ -82,9 +82,9 @@ def test_only_the_last_answer_is_learned_and_with_it_the_choice_to_think(tmp_pat
     both = {"chosen": [*before, said("3")], "rejected": [*before, said("4")]}
     batch, plain = (dataset(tmp_path, [each]).batch(np.array([0])) for each in (row, both))
     sides = [batch["targets"][batch["document"] == side].tolist() for side in (0, 1)]
-    texts = [TOKENIZER.decode(ids, keep_markers=True) for ids in sides]
+    texts = [TOKENIZER.decode(ids, keep_special_tokens=True) for ids in sides]
     assert texts == ["<think>\n1 + 2 = 3\n</think>\n\n3<|im_end|>", "<think>\n\n</think>\n\n4<|im_end|>"]
-    assert TOKENIZER.decode(plain["targets"].tolist(), keep_markers=True) == "3<|im_end|>4<|im_end|>"
+    assert TOKENIZER.decode(plain["targets"].tolist(), keep_special_tokens=True) == "3<|im_end|>4<|im_end|>"
 
 
 def test_long_sides_are_cut_and_a_pair_without_an_answer_left_is_left_out(tmp_path):
@@ -92,8 +92,8 @@ def test_long_sides_are_cut_and_a_pair_without_an_answer_left_is_left_out(tmp_pa
     rows = [{"chosen": [USER, said(long)], "rejected": [USER, said("no")]},
             {"chosen": [USER | {"content": long}, said("a")], "rejected": [USER | {"content": long}, said("b")]}]
     data = dataset(tmp_path, rows + random_pairs(3))
-    assert data.units.sum() == 4
-    assert data.report == ["1 of 5 pairs have a side of more than 64 tokens, which is cut; 1 more, whose prompt is "
+    assert data.loss_count.sum() == 4
+    assert data.warnings == ["1 of 5 pairs have a side of more than 64 tokens, which is cut; 1 more, whose prompt is "
                            "that long, are left out"]
     with pytest.raises(Exception, match="every prompt fills --max_seq_len 64"):
         dataset(tmp_path, rows[1:])

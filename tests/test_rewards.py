@@ -19,7 +19,7 @@ from transformers import (
 
 from dataset.prompts import Prompt
 from dataset.sample_world import SKILLS, World
-from model.chat import EOS, PAD, parse_answer
+from model.chat import EOS, PAD, parse_message
 from model.cli import Failure, Parser, UserError
 from model.model_minimind import MiniMindConfig
 from model.model_reward import MiniMindForSequenceClassification
@@ -43,7 +43,7 @@ def said(text: str, gt: tuple = (), thinking: bool = False, finish_reason: str =
     prompt = Prompt(TOKENIZER.prompt(messages, open_thinking=thinking), messages, thinking, list(gt), "rows.jsonl:7")
     ids = ids_of(text) + [EOS] * (finish_reason == "stop")
     return prompt, Trajectory(prompt, ids, [True] * len(ids), [-1.0] * len(ids), finish_reason,
-                              parse_answer(TOKENIZER, ids, thinking))
+                              parse_message(TOKENIZER, ids, thinking))
 
 
 def make(*flags: str, **more) -> Rewards:
@@ -129,11 +129,11 @@ def test_the_total_is_the_weighted_sum_and_the_mix_is_checked():
 @pytest.mark.parametrize("answer", [float("nan"), float("inf"), None])
 def test_a_component_that_fails_names_itself_and_the_row(answer):
     def component(prompts, _):
-        return [1.0 if prompt.where != "rows.jsonl:9" else answer if answer is not None else 1 / 0
+        return [1.0 if prompt.source != "rows.jsonl:9" else answer if answer is not None else 1 / 0
                 for prompt in prompts]
 
     pairs = [said("a"), said("b"), said("c")]
-    prompts = [Prompt([1], [], where=f"rows.jsonl:{number}") for number in (8, 9, 10)]
+    prompts = [Prompt([1], [], source=f"rows.jsonl:{number}") for number in (8, 9, 10)]
     with pytest.raises(Failure, match=r"reward odd .*rows.jsonl:9"):
         Rewards({"odd": component}, {}).score(prompts, [trajectory for _, trajectory in pairs])
 

@@ -180,7 +180,7 @@ def experience(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: t
     args = parse_policy_args(parser, flags)
     dice = np.random.default_rng(0)
     prompts = object.__new__(PromptDataset)
-    prompts.prompts = [Prompt(dice.integers(40, 6400, dice.integers(3, 20)).tolist(), [], where=f"rows:{i}")
+    prompts.prompts = [Prompt(dice.integers(40, 6400, dice.integers(3, 20)).tolist(), [], source=f"rows:{i}")
                        for i in range(10)]
     run = SimpleNamespace(args=args, world=World(rank, size), device=torch.device("cpu"), autocast=nullcontext,
                           whole=nullcontext, tokenizer=TOKENIZER)
@@ -273,7 +273,7 @@ def test_groups_that_teach_nothing_are_counted_and_drawn_again():
     class Often(Seeded):
         def score(self, prompts, trajectories):
             scores = super().score(prompts, trajectories)
-            return scores * torch.tensor([[int(p.where[-1]) % 2] for p in prompts])  # half of the prompts: all 0
+            return scores * torch.tensor([[int(p.source[-1]) % 2] for p in prompts])  # half of the prompts: all 0
 
     rollouts = experience(rewards=Often(), flags=("--batch_size", 5))
     assert 0.2 < rollouts.take(0).seen["alike"] < 0.8 and rollouts.cursor == 10
@@ -320,7 +320,8 @@ def test_prompts_drop_the_placeholder_and_ask_for_thinking_by_ratio(data):
         prompts = PromptDataset(data / "rlaif.jsonl", TOKENIZER, 64, thinking_ratio=ratio)
         assert len(prompts) == 40 and all(prompt.messages[-1]["role"] == "user" for prompt in prompts.prompts)
         assert abs(sum(prompt.thinking for prompt in prompts.prompts) / 40 - ratio) < 0.25
-    assert prompts[0].ids == TOKENIZER.prompt(prompts[0].messages, open_thinking=True) and len(prompts[0].gt) == 1
+    assert prompts[0].ids == TOKENIZER.prompt(prompts[0].messages, open_thinking=True)
+    assert len(prompts[0].ground_truth) == 1
 
 
 @pytest.mark.parametrize("line, words", [

@@ -16,7 +16,7 @@ from model.chat import EOS, PAD
 from model.cli import Failure, Parser, UserError
 from model.inference.engine import Sampling, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import fingerprint, load_folder
+from model.weights import load_folder, weights_hash
 from trainer.distributed import World
 from trainer.rollout_engine import (
     LocalEngine,
@@ -224,8 +224,8 @@ def test_greedy_answers_come_from_a_server_too(remote, policy):
 def test_every_update_gives_the_server_a_new_folder_and_leaves_no_other(remote, policy, server):
     for number in (1, 2):
         remote.update()
-        assert server.version == remote.version == f"{number}-{fingerprint(policy)}"
-        assert fingerprint(server.model) == fingerprint(policy)
+        assert server.version == remote.version == f"{number}-{weights_hash(policy)}"
+        assert weights_hash(server.model) == weights_hash(policy)
         assert [path.name for path in remote.folder.iterdir()] == [remote.version]
         move(policy)
 
@@ -240,7 +240,7 @@ def test_weights_that_lag_are_a_failure(remote, policy, server):
         remote.generate(PROMPTS, how())
     server.stuck = True  # it says yes, and goes on with what it has
     remote.update()
-    with pytest.raises(Failure, match=f"serves weights '1-.*', and '2-{fingerprint(policy)}'"):
+    with pytest.raises(Failure, match=f"serves weights '1-.*', and '2-{weights_hash(policy)}'"):
         remote.generate(PROMPTS, how())
 
 

@@ -35,7 +35,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from torch.nn.functional import cross_entropy
 
-from model.chat import BOS, MARKERS, ChatTokenizer, parse_answer
+from model.chat import BOS, SPECIAL_TOKENS, ChatTokenizer, parse_message
 from model.cli import run_main
 from model.inference.engine import Engine, Sampling, Sequence, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -235,7 +235,7 @@ def choice_of(text: str, finish_reason: str = "stop", calls: bool = True) -> tup
     choice = ChatChoice(0, TOKENIZER, thinks=False, calls=calls, wants_logprobs=False)
     ids = []
     for part in re.split("(</?tool_call>)", text):  # markers become tokens
-        ids += [MARKERS[part]] if part in MARKERS else TOKENIZER.encode_text(part)
+        ids += [SPECIAL_TOKENS[part]] if part in SPECIAL_TOKENS else TOKENIZER.encode_text(part)
     chunks = []
     for number, i in enumerate(ids, 1):
         ended = finish_reason if number == len(ids) else None
@@ -382,7 +382,7 @@ def test_64_streams_at_once_are_what_they_are_alone(wildly, wild):
         async with wildly.client(openai.AsyncOpenAI) as client:
             return await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
 
-    expected = [parse_answer(TOKENIZER, sequence.said) for sequence in alone]
+    expected = [parse_message(TOKENIZER, sequence.said) for sequence in alone]
     assert asyncio.run(ask_all()) == [answer.content for answer in expected]
     assert wildly.settles()
 
@@ -506,7 +506,7 @@ def test_bad_requests_do_not_harm_a_good_one(wildly, wild):
         content = body if isinstance(body, str) else json.dumps(body)
         assert wildly.post(content=content, headers={"Content-Type": "application/json"}).status_code == 400
     pieces += [chunk.choices[0].delta.content or "" for chunk in stream]
-    assert "".join(pieces) == parse_answer(TOKENIZER, expected.said).content
+    assert "".join(pieces) == parse_message(TOKENIZER, expected.said).content
 
 
 def test_the_sdk_raises_its_own_errors(served):

@@ -275,7 +275,7 @@ def test_two_ranks_are_one_rank(lab, rows, micro_steps):
 class Rows:
     """A data set whose batches are the numbers of their rows."""
 
-    row_length, key, units, real = 4, "rows", np.ones(10), np.ones(10)
+    row_length, key, loss_count, num_tokens = 4, "rows", np.ones(10), np.ones(10)
 
     def __len__(self):
         return 10

@@ -23,7 +23,7 @@ from model.inference.engine import Sampling
 from model.loading import load_for_inference
 from model.model_lora import LoRA, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import find_models, fingerprint, load_weight, save_weight
+from model.weights import find_models, load_weight, save_weight, weights_hash
 from scripts.web import answers, curves, parts
 from scripts.web.answers import LocalModel, RemoteModel, Reply, openai_messages
 from scripts.web.chat import worked_out
@@ -406,7 +406,7 @@ def test_a_pretrained_weight_goes_on_with_the_text(page):
 def test_a_lora_is_offered_for_its_base_alone_and_changes_the_answer(page, save_dir):
     base, _ = load_weight("full_sft", save_dir)
     assert [box.label for box in page.selectbox] == ["Weight"]  # there is no LoRA yet
-    for name, of in (("lora_mute", fingerprint(base)), ("lora_foreign", "of another base")):
+    for name, of in (("lora_mute", weights_hash(base)), ("lora_foreign", "of another base")):
         lora, (adapted, _) = LoRA(2, targets=("q_proj", "o_proj"), base=of), load_weight("full_sft", save_dir)
         apply_lora(adapted, lora)
         for value in lora_state(adapted).values():

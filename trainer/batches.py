@@ -63,7 +63,7 @@ class RowStream:
         rows = self.rows(step)
         mine = rows.reshape(self.micro_steps, self.world.size, -1)[:, self.world.rank]
         return Step((self.dataset.batch(part) for part in mine), self.micro_steps,
-                    int(self.dataset.units[rows].sum()), int(self.dataset.real[rows].sum()))
+                    int(self.dataset.loss_count[rows].sum()), int(self.dataset.num_tokens[rows].sum()))
 
     def rows(self, step: int) -> np.ndarray:
         """The rows of step `step`, of all ranks."""

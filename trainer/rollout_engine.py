@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from dataset.prompts import Prompt
-from model.chat import Answer, ChatTokenizer, parse_answer
+from model.chat import AssistantMessage, ChatTokenizer, parse_message
 from model.cli import Failure, UserError, first_line
 from model.inference.engine import Engine, Sampling
-from model.weights import fingerprint, save_folder
+from model.weights import save_folder, weights_hash
 from trainer.distributed import World
 
 FULL_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
@@ -40,8 +40,8 @@ class Trajectory:
     sampled: list[bool] = field(default_factory=list)  # of each of `ids`: drawn from the policy, so to be trained
     logprobs: list[float] = field(default_factory=list)  # nats, as each was drawn; 0 where nothing was
     finish_reason: str = ""  # "stop", "length", or in an episode "turns": there were no more to take
-    answer: Answer = field(default_factory=Answer)  # the last turn, taken apart
-    turns: list[Answer] = field(default_factory=list)  # of an episode, all of them
+    answer: AssistantMessage = field(default_factory=AssistantMessage)  # the last turn, taken apart
+    turns: list[AssistantMessage] = field(default_factory=list)  # of an episode, all of them
     calls: list[tuple[dict, dict]] = field(default_factory=list)  # of an episode: {"name", "arguments"} and its result
 
     @property
@@ -91,7 +91,7 @@ class LocalEngine:
 class RemoteEngine:
     """A server that samples for all ranks; `update` gives it the weights, in a new folder of `folder`, which it reads.
 
-    What it serves has a name, made of the weights' own fingerprint: an answer from other weights than the policy's is
+    What it serves has a name, made of the weights' own hash: an answer from other weights than the policy's is
     a Failure, like a server that cannot be reached or refuses. Ids go out and come back: nothing is tokenised there.
     Each kind of server has its `_refresh`, which loads a folder, and its `_sample`, which asks for one answer.
     """
@@ -105,7 +105,7 @@ class RemoteEngine:
     def update(self) -> None:
         """The weights have changed: write them, let the server load them. Every rank calls this, the first one acts."""
         self.updates += 1
-        self.version, error = f"{self.updates}-{fingerprint(self.model)}", None
+        self.version, error = f"{self.updates}-{weights_hash(self.model)}", None
         if self.world.main:
             old, self.written = self.written, self.folder / self.version  # no cache can take one for the other
             half = self.folder / f".{self.version}.tmp"
@@ -123,7 +123,7 @@ class RemoteEngine:
 
     def generate(self, prompts: list[Prompt], sampling: list[Sampling]) -> list[Trajectory]:
         """One answer to each prompt, in the same order."""
-        self._check_version(f"{self.updates}-{fingerprint(self.model)}", "the policy is at")
+        self._check_version(f"{self.updates}-{weights_hash(self.model)}", "the policy is at")
         if prompts and not self.scaled and any(how.temperature not in (0, 1) for how in sampling):
             self._check_temperature(prompts[0].ids)
         with ThreadPoolExecutor(self.max_batch) as pool:
@@ -235,7 +235,7 @@ def trajectory_of(tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int], logp
                   finish_reason: str) -> Trajectory:
     """An answer that was sampled in one go."""
     return Trajectory(prompt, ids, [True] * len(ids), logprobs, finish_reason,
-                      parse_answer(tokenizer, ids, prompt.thinking))
+                      parse_message(tokenizer, ids, prompt.thinking))
 
 
 def full_distribution(max_new_tokens: int, temperature: float, seed: int) -> Sampling:

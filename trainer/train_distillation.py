@@ -11,7 +11,7 @@ from torch import nn
 
 from dataset.lm_dataset import SFTDataset
 from model.cli import UserError, fraction, nonneg_float, positive_int, run_main
-from model.weights import ROOT, fingerprint, load_folder, load_weight
+from model.weights import ROOT, load_folder, load_weight, weights_hash
 from trainer.arguments import parse_args, stage_parser
 from trainer.losses import distillation_loss
 from trainer.trainer import Run
@@ -63,7 +63,7 @@ def main() -> None:
         val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
         how = {"alpha": args.alpha, "temperature": args.temperature, "reverse": bool(args.reverse_kl)}
         run.fit(model, data, partial(distillation_loss, teacher=teacher, **how), val_data,
-                teacher=fingerprint(teacher), **how)
+                teacher=weights_hash(teacher), **how)
 
 
 if __name__ == "__main__":

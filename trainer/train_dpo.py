@@ -14,7 +14,7 @@ from torch import nn
 
 from dataset.lm_dataset import DPODataset
 from model.cli import UserError, fraction, nonneg_float, run_main
-from model.weights import ROOT, fingerprint, save_atomically
+from model.weights import ROOT, save_atomically, weights_hash
 from trainer.arguments import parse_args, stage_parser
 from trainer.losses import PREFERENCES, answer_log_probs, dpo_loss
 from trainer.trainer import Run, to_device
@@ -26,8 +26,8 @@ def reference_log_probs(run: Run, model: nn.Module, base: str, data: DPODataset)
 
     In the precision and in the very blocks that the policy is trained with, so that their ratio starts at 1.
     """
-    name = f"{data.plan_path.stem}_{base}_{run.device.type}_{str(run.dtype)[6:]}.pt"
-    path, world, B = data.plan_path.with_name(name), run.world, run.args.batch_size
+    name = f"{data.row_index_path.stem}_{base}_{run.device.type}_{str(run.dtype)[6:]}.pt"
+    path, world, B = data.row_index_path.with_name(name), run.world, run.args.batch_size
     if world.any(not path.exists()):
         run.prepare(model)
         began, mine = time.perf_counter(), {}
@@ -41,7 +41,7 @@ def reference_log_probs(run: Run, model: nn.Module, base: str, data: DPODataset)
             save_atomically(torch.cat([parts[begin] for begin in sorted(parts)]), path)
         world.gather(None)  # the others wait until it is there
         seconds = time.perf_counter() - began
-        run.say(f"reference: {int(data.real.sum()):,} tokens of {data.path.name} in {seconds:.1f} s")
+        run.say(f"reference: {int(data.num_tokens.sum()):,} tokens of {data.path.name} in {seconds:.1f} s")
     return torch.load(path, weights_only=True)
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         raise UserError("--label_smoothing is not defined for --loss_type ipo; leave it out")
     with Run(args) as run:
         model = run.load_model()
-        base = fingerprint(model)
+        base = weights_hash(model)
         data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
         for rows in filter(None, (data, val_data) if args.loss_type != "simpo" else ()):
             rows.reference = reference_log_probs(run, model, base, rows)

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 from dataset.lm_dataset import SFTDataset
 from model.cli import fraction, nonneg_float, positive_int, run_main
 from model.model_lora import TARGETS, LoRA, adaptable, apply_lora, save_lora
-from model.weights import ROOT, fingerprint
+from model.weights import ROOT, weights_hash
 from trainer.arguments import parse_args, stage_parser
 from trainer.losses import next_token_loss
 from trainer.trainer import Run
@@ -39,7 +39,7 @@ def main() -> None:
         model = run.load_model()
         there = [name for name in TARGETS if name in adaptable(model)]
         targets = there if args.lora_targets == "all" else args.lora_targets.split(",")
-        lora = LoRA(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(targets), fingerprint(model))
+        lora = LoRA(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(targets), weights_hash(model))
         apply_lora(model, lora)
         data = run.dataset(SFTDataset, args.data_path, **extras)
         val_data = run.dataset(SFTDataset, args.val_data_path, **extras)

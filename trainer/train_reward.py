@@ -10,7 +10,7 @@ if __name__ == "__main__":
 from dataset.lm_dataset import DPODataset
 from model.cli import nonneg_float, nonneg_int, run_main
 from model.model_reward import MiniMindForSequenceClassification
-from model.weights import ROOT, file_stem, fingerprint, save_folder
+from model.weights import ROOT, file_stem, save_folder, weights_hash
 from trainer.arguments import parse_args, stage_parser
 from trainer.losses import reward_loss
 from trainer.trainer import Run
@@ -30,7 +30,7 @@ def main() -> None:
         model = MiniMindForSequenceClassification.of(decoder, args.extra_layers)
         data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
         loss = partial(reward_loss, token_weight=args.token_weight)
-        run.fit(model, data, loss, val_data, val_loss=reward_loss, base=fingerprint(decoder),
+        run.fit(model, data, loss, val_data, val_loss=reward_loss, base=weights_hash(decoder),
                 extra_layers=args.extra_layers, token_weight=args.token_weight)
         whole = run.parallel.gathered()
         if run.world.main:

@@ -107,9 +107,9 @@ class Run:
             data = kind(path, self.tokenizer, args.max_seq_len, bool(args.packing), bool(args.skip_bad_rows),
                         args.cache_dir, **settings)
         self.say(f"data: {path.name}: {data.meta['documents']:,} documents, {data.meta['tokens']:,} tokens in "
-                 f"{len(data):,} rows of {data.row_length}, {data.fill:.1%} full "
+                 f"{len(data):,} rows of {data.row_length}, {data.utilization:.1%} full "
                  f"({time.perf_counter() - began:.1f} s)")
-        for sentence in data.report:
+        for sentence in data.warnings:
             self.say(f"data: {sentence}")
         return data
 
@@ -121,7 +121,7 @@ class Run:
         found = PromptDataset(path, self.tokenizer, args.max_seq_len, bool(args.skip_bad_rows), args.thinking_ratio,
                               args.seed)
         self.say(f"data: {path.name}: {len(found):,} prompts")
-        for sentence in found.report:
+        for sentence in found.warnings:
             self.say(f"data: {sentence}")
         return found
 
@@ -355,7 +355,7 @@ class Training:
         sums = {name: sum(rank.get(name, 0) for rank in ranks) for name in ranks[0]}
         nats, size = sums.pop("text_nats", 0), sums.pop("text_bytes", 0)
         bits = {"val_bpb": nats / max(size, 1) / math.log(2)} if size else {}
-        return {f"val_{name}": value / max(int(data.units.sum()), 1) for name, value in sums.items()} | bits
+        return {f"val_{name}": value / max(int(data.loss_count.sum()), 1) for name, value in sums.items()} | bits
 
     def _text_loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
         """Next-token loss; the nats of the text's tokens and the bytes these stand for are counted beside it."""

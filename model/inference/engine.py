@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from model.chat import MARKERS, ChatTokenizer
+from model.chat import SPECIAL_TOKENS, ChatTokenizer
 from model.inference.cuda_graphs import DecodeGraphs, capturable
 from model.inference.kv_cache import KVCache
 from model.inference.prepacked import in_use, pack
@@ -28,7 +28,7 @@ __all__ = ["Engine", "Sampling", "Sequence", "generate", "stream"]
 PLACE_LENGTH, SMALLEST_LENGTH = 2048, 256  # tokens a place gets by default, and what the cache starts with
 WORTH_COPYING = 8  # a shorter common beginning is read anew
 WORTH_SHARING = 1024  # keys that a step must save by it, or each sequence reads all of its own
-MARKER_OF = {number: marker for marker, number in MARKERS.items()}
+ID_TO_TOKEN = {number: marker for marker, number in SPECIAL_TOKENS.items()}
 
 
 class Sequence:
@@ -80,10 +80,10 @@ class Sequence:
         if self._tokenizer is not None:
             if 35 < token < self._tokenizer.vocab_size:
                 self._say(self._utf8.decode(self._tokenizer.token_bytes[token]))
-            elif token in MARKER_OF:
+            elif token in ID_TO_TOKEN:
                 self._utf8.reset()
                 self._say("", last=True)
-                if MARKER_OF[token] in self.sampling.stop:
+                if ID_TO_TOKEN[token] in self.sampling.stop:
                     self.finish_reason = "stop"
                 else:
                     self.said.append(token)

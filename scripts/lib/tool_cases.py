@@ -56,7 +56,7 @@ def read_cases(path: Path, tokenizer: ChatTokenizer, prompt_of: Callable[..., Pr
     rows = [(f"{path}:{number}", parse_row(line)) for number, line in read_rows(path)]
     if not rows or "function" not in rows[0][1]:
         data = PromptDataset(path, tokenizer, longest, thinking_ratio=float(thinking))
-        for line in data.report:
+        for line in data.warnings:
             print(line)
         return [Case(path.stem, prompt, prompt.messages[-1]["content"]) for prompt in data.prompts]
     beside = path.with_name(f"{path.stem}_answers{path.suffix}")

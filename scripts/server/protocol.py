@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from model.chat import BOS, AnswerParser, ChatTokenizer
+from model.chat import BOS, ChatTokenizer, MessageParser
 from model.inference.engine import Sampling
 from scripts.server.engine_thread import Progress
 
@@ -260,7 +260,7 @@ class ChatChoice:
         self.index, self.tokenizer, self.finish_reason = index, tokenizer, None
         self.said: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
         self.logprobs: list[dict] | None = [] if wants_logprobs else None
-        self._parser, self._calls = AnswerParser(tokenizer, thinks), calls
+        self._parser, self._calls = MessageParser(tokenizer, thinks), calls
 
     def start(self) -> dict:
         return self._chunk({"role": "assistant", "content": ""}, [])

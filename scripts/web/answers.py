@@ -11,11 +11,11 @@ from threading import Lock, Thread
 
 from torch import nn
 
-from model.chat import BOS, Answer, AnswerParser, ChatTokenizer, parse_json
+from model.chat import BOS, AssistantMessage, ChatTokenizer, MessageParser, parse_json
 from model.cli import Failure, first_line
 from model.inference.engine import Engine, Sampling
 
-Event = tuple[str, object]  # AnswerParser's, ("tokens", how many more) and ("end", why)
+Event = tuple[str, object]  # MessageParser's, ("tokens", how many more) and ("end", why)
 PATIENCE = 60  # seconds an answer goes on that nobody watches
 
 
@@ -33,7 +33,7 @@ class LocalModel:
             thinking, prompt = False, [BOS, *self.tokenizer.encode_text(messages[-1]["content"])]
         else:
             prompt = self.tokenizer.prompt(messages, tools, thinking)
-        parser, seen = AnswerParser(self.tokenizer, thinking), 0
+        parser, seen = MessageParser(self.tokenizer, thinking), 0
         with self._turn:
             sequence = self.engine.add(prompt, sampling)
         try:
@@ -97,7 +97,7 @@ class RemoteModel:
 
 def events_of(chunks: Iterator) -> Iterator[Event]:
     """Events of OpenAI's chunks: text may hold markers of ours, arguments come in pieces, a chunk is about a token."""
-    parser, calls, reason, told, counted = AnswerParser(None), {}, None, None, 0
+    parser, calls, reason, told, counted = MessageParser(None), {}, None, None, 0
     for chunk in chunks:
         told = chunk.usage.completion_tokens if chunk.usage else told
         for choice in chunk.choices[:1]:
@@ -145,7 +145,7 @@ class Reply:
     """An answer that is being written: read `message()` at any time, until `done`."""
 
     def __init__(self, events: Iterator[Event]):
-        self.answer, self.tokens, self.reason, self.error = Answer(), 0, None, None
+        self.answer, self.tokens, self.reason, self.error = AssistantMessage(), 0, None, None
         self.done = self._stopped = False
         self.began = self.watched = time.perf_counter()
         self.first = self.last = self.thought = None
@@ -165,7 +165,7 @@ class Reply:
         facts = {"tokens": self.tokens, "wait": self.first and self.first - self.began, "reason": self.reason,
                  "speed": (self.tokens - 1) / seconds if seconds and self.tokens > 1 else None,
                  "thought": self.thought, "malformed": list(self.answer.malformed)}
-        return self.answer.message() | {"facts": facts}
+        return self.answer.to_dict() | {"facts": facts}
 
     def _receive(self, events: Iterator[Event]) -> None:
         try:

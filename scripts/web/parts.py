@@ -11,8 +11,8 @@ from model.cli import Failure, Parser
 from model.device import choose_device
 from model.inference.engine import Sampling
 from model.loading import load_for_inference
-from model.model_lora import find_loras
-from model.weights import OUT_DIR, find_models, fingerprint, load_folder, load_weight
+from model.model_lora import compatible_adapters
+from model.weights import OUT_DIR, find_models, load_folder, load_weight, weights_hash
 from scripts.web.answers import LocalModel, RemoteModel, Reply
 
 ENGLISH, CHINESE = "English", "中文"
@@ -65,11 +65,11 @@ def load(name: str, modified: tuple[float, ...], save_dir: Path, tokenizer: Path
 
 @st.cache_data(show_spinner=False)
 def base_of(name: str, modified: float, save_dir: Path) -> str:
-    """The fingerprint by which LoRAs know the model called `name`."""
+    """The weights_hash by which LoRAs know the model called `name`."""
     found = find_models(save_dir)[name]
     model, _ = load_folder(found["load_from"]) if found["load_from"] != "model" else load_weight(
         found["weight"], save_dir, found["hidden_size"], found["use_moe"])
-    return fingerprint(model)
+    return weights_hash(model)
 
 
 def local_model(name: str, key: str) -> LocalModel | None:
@@ -79,7 +79,8 @@ def local_model(name: str, key: str) -> LocalModel | None:
     path = Path(found["load_from"]) if found["load_from"] != "model" else folder / f"{name}.pth"
     try:
         modified = [path.stat().st_mtime]
-        if any(folder.glob("lora_*.pth")) and (fitting := find_loras(folder, base_of(name, modified[0], folder))):
+        if any(folder.glob("lora_*.pth")) and (
+                fitting := compatible_adapters(folder, base_of(name, modified[0], folder))):
             lora = st.selectbox("LoRA", (None, *fitting), key=f"lora_{key}_{name}", **PERSIST,
                                 format_func=lambda value: value or tr("no LoRA", "不用 LoRA"))
         if lora:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from dataset.prompts import Prompt
-from model.chat import EOS, Answer, ChatTokenizer, answer_start, parse_answer, parse_json, render
+from model.chat import EOS, AssistantMessage, ChatTokenizer, generation_prompt, parse_json, parse_message, render
 from model.inference.engine import Sampling
 from trainer.rl.tools import call_tool
 from trainer.rollout_engine import LocalEngine, Trajectory
@@ -51,7 +51,7 @@ def run_episodes(engine, prompts: list[Prompt], samplings: list[Sampling], token
         def ask(episode: Trajectory, sampling: Sampling) -> None:
             tokens = episode.tokens
             if len(tokens) >= limit:
-                raise ValueError(f"{episode.prompt.where}: a prompt of {len(tokens):,} tokens leaves no room for an "
+                raise ValueError(f"{episode.prompt.source}: a prompt of {len(tokens):,} tokens leaves no room for an "
                                  f"answer within {limit:,}")
             seed = sampling.seed + SEED_STEP * len(episode.turns)
             how = replace(sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, limit - len(tokens)))
@@ -96,7 +96,7 @@ def take_turn(episode: Trajectory, sequence, tokenizer: ChatTokenizer, max_turns
     episode.ids += sequence.ids
     episode.logprobs += sequence.logprobs
     episode.sampled += [True] * len(sequence.ids)
-    episode.answer = parse_answer(tokenizer, sequence.ids, episode.prompt.thinking)
+    episode.answer = parse_message(tokenizer, sequence.ids, episode.prompt.thinking)
     episode.turns.append(episode.answer)
     if sequence.ids[-1:] != [EOS]:
         episode.finish_reason = "length"
@@ -116,7 +116,8 @@ def take_turn(episode: Trajectory, sequence, tokenizer: ChatTokenizer, max_turns
         episode.sampled += [False] * len(seen)
 
 
-def run_calls(answer: Answer, offered: list[str], call: Callable[[str, dict], dict]) -> list[tuple[dict, dict]]:
+def run_calls(answer: AssistantMessage, offered: list[str],
+              call: Callable[[str, dict], dict]) -> list[tuple[dict, dict]]:
     """Run the calls of a turn. → ({"name", "arguments"}, result) of each, malformed ones last and without a name"""
     done = []
     for asked in answer.tool_calls:
@@ -134,7 +135,7 @@ def offered_names(prompt: Prompt) -> list[str]:
 def observation(tokenizer: ChatTokenizer, results: list[dict], thinking: bool) -> list[int]:
     """The ids between one turn's `<|im_end|>` and the next turn's first: as the chat format renders these messages."""
     said = [{"role": "tool", "content": json.dumps(result, ensure_ascii=False)} for result in results]
-    return tokenizer.encode_pieces([[("\n", False), *render(said), *answer_start(thinking)]])[0][0]
+    return tokenizer.encode_segments([[("\n", False), *render(said), *generation_prompt(thinking)]])[0][0]
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.prompts import Prompt
-from model.chat import EOS, PAD, ChatTokenizer, tool_calls_of
+from model.chat import EOS, PAD, ChatTokenizer, parse_tool_calls
 from model.cli import UserError, first_line
 from model.device import inference_dtype
 from model.model_reward import MiniMindForSequenceClassification, rewards
@@ -98,9 +98,9 @@ def conversation(trajectory: Trajectory) -> list[dict]:
     """
     if not all(trajectory.sampled):
         raise ValueError("an episode with tools in it has more messages than a prompt and an answer")
-    return [{**message, "tool_calls": [{"type": "function", "function": call} for call in tool_calls_of(message)]}
+    return [{**message, "tool_calls": [{"type": "function", "function": call} for call in parse_tool_calls(message)]}
             if message.get("tool_calls") else message
-            for message in (*trajectory.prompt.messages, trajectory.answer.message())]
+            for message in (*trajectory.prompt.messages, trajectory.answer.to_dict())]
 
 
 JUDGE = """You grade the answer of an assistant. Is it right, helpful and clear, and does it do what was asked?
@@ -122,7 +122,7 @@ class Judge:
         self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=4, timeout=60)
 
     def __call__(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[float]:
-        told = [(conversation(t), prompt.gt) for prompt, t in zip(prompts, trajectories, strict=True)]
+        told = [(conversation(t), prompt.ground_truth) for prompt, t in zip(prompts, trajectories, strict=True)]
         return self.grade([self.question(*one) for one in told])
 
     def grade(self, questions: list[str]) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dataset.prompts import Prompt
-from model.chat import CALL, END_CALL, END_THINK, EOS, Answer, ChatTokenizer
+from model.chat import CALL, END_CALL, END_THINK, EOS, AssistantMessage, ChatTokenizer
 from model.cli import Failure, UserError, first_line
 from trainer.rl.reward_models import ForeignModel, Judge, OwnModel
 from trainer.rollout_engine import Trajectory
@@ -34,7 +34,7 @@ def exact(prompt: Prompt, trajectory: Trajectory) -> float:
 
     A number is compared as a number, a text is looked for without regard to case, width and kind of spaces.
     """
-    content, wanted = plain(trajectory.answer.content), [plain(text) for text in prompt.gt]
+    content, wanted = plain(trajectory.answer.content), [plain(text) for text in prompt.ground_truth]
     said, count = list(NUMBER.finditer(content)), sum(len(NUMBER.findall(text)) for text in wanted)
     last = said[max(0, len(said) - count):] if count else []
     left = Counter(value(number.group()) for number in last)  # each can be the answer to one thing asked
@@ -57,7 +57,7 @@ def well_formed(prompt: Prompt, trajectory: Trajectory) -> float:
                  and turn_is_whole(last_turn(trajectory), prompt.thinking, answer))
 
 
-def turn_is_whole(ids: list[int], thinking: bool, answer: Answer) -> bool:
+def turn_is_whole(ids: list[int], thinking: bool, answer: AssistantMessage) -> bool:
     """Whether a turn ended by itself, its thinking, if asked for, is closed and not empty, its calls come last, closed
     and readable, and no marker stands out of place. `ids` were sampled, `answer` is what they say."""
     *markers, end = [i for i in ids if i < 36] or [None]
@@ -128,7 +128,7 @@ class Rewards:
                 raise Failure(f"reward {name} failed on {where}: {first_line(error)}") from error
         if not columns.isfinite().all():
             row, column = (~columns.isfinite()).nonzero()[0].tolist()
-            raise Failure(f"reward {self.names[column]} of {prompts[row].where} is {float(columns[row, column])}")
+            raise Failure(f"reward {self.names[column]} of {prompts[row].source} is {float(columns[row, column])}")
         return columns
 
     def total(self, components: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ def culprit(component: Component, prompts: list[Prompt], trajectories: list[Traj
         try:
             component([prompt], [trajectory])
         except Exception as alone:
-            return prompt.where, alone
-    return f"{prompts[0].where} and {len(prompts) - 1} others together", error
+            return prompt.source, alone
+    return f"{prompts[0].source} and {len(prompts) - 1} others together", error
 
 
 def one_by_one(rule: Rule) -> Component:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.packing import best_fit, branched
+from dataset.packing import best_fit, pack_shared_prefix
 from dataset.prompts import PromptDataset
 from model.chat import ChatTokenizer
 from model.cli import UserError
@@ -176,8 +176,8 @@ class Experience:
     def _mini_batch(self, trajectories: list[Trajectory], advantages: Tensor) -> tuple[list[dict], int, int]:
         """Trajectories → this rank's micro-batches, the units of all ranks, the tokens that are read.
 
-        A micro-batch has what `branched` gives and, of each target [M]: `document`, which trajectory of the micro-batch
-        it belongs to, `advantage`, `weight` and `sampled_logp`.
+        A micro-batch has what `pack_shared_prefix` gives and, of each target [M]: `document`, which trajectory of the
+        micro-batch it belongs to, `advantage`, `weight` and `sampled_logp`.
         """
         args, world, by_sequence = self.args, self.world, self.args.aggregation == "sequence"
         budget = args.batch_size * self.length  # tokens of a micro-batch
@@ -190,7 +190,8 @@ class Experience:
         for number in range(world.rank, -(-(int(place.max()) + 1) // world.size) * world.size, world.size):
             mine = [trees[i] for i in np.flatnonzero(place == number)]
             size = budget if args.use_compile else -(-max(sum(tree.size for tree in mine), 1) // 64) * 64
-            batch = branched([(tree.prompt, [trajectories[i].ids for i in tree.answers]) for tree in mine], size)
+            batch = pack_shared_prefix(
+                [(tree.prompt, [trajectories[i].ids for i in tree.answers]) for tree in mine], size)
             numbers = torch.tensor([i for tree in mine for i in tree.answers], dtype=torch.int64)
             answers = [trajectories[i] for i in numbers]
             lengths = torch.tensor([len(answer.ids) for answer in answers], dtype=torch.int64)
@@ -377,6 +378,6 @@ def coloured(tokenizer: ChatTokenizer, batch: dict[str, Tensor], number: int) ->
     for token, advantage in zip(batch["targets"][inside].tolist(), advantages, strict=True):
         shade = 40 + int(160 * min(abs(advantage), 2) / 2)
         red, green = (0, shade) if advantage > 0 else (shade, 0)
-        text = tokenizer.decode([token], keep_markers=True).replace("\n", "⏎")
+        text = tokenizer.decode([token], keep_special_tokens=True).replace("\n", "⏎")
         pieces.append(f"\x1b[48;2;{red};{green};0m{text}\x1b[0m")
     return f"{sum(advantages) / max(len(advantages), 1):+.2f} " + "".join(pieces)
