@@ -31,11 +31,11 @@ from model.loading import add_loading_args, load_from_args
 from model.weights import save_atomically
 from scripts.chat_api import chat, friendly_errors
 from scripts.lib.tool_cases import Case, held_out_tasks, is_accepted, read_cases
-from trainer.rl.agent_rewards import truth
+from trainer.rl.agent_rewards import answer_reward
 from trainer.rl.episodes import run_calls, run_episodes
 from trainer.rl.rewards import NUMBER
 from trainer.rl.tools import SCHEMAS, call_tool
-from trainer.rollout_engine import LocalEngine, Trajectory
+from trainer.rollout_engine import LocalRolloutEngine, Trajectory
 
 MAX_TURNS = 5
 API_AT_ONCE = 8  # requests
@@ -52,8 +52,8 @@ def local_rollouts(model, tokenizer: ChatTokenizer, args: argparse.Namespace) ->
         fitting = [prompt for prompt in prompts if len(prompt.ids) < longest]
         samplings = [Sampling(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed + number)
                      for number in range(len(fitting))]
-        played = iter(run_episodes(LocalEngine(model, tokenizer), fitting, samplings, tokenizer, max_turns, longest,
-                                   partial(call_tool, seed=args.seed)))
+        played = iter(run_episodes(LocalRolloutEngine(model, tokenizer), fitting, samplings, tokenizer, max_turns,
+                                   longest, partial(call_tool, seed=args.seed)))
         return [next(played) if len(prompt.ids) < longest else Trajectory(prompt, finish_reason="length")
                 for prompt in prompts]
     return play
@@ -143,10 +143,10 @@ def score_case(case: Case, episode: Trajectory, calls_only: bool) -> dict:
     said, gt = " ".join(episode.answer.content.split()), case.prompt.ground_truth
     numbers = NUMBER.findall(said) if gt and all(map(NUMBER.fullmatch, gt)) else []
     prediction = json.dumps(first.tool_calls or first.malformed or said, ensure_ascii=False) if calls_only else (
-        f"none ({episode.finish_reason})" if episode.unfinished else " ".join(numbers[-len(gt):]) or said or "none")
+        f"none ({episode.finish_reason})" if episode.truncated else " ".join(numbers[-len(gt):]) or said or "none")
     return {"asked": " ".join(case.shown.split()), "right_call": call_is_right, "prediction": prediction,
             "gt": json.dumps(case.accepted, ensure_ascii=False) if calls_only else " ".join(gt),
-            "right": call_is_right if calls_only else truth(case.prompt, episode) == 1,
+            "right": call_is_right if calls_only else answer_reward(case.prompt, episode) == 1,
             "turns": [asdict(turn) for turn in episode.turns], "results": [result for _, result in episode.calls]}
 
 

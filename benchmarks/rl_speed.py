@@ -45,14 +45,14 @@ from model.inference.engine import Engine, Sampling
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.arguments import parse_policy_args, policy_parser
 from trainer.distributed import World
-from trainer.losses import k3, policy_loss
+from trainer.losses import kl_k3, policy_loss
 from trainer.metrics import synchronise
 from trainer.optimizer import make_optimizers
-from trainer.rl.episodes import SEED_STEP, run_episodes
-from trainer.rl.rewards import reward_flags
-from trainer.rl.rollouts import Experience
+from trainer.rl.episodes import TURN_SEED_STRIDE, run_episodes
+from trainer.rl.rewards import add_reward_args
+from trainer.rl.rollouts import RolloutStream
 from trainer.rl.tools import SCHEMAS
-from trainer.rollout_engine import LocalEngine
+from trainer.rollout_engine import LocalRolloutEngine
 
 PLAIN_BATCH, GENERATIONS, LONGEST, BETA = 12, 6, 192, 0.1
 PER_PROMPT = 8  # episodes; plain plays one of them
@@ -69,7 +69,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class Timed(LocalEngine):
+class Timed(LocalRolloutEngine):
     """Answers of given lengths instead of those that a model would end by itself; remembers how long sampling took."""
 
     lengths: list[int] = []
@@ -89,7 +89,7 @@ class Lengths:
     names, weights = ["length"], torch.ones(1)
 
     def score(self, prompts, trajectories):
-        return torch.tensor([[float(len(trajectory.ids))] for trajectory in trajectories])
+        return torch.tensor([[float(len(trajectory.completion_ids))] for trajectory in trajectories])
 
     def total(self, scores):
         return scores[:, 0]
@@ -134,7 +134,7 @@ def plain_step(policy: nn.Module, reference: nn.Module, optimizer, prompts: list
             theirs = log_probs(reference)
         new = log_probs(policy)
         advantage = (wanted.float() - wanted.float().mean())[:, None]
-        losses = -(new - new.detach()).exp() * advantage + BETA * k3(new, theirs)
+        losses = -(new - new.detach()).exp() * advantage + BETA * kl_k3(new, theirs)
         (((losses * answered).sum(1) / answered.sum(1)).mean() * PLAIN_BATCH / len(prompts)).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -147,7 +147,7 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
     model, half = MiniMindForCausalLM(config).to(device), partial(half_where_fast, device)
     policy, reference = copy.deepcopy(model), copy.deepcopy(model).eval().requires_grad_(False)
     parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
-    reward_flags(parser)
+    add_reward_args(parser)
     args = parse_policy_args(parser, [
         "--batch_size", "4", "--accumulation_steps", str(answers // GENERATIONS // 4), "--num_generations",
         str(GENERATIONS), "--max_seq_len", "128", "--max_gen_len", str(LONGEST), "--beta", str(BETA)])
@@ -157,7 +157,7 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
     prompts.prompts = [Prompt([dice.randrange(36, config.vocab_size) for _ in range(dice.randint(16, 96))], [])
                        for _ in range(answers // GENERATIONS)]
     timed = Timed(model, run.tokenizer, half())
-    rollouts = Experience(run, model, prompts, timed, Lengths(), reference)
+    rollouts = RolloutStream(run, model, prompts, timed, Lengths(), reference)
     ours_optimizer, = make_optimizers(model, "adamw", 1e-6, 0.0)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, foreach=False)
     speeds = {name: [] for name in ("plain_rollout", "ours_rollout", "plain_step", "ours_step")}
@@ -171,7 +171,7 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
         step = rollouts.take(repeat)
         for batch in step.batches:
             loss = policy_loss(model, batch, "grpo", 0.2, 0.2, BETA, 0.0, 1.0)
-            (loss.total / step.units).backward()
+            (loss.loss_sum / step.num_items).backward()
         ours_optimizer.step()
         ours_optimizer.zero_grad()
         seconds = now(device) - began
@@ -196,12 +196,12 @@ class Reciting(Engine):
 
     def _draw(self, logits, sequences):
         _, *rest = super()._draw(logits, sequences)
-        asked = [(divmod(s.sampling.seed, SEED_STEP), len(s.ids)) for s in sequences]
+        asked = [(divmod(s.sampling.seed, TURN_SEED_STRIDE), len(s.ids)) for s in sequences]
         return [self.scripts[episode][turn][place] for (turn, episode), place in asked], *rest
 
 
-class RecitingEngine(LocalEngine):
-    """A LocalEngine whose answers are known before."""
+class RecitingEngine(LocalRolloutEngine):
+    """A LocalRolloutEngine whose answers are known before."""
 
     @contextmanager
     def open(self, requests: int):
@@ -230,16 +230,16 @@ def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: 
         began = now(device)
         samplings = [Sampling(64, 1.0, 1.0, seed=number) for number in range(episodes)]
         played = run_episodes(RecitingEngine(model, tokenizer, half_where_fast(device)), prompts, samplings, tokenizer)
-        speeds["ours"].append(sum(sum(episode.sampled) for episode in played) / (now(device) - began))
+        speeds["ours"].append(sum(sum(episode.action_mask) for episode in played) / (now(device) - began))
         assert all(len(episode.turns) == 3 for episode in played), "an episode did not go as written"
         few, began = played[::PER_PROMPT], now(device)
         for episode in few:
-            for end in (i + 1 for i, sampled in enumerate(episode.sampled)
-                        if sampled and not (episode.sampled[i + 1:] or [False])[0]):
-                start = end - (episode.sampled[:end][::-1] + [False]).index(False)
+            for end in (i + 1 for i, sampled in enumerate(episode.action_mask)
+                        if sampled and not (episode.action_mask[i + 1:] or [False])[0]):
+                start = end - (episode.action_mask[:end][::-1] + [False]).index(False)
                 with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                    plain_loop(model, [episode.prompt.ids + episode.ids[:start]], end - start)
-        speeds["plain"].append(sum(sum(episode.sampled) for episode in few) / (now(device) - began))
+                    plain_loop(model, [episode.prompt.ids + episode.completion_ids[:start]], end - start)
+        speeds["plain"].append(sum(sum(episode.action_mask) for episode in few) / (now(device) - began))
     result = {kind: statistics.median(values) for kind, values in speeds.items()}
     result["ratio"] = result["ours"] / result["plain"]
     print(f"episodes  plain {result['plain']:8,.1f}   ours {result['ours']:8,.1f} sampled tokens/s   "

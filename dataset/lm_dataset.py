@@ -326,11 +326,11 @@ class DPODataset(TokenDataset):
     """{"chosen": [messages], "rejected": [messages]}, the same prompt and two answers: only the answers are learned.
 
     `max_seq_len` bounds each of the two. A row has twice as many positions and holds whole pairs, each as its prompt,
-    once, and the two answers. `loss_count`: pairs. `reference`: what to hand on with each document, [documents] in the
+    once, and the two answers. `loss_count`: pairs. `ref_logprobs`: Σ log p_ref of each document, [documents] in the
     order of the rows, or None.
     """
 
-    has_loss_mask, sides, plan, reference = True, 2, "pairs", None
+    has_loss_mask, sides, plan, ref_logprobs = True, 2, "pairs", None
 
     def documents(self, row: dict) -> list[list[Segment]]:
         pair = {side: parse_messages(row, side, '{"chosen": [messages], "rejected": [messages]}')
@@ -373,7 +373,7 @@ class DPODataset(TokenDataset):
         """What `pack_shared_prefix` gives, of the D documents; 2i and 2i + 1 are the two sides of pair i.
 
         `ends` [D]: the flat index of the last position of each; `document` [M]: which of them each of `logits_at`
-        belongs to, `token_at` [M]: where the token itself stands; `reference` [D], if it is set.
+        belongs to, `token_at` [M]: where the token itself stands; `ref_logprobs` [D], if set.
         """
         bounds = self.rows.row_offsets
         documents = np.concatenate([np.arange(bounds[row], bounds[row + 1]) for row in wanted if row >= 0]
@@ -394,8 +394,8 @@ class DPODataset(TokenDataset):
         batch |= {"token_at": token_at, "document": torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))}
         batch |= {name: batch[name][learned] for name in ("logits_at", "targets", "document", "token_at")}
         batch["ends"] = asked[last]
-        if self.reference is not None:
-            batch["reference"] = self.reference[torch.from_numpy(documents)]
+        if self.ref_logprobs is not None:
+            batch["ref_logprobs"] = self.ref_logprobs[torch.from_numpy(documents)]
         return batch
 
 

@@ -30,7 +30,7 @@ from model.inference.engine import Sampling, generate
 from model.loading import load_for_inference
 from model.weights import OUT_DIR, find_models, save_atomically
 from scripts.generate_answers import from_openai, prompt_of, to_openai
-from trainer.rl.reward_models import Judge
+from trainer.rl.reward_models import LLMJudge
 
 AT_A_TIME = 4  # requests to an endpoint
 
@@ -138,7 +138,7 @@ def main() -> None:
     prompts = read_prompts(args.prompts) if args.prompts else [[{"role": "user", "content": q}] for q in QUESTIONS]
     answers, grades, failure = [answers_of(spec, prompts, args) for spec in args.models], [], None
     if args.judge_url:
-        judge = Judge(*place(args.judge_url), args.api_key, AT_A_TIME)
+        judge = LLMJudge(*place(args.judge_url), args.api_key, AT_A_TIME)
         try:
             grades = [[10 * grade for grade in judge.grade([
                 judge.question([*prompt, answer], []) for prompt, answer in zip(prompts, of_model, strict=True)])]

@@ -8,11 +8,11 @@ from test_episodes import OFFER, PRODUCT, SUM, ask, calls, says, told
 from dataset.prompts import Prompt
 from model.chat import END_CALL, END_THINK, EOS
 from model.inference.engine import Sampling
-from trainer.rl.agent_rewards import AGENT_MIX, AGENT_RULES
+from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS
 from trainer.rl.episodes import run_episodes
-from trainer.rollout_engine import LocalEngine
+from trainer.rollout_engine import LocalRolloutEngine
 
-MIX = {name: float(weight) for name, weight in (part.split("=") for part in AGENT_MIX.split(","))}
+MIX = {name: float(weight) for name, weight in (part.split("=") for part in AGENT_REWARD_MIX.split(","))}
 QUESTION = [OFFER, ask("What is 1 + 2?")]
 ONCE = [calls(SUM), *told({"result": 3})]
 
@@ -24,9 +24,9 @@ def scores(*talk: dict, raw: list[int] | None = None, gt: tuple = ("3",), thinki
     if raw is not None:
         row = (TOKENIZER.prompt([*QUESTION, *talk], open_thinking=thinking)) + raw
     prompt = Prompt(TOKENIZER.prompt(QUESTION, open_thinking=thinking), QUESTION, thinking, list(gt))
-    engine = LocalEngine(Reciter([row]), TOKENIZER)
+    engine = LocalRolloutEngine(Reciter([row]), TOKENIZER)
     episode, = run_episodes(engine, [prompt], [Sampling(300, temperature=0)], TOKENIZER, max_turns)
-    return {name: rule(prompt, episode) for name, rule in AGENT_RULES.items()}
+    return {name: rule(prompt, episode) for name, rule in AGENT_REWARDS.items()}
 
 
 def total(components: dict[str, float]) -> float:
@@ -42,7 +42,7 @@ RIGHT = scores(*ONCE, says("The result is 3."))
 
 def test_the_right_answer_earns_everything():
     assert RIGHT == {"truth": 1, "calls": 1, "form": 1, "unfinished": 0, "repetition": 0}
-    assert set(MIX) == set(AGENT_RULES)
+    assert set(MIX) == set(AGENT_REWARDS)
     assert MIX["truth"] > MIX["calls"] + MIX["form"] and MIX["unfinished"] > MIX["calls"]
     thought = scores(calls(SUM, reasoning_content="Add."), *ONCE[1:], says("It is 3.", reasoning_content="So."),
                      thinking=True)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from dataset.lm_dataset import SFTDataset
 from model.weights import load_weight, save_folder
 from trainer import train_distillation, train_full_sft
-from trainer.losses import TAGS, distillation_loss, divergence, next_token_loss, teacher_logits
+from trainer.losses import TAG_TOKENS, distillation_loss, divergence, next_token_loss, teacher_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DISTIL = {"stage": train_distillation, "from_weight": "none", "from_teacher_weight": "full_sft",
@@ -45,12 +45,12 @@ def test_the_loss_is_its_definition_and_balancing_is_not_scaled(batch):
     ours, theirs = student(**inputs), teacher(**inputs).logits
     p, log_q = (theirs / 2).softmax(-1), (ours.logits / 2).log_softmax(-1)
     nats = F.cross_entropy(ours.logits, batch["targets"], reduction="sum")
-    assert_close(loss.total, 0.3 * nats + 0.7 * 4 * (p * (p.log() - log_q)).sum())
-    assert_close(loss.mean, student.config.router_aux_loss_coef * ours.aux_loss)
-    loss.total.backward()
+    assert_close(loss.loss_sum, 0.3 * nats + 0.7 * 4 * (p * (p.log() - log_q)).sum())
+    assert_close(loss.aux_loss, student.config.router_aux_loss_coef * ours.aux_loss)
+    loss.loss_sum.backward()
     assert all(p.grad is None for p in teacher.parameters())
     same = distillation_loss(teacher, batch, teacher, alpha=0.0, temperature=2.0, reverse=False)
-    assert same.total.abs() < 1e-3
+    assert same.loss_sum.abs() < 1e-3
 
 
 def test_a_teacher_of_transformers_sees_the_documents_apart(batch, tmp_path):
@@ -126,11 +126,11 @@ def tagged_rows(folder: Path) -> Path:
 def test_a_tag_counts_as_often_as_asked_for_and_once_as_a_token(tmp_path):
     rows = SFTDataset(tagged_rows(tmp_path), TOKENIZER, 64, cache_dir=tmp_path, empty_think_ratio=0)
     batch, model = rows.batch(torch.arange(len(rows)).numpy()), small_model()
-    assert {int(i) for i in batch["targets"]} >= set(TAGS)
+    assert {int(i) for i in batch["targets"]} >= set(TAG_TOKENS)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask", "cu_seqlens", "logits_at")}
     nats = F.cross_entropy(model(**inputs).logits, batch["targets"], reduction="none")
-    weight = torch.tensor([10.0 if int(i) in TAGS else 1.0 for i in batch["targets"]])
-    assert_close(next_token_loss(model, batch, tag_weight=10.0).total, (weight * nats).sum())
+    weight = torch.tensor([10.0 if int(i) in TAG_TOKENS else 1.0 for i in batch["targets"]])
+    assert_close(next_token_loss(model, batch, tag_weight=10.0).loss_sum, (weight * nats).sum())
 
 
 def test_sft_hands_the_tag_weight_on(lab, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from model.chat import CALL, END_CALL, EOS, PAD, generation_prompt, render
 from model.inference.engine import Sampling
 from trainer.rl.episodes import observation, run_episodes
 from trainer.rl.tools import SCHEMAS, call_tool
-from trainer.rollout_engine import LocalEngine
+from trainer.rollout_engine import LocalRolloutEngine
 
 OFFER = {"role": "system", "content": "", "tools": [SCHEMAS["calculate_math"], SCHEMAS["text_length"]]}
 GREEDY = Sampling(128, temperature=0)
@@ -76,9 +76,9 @@ RAW = {
 
 
 @pytest.fixture
-def engine() -> LocalEngine:
+def engine() -> LocalRolloutEngine:
     rows = [TOKENIZER.encode([OFFER, *talk])[0] for talk in CANONICAL.values()] + [ids for ids, _ in RAW.values()]
-    return LocalEngine(Reciter(rows), TOKENIZER)
+    return LocalRolloutEngine(Reciter(rows), TOKENIZER)
 
 
 def prompt(text: str, thinking: bool = False) -> Prompt:
@@ -102,8 +102,8 @@ def test_a_canonical_episode_has_the_ids_of_the_whole_conversation(engine, name,
     ids, mask = TOKENIZER.encode([OFFER, *talk])
     assert episode.tokens == ids[:-1]  # which ends in "\n"
     if name != "thinking":  # a prompt that opens the thinking gives `<think>\n`
-        assert [False] * len(episode.prompt.ids) + episode.sampled == mask[:-1]
-    assert episode.finish_reason == "stop" and not episode.unfinished
+        assert [False] * len(episode.prompt.ids) + episode.action_mask == mask[:-1]
+    assert episode.finish_reason == "stop" and not episode.truncated
     assert len(episode.turns) == sum(message["role"] == "assistant" for message in talk)
     assert [turn.to_dict() for turn in episode.turns] == [
         message for message in talk if message["role"] == "assistant"]
@@ -113,28 +113,29 @@ def test_a_canonical_episode_has_the_ids_of_the_whole_conversation(engine, name,
 
 def test_log_probabilities_are_those_of_the_whole_distribution():
     model = small_model().eval().requires_grad_(False)
-    episode, = run_episodes(LocalEngine(model, TOKENIZER), [prompt("sum")], [Sampling(20, 1.0, top_p=1.0)], TOKENIZER)
+    engine = LocalRolloutEngine(model, TOKENIZER)
+    episode, = run_episodes(engine, [prompt("sum")], [Sampling(20, 1.0, top_p=1.0)], TOKENIZER)
     logits = model(torch.tensor([episode.tokens])).logits[0].log_softmax(-1)
     start = len(episode.prompt.ids)
     assert episode.logprobs == pytest.approx(
-        [float(logits[start + place - 1, token]) for place, token in enumerate(episode.ids)], abs=1e-4)
+        [float(logits[start + place - 1, token]) for place, token in enumerate(episode.completion_ids)], abs=1e-4)
 
 
 def test_every_sampled_token_is_marked_and_no_observed_one(engine):
     episode, = play(engine, "both")
-    assert len(episode.ids) == len(episode.sampled) == len(episode.logprobs)
-    trained = [token for token, sampled in zip(episode.ids, episode.sampled, strict=True) if sampled]
+    assert len(episode.completion_ids) == len(episode.action_mask) == len(episode.logprobs)
+    trained = [token for token, sampled in zip(episode.completion_ids, episode.action_mask, strict=True) if sampled]
     assert trained.count(EOS) == 3 == len(episode.turns)
-    assert all(logprob == 0 for logprob, sampled in zip(episode.logprobs, episode.sampled, strict=True) if not sampled)
+    assert all(logprob == 0 for logprob, drawn in zip(episode.logprobs, episode.action_mask, strict=True) if not drawn)
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 64])
 def test_episodes_advance_together_and_read_nothing_twice(engine, max_batch):
     texts = ["both", "hello", "pair", "wrong", "sum", "dice"] * 2
-    alone = [play(engine, text)[0].ids for text in texts]
+    alone = [play(engine, text)[0].completion_ids for text in texts]
     engine.model.read, engine.max_batch = 0, max_batch
     together = play(engine, *texts)
-    assert [episode.ids for episode in together] == alone
+    assert [episode.completion_ids for episode in together] == alone
     # all ids but the last are read once; prompts of another episode, or what they have in common, not even that
     once = sum(len(episode.tokens) - 1 for episode in together)
     assert engine.model.read < once - 0.7 * (len(texts) - 1) * len(together[0].prompt.ids)
@@ -145,8 +146,8 @@ def test_sampled_episodes_depend_on_their_own_seed_alone(engine):
     wild = [Sampling(12, 1.0, top_p=1.0, seed=seed) for seed in (1, 2, 1)]
     prompts = [prompt("sum")] * 3
     one, two, three = run_episodes(engine, prompts, wild, TOKENIZER)
-    assert one.ids == three.ids != two.ids
-    assert run_episodes(engine, prompts[:1], wild[1:2], TOKENIZER)[0].ids == two.ids
+    assert one.completion_ids == three.completion_ids != two.completion_ids
+    assert run_episodes(engine, prompts[:1], wild[1:2], TOKENIZER)[0].completion_ids == two.completion_ids
 
 
 def test_each_turn_draws_with_a_seed_of_its_own(engine):
@@ -176,26 +177,26 @@ def test_a_call_that_cannot_run_is_answered_with_an_error_and_the_episode_goes_o
 
 def test_an_empty_answer_is_an_answer(engine):
     episode, = play(engine, "empty")
-    assert episode.ids == [EOS] and episode.finish_reason == "stop" and not episode.answer.content
+    assert episode.completion_ids == [EOS] and episode.finish_reason == "stop" and not episode.answer.content
 
 
 def test_an_answer_that_ends_without_its_end_token_is_unfinished(engine):
     episode, = play(engine, "padded")
-    assert episode.ids[-1] == PAD and episode.unfinished
+    assert episode.completion_ids[-1] == PAD and episode.truncated
 
 
 def test_a_call_that_is_cut_off_ends_the_episode(engine):
     for most in (3, len(TOKENIZER.encode([OFFER, *CANONICAL["one"][:2]])[0]) - len(prompt("sum").ids) - 2):
         episode, = play(engine, "sum", sampling=Sampling(most, temperature=0))
-        assert len(episode.ids) == most and all(episode.sampled) and not episode.calls
-        assert episode.finish_reason == "length" and episode.unfinished
+        assert len(episode.completion_ids) == most and all(episode.action_mask) and not episode.calls
+        assert episode.finish_reason == "length" and episode.truncated
 
 
 def test_calls_in_the_last_turn_are_not_run(engine):
     ran = []
     episode, = play(engine, "both", max_turns=2, call=lambda name, arguments: ran.append(name) or {"result": 3})
-    assert episode.finish_reason == "turns" and episode.unfinished
-    assert len(ran) == len(episode.calls) == 1 and len(episode.turns) == 2 and episode.ids[-1] == EOS
+    assert episode.finish_reason == "turns" and episode.truncated
+    assert len(ran) == len(episode.calls) == 1 and len(episode.turns) == 2 and episode.completion_ids[-1] == EOS
 
 
 def test_an_episode_never_grows_beyond_its_length(engine):
@@ -204,8 +205,8 @@ def test_an_episode_never_grows_beyond_its_length(engine):
     for limit in range(len(whole.prompt.ids) + 1, len(whole.tokens) + 2):
         episode, = play(engine, "sum", max_total_len=limit)
         assert len(episode.tokens) <= limit and episode.tokens == whole.tokens[:len(episode.tokens)]
-        assert episode.unfinished == (len(episode.tokens) < len(whole.tokens))
-        assert episode.sampled[-1]  # an observation that leaves no room for a token is not appended
+        assert episode.truncated == (len(episode.tokens) < len(whole.tokens))
+        assert episode.action_mask[-1]  # an observation that leaves no room for a token is not appended
         ends.add(episode.finish_reason)
     assert ends == {"length", "stop"}
     with pytest.raises(ValueError, match="no room"):
@@ -214,7 +215,7 @@ def test_an_episode_never_grows_beyond_its_length(engine):
 
 def test_a_result_that_is_too_long_ends_the_episode(engine):
     episode, = play(engine, "sum", call=lambda name, arguments: {"result": "9" * 5000})
-    assert episode.finish_reason == "length" and all(episode.sampled) and len(episode.calls) == 1
+    assert episode.finish_reason == "length" and all(episode.action_mask) and len(episode.calls) == 1
 
 
 def test_what_stands_between_two_turns_is_what_the_chat_format_writes():
@@ -227,5 +228,5 @@ def test_what_stands_between_two_turns_is_what_the_chat_format_writes():
 
 
 def test_results_are_the_same_under_a_seed(engine):
-    runs = [play(engine, "sum", call=partial(call_tool, seed=7))[0].ids for _ in range(2)]
+    runs = [play(engine, "sum", call=partial(call_tool, seed=7))[0].completion_ids for _ in range(2)]
     assert runs[0] == runs[1]

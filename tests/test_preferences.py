@@ -17,7 +17,7 @@ from dataset.lm_dataset import DPODataset
 from model.model_reward import MiniMindForSequenceClassification, rewards
 from model.weights import load_weight
 from trainer import train_dpo, train_reward
-from trainer.losses import answer_log_probs, dpo_loss, preference_losses, reward_loss, wins
+from trainer.losses import answer_log_probs, dpo_loss, num_wins, preference_losses, reward_loss
 
 USER, THINKING = {"role": "user", "content": "1 + 2?"}, {"reasoning_content": "1 + 2 = 3"}
 
@@ -159,10 +159,10 @@ def test_smoothing_and_simpo_are_those_of_trl(kind, smoothing):
 def test_a_packed_batch_has_the_loss_and_the_gradient_of_its_pairs_alone(tmp_path, kind):
     rows, model = random_pairs(6), small_model()
     data = dataset(tmp_path, rows)
-    data.reference = -30 * torch.rand(12)
+    data.ref_logprobs = -30 * torch.rand(12)
     wanted = np.arange(len(data))
     loss = dpo_loss(model, data.batch(wanted), kind, 0.5, 0.1, 0.2)
-    loss.total.backward()
+    loss.loss_sum.backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     plain, ends = 0, np.load(data.folder / "ends.npy")
@@ -172,28 +172,29 @@ def test_a_packed_batch_has_the_loss_and_the_gradient_of_its_pairs_alone(tmp_pat
         for side, name in enumerate(("chosen", "rejected")):
             log_p, count = plain_log_prob(model, row[name])
             document = 2 * number + side
-            reference = data.reference[position[int(ends[document - 1]) if document else 0]]
+            reference = data.ref_logprobs[position[int(ends[document - 1]) if document else 0]]
             score.append((log_p - (reference if kind != "simpo" else 0)) / (count if kind != "sigmoid" else 1))
         plain = plain + preference_losses(*score, kind, 0.5, 0.1, 0.2)
     plain.backward()
-    assert_close(loss.total, plain, rtol=1e-4, atol=1e-4)
+    assert_close(loss.loss_sum, plain, rtol=1e-4, atol=1e-4)
     assert_close(got, {name: p.grad for name, p in model.named_parameters()}, rtol=1e-3, atol=1e-4)
 
 
 def test_a_tie_is_half_a_win():
-    assert wins(torch.tensor([1.0, -2.0, 0.0, 3.0])) == 2.5
+    assert num_wins(torch.tensor([1.0, -2.0, 0.0, 3.0])) == 2.5
 
 
 def test_a_reward_is_read_at_the_end_of_the_answer_and_compared_in_pairs(tmp_path):
     rows, model = random_pairs(6), MiniMindForSequenceClassification.of(small_model())
     data = dataset(tmp_path, rows)
-    assert reward_loss(model, data.batch(np.arange(len(data)))).total.item() == pytest.approx(6 * math.log(2), rel=1e-6)
+    loss = reward_loss(model, data.batch(np.arange(len(data))))
+    assert loss.loss_sum.item() == pytest.approx(6 * math.log(2), rel=1e-6)
     torch.nn.init.normal_(model.score.weight)
     loss = reward_loss(model, data.batch(np.arange(len(data))))
     reward = [rewards(model, [TOKENIZER.encode(row[side])[0][:-1] for row in rows], 4)
               for side in ("chosen", "rejected")]
-    assert loss.total.item() == pytest.approx(float(-F.logsigmoid(reward[0] - reward[1]).sum()), rel=1e-4)
-    assert float(loss.seen["accuracy"]) == float((reward[0] > reward[1]).sum())
+    assert loss.loss_sum.item() == pytest.approx(float(-F.logsigmoid(reward[0] - reward[1]).sum()), rel=1e-4)
+    assert float(loss.metrics["accuracy"]) == float((reward[0] > reward[1]).sum())
 
 
 def test_the_sum_of_what_each_token_is_given_is_compared_as_well(tmp_path):
@@ -208,7 +209,7 @@ def test_the_sum_of_what_each_token_is_given_is_compared_as_well(tmp_path):
             start = len(TOKENIZER.encode(row[side][:-1])[0])
             sums.append(rewards(model, [ids[:i + 1] for i in range(start, len(ids)) if mask[i]]).sum())
     chosen, rejected = torch.stack(sums).view(2, -1)
-    added = reward_loss(model, batch, 0.5).total - reward_loss(model, batch).total
+    added = reward_loss(model, batch, 0.5).loss_sum - reward_loss(model, batch).loss_sum
     assert_close(added, -0.5 * F.logsigmoid(chosen - rejected).sum(), rtol=1e-4, atol=1e-4)
 
 

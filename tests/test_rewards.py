@@ -26,7 +26,7 @@ from model.model_reward import MiniMindForSequenceClassification
 from model.weights import save_folder, save_weight
 from trainer.rl import reward_models
 from trainer.rl.reward_models import classify, grade_of
-from trainer.rl.rewards import Rewards, exact, make_rewards, repetition, reward_flags, well_formed
+from trainer.rl.rewards import Rewards, accuracy, add_reward_args, format_ok, make_rewards, repetition
 from trainer.rollout_engine import Trajectory
 
 
@@ -48,7 +48,7 @@ def said(text: str, gt: tuple = (), thinking: bool = False, finish_reason: str =
 
 def make(*flags: str, **more) -> Rewards:
     parser = Parser()
-    reward_flags(parser)
+    add_reward_args(parser)
     args = parser.parse_args(flags)
     vars(args).update(hidden_size=None, use_moe=None, **more)
     return make_rewards(args, TOKENIZER, torch.device("cpu"))
@@ -64,7 +64,7 @@ def make(*flags: str, **more) -> Rewards:
     ("5 and 3", ["3", "5"], 1), ("5 and 4", ["3", "5"], 0.5), ("3 4 5", ["3", "5"], 0.5), ("5", ["5", "5"], 0.5),
     ("Lumora has 42", ["lumora", "42"], 1), ("", ["42"], 0), ("42", [], 0), ("anything", [""], 0)])
 def test_exact_hits_what_is_true_and_no_list_of_everything(text, gt, score):
-    assert exact(*said(text, gt)) == score
+    assert accuracy(*said(text, gt)) == score
 
 
 def test_exact_takes_every_canonical_answer_of_the_sample():
@@ -72,9 +72,9 @@ def test_exact_takes_every_canonical_answer_of_the_sample():
     for number in range(600):
         world.rng, world.lang, world.split = random.Random(number), number % 2, ("train", "heldout")[number % 3 == 0]
         case = world.case(SKILLS[number % len(SKILLS)])
-        assert exact(*said(case.messages[-1]["content"], (case.value,))) == 1, case
+        assert accuracy(*said(case.messages[-1]["content"], (case.value,))) == 1, case
         if case.wrong and SKILLS[number % len(SKILLS)] != "tools":  # where 42 km may be 42 m
-            assert exact(*said(case.wrong["content"], (case.value,))) == 0, case
+            assert accuracy(*said(case.wrong["content"], (case.value,))) == 0, case
 
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
@@ -89,13 +89,13 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     ('Hello.<tool_call>\n{"name": "f", "arguments": {}}', {}, False), ("Hello.</tool_call>", {}, False),
     ("Hello.<|im_start|>", {}, False), ("Hello.<|endoftext|>", {}, False), ("<tool_response>Hello.", {}, False)])
 def test_format_is_all_or_nothing(text, options, good):
-    assert well_formed(*said(text, **options)) == good
+    assert format_ok(*said(text, **options)) == good
 
 
 def test_an_answer_that_the_padding_token_ended_is_not_well_formed():
     prompt, trajectory = said("Hello.")
-    trajectory.ids[-1] = PAD
-    assert well_formed(prompt, trajectory) == 0
+    trajectory.completion_ids[-1] = PAD
+    assert format_ok(prompt, trajectory) == 0
 
 
 def test_length_and_repetition_are_smooth_and_bounded():
@@ -110,8 +110,9 @@ def test_length_and_repetition_are_smooth_and_bounded():
 def test_only_what_was_said_after_the_last_observation_counts():
     prompt, trajectory = said("Hello.")
     seen = ids_of("<tool_response>\n1\n</tool_response>" + " x y z" * 9)
-    trajectory.ids, trajectory.sampled = seen + trajectory.ids, [False] * len(seen) + trajectory.sampled
-    assert well_formed(prompt, trajectory) == 1 and repetition(prompt, trajectory) == 0
+    trajectory.completion_ids = seen + trajectory.completion_ids
+    trajectory.action_mask = [False] * len(seen) + trajectory.action_mask
+    assert format_ok(prompt, trajectory) == 1 and repetition(prompt, trajectory) == 0
 
 
 def test_the_total_is_the_weighted_sum_and_the_mix_is_checked():

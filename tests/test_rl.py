@@ -20,21 +20,22 @@ from scripts.draw_curves import draw_curves
 from trainer import losses, train_grpo, train_ppo
 from trainer.arguments import parse_policy_args, policy_parser
 from trainer.distributed import World
-from trainer.losses import gae, group_advantages, k3, policy_losses, policy_terms, value_losses
-from trainer.rl.rollouts import Experience, ValueTracker, coloured, share_prompts
-from trainer.rollout_engine import LocalEngine, Trajectory, full_distribution
+from trainer.losses import gae, group_advantages, kl_k3, policy_losses, policy_objective, value_losses
+from trainer.rl.rollouts import RolloutStream, SPOValueTracker, colorize_advantages, group_by_prefix
+from trainer.rollout_engine import LocalRolloutEngine, Trajectory, policy_sampling_params
 
 # -- the losses --------------------------------------------------------------------------------------------------------
 
 
 def random_case(documents: int = 5) -> tuple[dict, torch.Tensor]:
-    """A batch of what `policy_terms` reads, for documents of several lengths, and the new log-probabilities."""
+    """A batch of what `policy_objective` reads, for documents of several lengths, and the new log-probabilities."""
     count = torch.randint(1, 9, (documents,))
     document = torch.arange(documents).repeat_interleave(count)
     new = -3 * torch.rand(len(document), dtype=torch.float64)
-    batch = {"document": document, "old": new + 0.4 * torch.randn_like(new), "advantage": torch.randn_like(new),
-             "reference": new + 0.4 * torch.randn_like(new), "weight": torch.ones_like(new)}
-    batch["sampled_logp"] = batch["old"] + 0.2 * torch.randn_like(new)
+    batch = {"document": document, "old_logprobs": new + 0.4 * torch.randn_like(new),
+             "advantage": torch.randn_like(new), "ref_logprobs": new + 0.4 * torch.randn_like(new),
+             "weight": torch.ones_like(new)}
+    batch["rollout_logprobs"] = batch["old_logprobs"] + 0.2 * torch.randn_like(new)
     batch["advantage"] = torch.randn(documents, dtype=torch.float64)[document]  # one a document
     return batch, new.requires_grad_()
 
@@ -61,11 +62,12 @@ def loss_of_trl(kind: str, level: str, batch: dict, new: torch.Tensor, low: floa
     trainer.accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x,
                                           gather_for_metrics=lambda x: x)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (padded(new), mask, None)
-    correction = (batch["old"] - batch["sampled_logp"]).exp().clamp(max=is_cap or 1.0)
+    correction = (batch["old_logprobs"] - batch["rollout_logprobs"]).exp().clamp(max=is_cap or 1.0)
     ids = torch.zeros_like(mask).long()
     inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask,
               "advantages": torch.stack([batch["advantage"][at[0]] for at in places]),
-              "old_per_token_logps": padded(batch["old"]), "ref_per_token_logps": padded(batch["reference"]),
+              "old_per_token_logps": padded(batch["old_logprobs"]),
+              "ref_per_token_logps": padded(batch["ref_logprobs"]),
               "importance_sampling_ratio": padded(correction), "num_items_in_batch": mask.sum()}
     GRPOTrainer = pytest.importorskip("trl", reason="trl needs python 3.11").GRPOTrainer
     return GRPOTrainer._compute_loss(trainer, None, inputs)
@@ -81,7 +83,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl(kind, theirs, level, low, hi
     units = len(new)
     if by_sequence:
         batch["weight"], units = 1 / batch["document"].bincount()[batch["document"]].double(), 5
-    ours = policy_terms(new, batch, kind, low, high, beta, is_cap)[0] / units
+    ours = policy_objective(new, batch, kind, low, high, beta, is_cap)[0] / units
     expected = loss_of_trl(theirs, level, batch, new, low, high, beta, is_cap)
     assert_close(ours, expected, rtol=1e-6, atol=1e-9)
     for one, other in itertools.pairwise(torch.autograd.grad(loss, new, retain_graph=True)[0]
@@ -116,11 +118,11 @@ def test_values_move_no_further_than_the_clip_and_k3_estimates_the_kl():
     assert_close(value_losses(values, old, returns, 0.2), torch.tensor([1.8**2, 1.9**2, 9.0]) / 2)
     assert_close(value_losses(values, old, returns, 0.0), torch.tensor([1.0, 1.9**2, 9.0]) / 2)
     p, q = torch.randn(2, 5).log_softmax(-1)
-    assert_close((p.exp() * k3(p, q)).sum(), (p.exp() * (p - q)).sum())  # in expectation under p
+    assert_close((p.exp() * kl_k3(p, q)).sum(), (p.exp() * (p - q)).sum())  # in expectation under p
 
 
 def test_spo_forgets_as_far_as_the_policy_has_drifted():
-    tracker = ValueTracker(3, half_life=0.1, smallest=0.25, largest=1.0)
+    tracker = SPOValueTracker(3, half_life=0.1, smallest=0.25, largest=1.0)
     assert tracker.values([0, 1]).tolist() == [0, 0]
     tracker.update([0], torch.tensor([1.0]))
     assert tracker.values([0, 1]).tolist() == [1, 1]  # a prompt never seen is worth the mean
@@ -130,7 +132,7 @@ def test_spo_forgets_as_far_as_the_policy_has_drifted():
     tracker.drift += 10.0  # all but the smallest share: n = 0.25 · 1.5 + 1
     tracker.update([0], torch.tensor([1.0]))
     assert_close(tracker.values([0]), torch.tensor([1 / 3 + (2 / 3) / 1.375]))
-    other = ValueTracker(3, 0.1, 0.25, 1.0)
+    other = SPOValueTracker(3, 0.1, 0.25, 1.0)
     other.load_state_dict(tracker.state_dict())
     assert other.values([0, 1, 2]).tolist() == tracker.values([0, 1, 2]).tolist()
 
@@ -165,13 +167,13 @@ class Seeded:
     names, weights = ["odd", "short"], torch.tensor([1.0, 0.5])
 
     def score(self, prompts, trajectories) -> torch.Tensor:
-        return torch.tensor([[t.ids[0] % 2, 1 / len(t.ids)] for t in trajectories])
+        return torch.tensor([[t.completion_ids[0] % 2, 1 / len(t.completion_ids)] for t in trajectories])
 
     def total(self, scores) -> torch.Tensor:
         return scores @ self.weights
 
 
-def experience(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: tuple = (), **options) -> Experience:
+def experience(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: tuple = (), **options) -> RolloutStream:
     defaults = {"--batch_size": 2, "--accumulation_steps": 2, "--num_generations": 3, "--max_seq_len": 24,
                 "--max_gen_len": 24, "--beta": 0, "--device": "cpu"}
     flags = [str(part) for pair in defaults.items() for part in pair] + [str(flag) for flag in flags]
@@ -184,7 +186,7 @@ def experience(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: t
                        for i in range(10)]
     run = SimpleNamespace(args=args, world=World(rank, size), device=torch.device("cpu"), autocast=nullcontext,
                           whole=nullcontext, tokenizer=TOKENIZER)
-    return Experience(run, small_model(), prompts, engine or Scripted(), rewards or Seeded(), **options)
+    return RolloutStream(run, small_model(), prompts, engine or Scripted(), rewards or Seeded(), **options)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
@@ -198,16 +200,17 @@ def test_a_batch_trains_what_was_sampled_with_its_own_numbers(aggregation):
     rewards = torch.stack([Seeded().total(Seeded().score(None, [answer])) for answer in answers]).view(4, 3)
     advantages = group_advantages(rewards, True).flatten().tolist()
     expected = sorted((token, round(logp, 6), round(advantage, 5),
-                       round(1 / sum(answer.sampled) if aggregation == "sequence" else 1.0, 6))
+                       round(1 / sum(answer.action_mask) if aggregation == "sequence" else 1.0, 6))
                       for answer, advantage in zip(answers, advantages, strict=True)
-                      for token, drawn, logp in zip(answer.ids, answer.sampled, answer.logprobs, strict=True) if drawn)
-    names, digits = ("targets", "sampled_logp", "advantage", "weight"), (0, 6, 5, 6)
+                      for token, drawn, logp in zip(answer.completion_ids, answer.action_mask, answer.logprobs,
+                                                    strict=True) if drawn)
+    names, digits = ("targets", "rollout_logprobs", "advantage", "weight"), (0, 6, 5, 6)
     found = sorted(tuple(round(number, d) for number, d in zip(row, digits, strict=True)) for batch in step.batches
                    for row in zip(*(batch[name].tolist() for name in names), strict=True))
     assert len(found) == len(expected) and np.allclose(found, expected, atol=2e-5)
     assert sum(EOS in batch["targets"] for batch in step.batches)  # the stop token is trained
-    assert step.units == (12 if aggregation == "sequence" else len(expected))
-    assert step.units == pytest.approx(sum(float(batch["weight"].sum()) for batch in step.batches))
+    assert step.num_items == (12 if aggregation == "sequence" else len(expected))
+    assert step.num_items == pytest.approx(sum(float(batch["weight"].sum()) for batch in step.batches))
 
 
 def test_each_answer_has_a_seed_of_its_own_and_each_rollout_new_ones():
@@ -236,7 +239,7 @@ def test_what_is_known_before_the_update_is_exactly_what_the_update_starts_from(
         assert rollouts.at_boundary == (number == 3)
         for batch in step.batches:
             loss = losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.1, 0.0, 1.0)
-            assert float(loss.seen["approx_kl"]) == float(loss.seen["kl"]) == float(loss.seen["clipped"]) == 0
+            assert float(loss.metrics["approx_kl"]) == float(loss.metrics["kl"]) == float(loss.metrics["clipped"]) == 0
     assert len(rollouts.engine.asked) == 12
 
 
@@ -246,11 +249,11 @@ def test_a_prompt_is_computed_once_for_all_of_its_answers_that_fit():
     prompts = {tuple(prompt.ids): prompt.ids for prompt, _ in rollouts.engine.asked}
     answers = Scripted().generate(*map(list, zip(*rollouts.engine.asked, strict=True)))
     assert len(prompts) == 4 and len(answers) == 12
-    expected = sum(map(len, prompts)) + sum(len(answer.ids) - 1 for answer in answers)
+    expected = sum(map(len, prompts)) + sum(len(answer.completion_ids) - 1 for answer in answers)
     assert int(batch["attention_mask"].sum()) == expected
-    assert share_prompts(answers[:3], 10_000)[0].answers == [0, 1, 2]
+    assert group_by_prefix(answers[:3], 10_000)[0].answers == [0, 1, 2]
     size = len(answers[0].tokens) - 1
-    assert [tree.answers for tree in share_prompts(answers[:3], size)] == [[0], [1], [2]]  # none is too large
+    assert [tree.answers for tree in group_by_prefix(answers[:3], size)] == [[0], [1], [2]]  # none is too large
     assert step.tokens == expected
 
 
@@ -263,7 +266,7 @@ def test_batches_of_any_size_share_the_graphs_of_the_first():
     graphs, sizes = [], set()
     for number in range(3):
         for batch in rollouts.take(number).batches:
-            losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.0, 0.0, 1.0).total.backward()
+            losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.0, 0.0, 1.0).loss_sum.backward()
             sizes |= {len(batch["spread"]), len(batch["cu_seqlens"])}
             graphs.append(counters["stats"]["unique_graphs"])
     assert len(sizes) > 3 and len(set(graphs)) == 1, graphs
@@ -276,16 +279,16 @@ def test_groups_that_teach_nothing_are_counted_and_drawn_again():
             return scores * torch.tensor([[int(p.source[-1]) % 2] for p in prompts])  # half of the prompts: all 0
 
     rollouts = experience(rewards=Often(), flags=("--batch_size", 5))
-    assert 0.2 < rollouts.take(0).seen["alike"] < 0.8 and rollouts.cursor == 10
+    assert 0.2 < rollouts.take(0).metrics["alike"] < 0.8 and rollouts.cursor == 10
     rollouts = experience(rewards=Often(), flags=("--resample", 1))
     step = rollouts.take(0)
-    assert rollouts.cursor > 4 and step.units == 12
+    assert rollouts.cursor > 4 and step.num_items == 12
     assert all(int(batch["advantage"].count_nonzero()) == len(batch["advantage"]) for batch in step.batches)
 
 
 def test_learning_from_a_rollout_ends_when_the_policy_has_moved_too_far():
     rollouts = experience(flags=("--update_epochs", 4, "--target_kl", 0.01))
-    moved = rollouts.watched(lambda *_: losses.Loss(torch.zeros(()), seen={"approx_kl": torch.tensor(1000.0)}))
+    moved = rollouts.track_kl(lambda *_: losses.Loss(torch.zeros(()), metrics={"approx_kl": torch.tensor(1000.0)}))
     rollouts.take(0)
     assert not rollouts.at_boundary
     rollouts.take(1)
@@ -298,7 +301,7 @@ def test_learning_from_a_rollout_ends_when_the_policy_has_moved_too_far():
 def test_an_answer_is_shown_in_the_colours_of_its_advantages():
     batch = {"document": torch.tensor([0, 1, 1]), "targets": torch.tensor([50, 60, EOS]),
              "advantage": torch.tensor([9.0, 1.0, -1.0])}
-    shown = coloured(TOKENIZER, batch, 1)
+    shown = colorize_advantages(TOKENIZER, batch, 1)
     assert shown.startswith("+0.00") and "\x1b[48;2;0;120;0m" in shown and "\x1b[48;2;120;0;0m<|im_end|>" in shown
 
 
@@ -402,16 +405,16 @@ def test_a_policy_learns_what_is_rewarded():
     rollouts = experience(flags=("--max_gen_len", 2, "--batch_size", 16, "--num_generations", 4))
     rollouts.model = small_model(vocab_size=64)
     rollouts.prompts.prompts = [Prompt([40, 50], []), Prompt([50, 60, 40], [])]
-    rollouts.engine = LocalEngine(rollouts.model, TOKENIZER, nullcontext())
+    rollouts.engine = LocalRolloutEngine(rollouts.model, TOKENIZER, nullcontext())
     rollouts.rewards.names, rollouts.rewards.weights = ["odd", "short"], torch.tensor([1.0, 0.0])
     optimizer = torch.optim.AdamW(rollouts.model.parameters(), 3e-3)
     seen = []
     for number in range(25):
         step = rollouts.take(number)
-        seen.append(step.seen["reward_odd"])
+        seen.append(step.metrics["reward_odd"])
         for batch in step.batches:
             loss = losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.0, 0.0, 1.0)
-            (loss.total / step.units).backward()
+            (loss.loss_sum / step.num_items).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert np.mean(seen[:3]) < 0.6 and np.mean(seen[-3:]) > 0.9
@@ -439,11 +442,11 @@ def test_what_cannot_be_learned_from_is_a_mistake(lab, capsys, flags, words):
 def test_sampled_log_probabilities_are_those_of_the_whole_distribution():
     model = small_model().eval()
     prompts = [Prompt([40 + i, 50, 60], []) for i in range(3)]
-    engine = LocalEngine(model, TOKENIZER)
-    answers = engine.generate(prompts, [full_distribution(12, 0.7, i) for i in range(3)])
+    engine = LocalRolloutEngine(model, TOKENIZER)
+    answers = engine.generate(prompts, [policy_sampling_params(12, 0.7, i) for i in range(3)])
     for answer in answers:
         logits = model(torch.tensor([answer.tokens])).logits[0, 2:-1] / 0.7
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.completion_ids)[:, None])[:, 0]
         assert_close(torch.tensor(answer.logprobs), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -19,12 +19,12 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_folder, weights_hash
 from trainer.distributed import World
 from trainer.rollout_engine import (
-    LocalEngine,
+    LocalRolloutEngine,
     SGLangEngine,
     VLLMEngine,
-    engine_flags,
-    full_distribution,
+    add_rollout_engine_args,
     make_rollout_engine,
+    policy_sampling_params,
 )
 
 PROMPTS = [Prompt(list(range(36 + i, 40 + 2 * i)), [{"role": "user", "content": "?"}]) for i in range(6)]
@@ -41,7 +41,7 @@ def policy() -> MiniMindForCausalLM:
 
 
 def how(temperature: float = 0.8, most: int = 24, seed: int = 5) -> list[Sampling]:
-    return [full_distribution(most, temperature, seed + i) for i in range(len(PROMPTS))]
+    return [policy_sampling_params(most, temperature, seed + i) for i in range(len(PROMPTS))]
 
 
 def move(model: torch.nn.Module) -> None:
@@ -54,7 +54,7 @@ def move(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
 def test_log_probabilities_are_those_of_the_whole_distribution_at_the_sampling_temperature(policy, temperature):
-    trajectories = LocalEngine(policy, TOKENIZER).generate(PROMPTS, how(temperature))
+    trajectories = LocalRolloutEngine(policy, TOKENIZER).generate(PROMPTS, how(temperature))
     longest = max(len(t.tokens) for t in trajectories)
     ids = torch.tensor([t.tokens + [PAD] * (longest - len(t.tokens)) for t in trajectories])
     real = torch.tensor([[1] * len(t.tokens) + [0] * (longest - len(t.tokens)) for t in trajectories])
@@ -63,33 +63,37 @@ def test_log_probabilities_are_those_of_the_whole_distribution_at_the_sampling_t
     for row, t in enumerate(trajectories):
         begin = len(t.prompt.ids)
         expected = [float(log_p[row, at - 1, t.tokens[at]]) for at in range(begin, len(t.tokens))]
-        assert t.logprobs == pytest.approx(expected, abs=1e-4) and t.sampled == [True] * len(t.ids)
+        assert t.logprobs == pytest.approx(expected, abs=1e-4) and t.action_mask == [True] * len(t.completion_ids)
 
 
 def test_the_stop_token_is_the_last_sampled_id_of_those_that_stopped(policy):
-    trajectories = LocalEngine(policy, TOKENIZER).generate(PROMPTS, how(1.5, 40))
+    trajectories = LocalRolloutEngine(policy, TOKENIZER).generate(PROMPTS, how(1.5, 40))
     assert {t.finish_reason for t in trajectories} == {"stop", "length"}
     for t in trajectories:
-        assert (t.finish_reason == "stop") == (t.ids[-1] in (EOS, PAD)) and len(t.ids) == len(t.logprobs)
-        assert not {EOS, PAD} & set(t.ids[:-1]) and (t.finish_reason == "stop" or len(t.ids) == 40)
+        *others, last = t.completion_ids
+        assert (t.finish_reason == "stop") == (last in (EOS, PAD)) and len(t.completion_ids) == len(t.logprobs)
+        assert not {EOS, PAD} & set(others) and (t.finish_reason == "stop" or len(t.completion_ids) == 40)
 
 
 def test_an_answer_depends_on_its_seed_and_not_on_the_batch(policy):
-    together = [t.ids for t in LocalEngine(policy, TOKENIZER).generate(PROMPTS, how())]
-    few = [t.ids for t in LocalEngine(policy, TOKENIZER, max_batch=2).generate(PROMPTS[::-1], how()[::-1])]
-    alone = [LocalEngine(policy, TOKENIZER).generate([prompt], [one])[0].ids
-             for prompt, one in zip(PROMPTS, how(), strict=True)]
+    def completions(prompts: list[Prompt], samplings: list[Sampling], **options) -> list[list[int]]:
+        engine = LocalRolloutEngine(policy, TOKENIZER, **options)
+        return [t.completion_ids for t in engine.generate(prompts, samplings)]
+
+    together = completions(PROMPTS, how())
+    few = completions(PROMPTS[::-1], how()[::-1], max_batch=2)
+    alone = [completions([prompt], [sampling])[0] for prompt, sampling in zip(PROMPTS, how(), strict=True)]
     assert together == few[::-1] == alone
-    assert all(a != b for a, b in zip(together, (t.ids for t in LocalEngine(policy, TOKENIZER).generate(
-        PROMPTS, how(seed=99))), strict=True))
+    assert all(a != b for a, b in zip(together, completions(PROMPTS, how(seed=99)), strict=True))
 
 
 def test_the_engine_of_this_process_samples_from_the_weights_as_they_are_and_leaves_the_mode_alone(policy):
-    engine = LocalEngine(policy.train(), TOKENIZER)
+    engine = LocalRolloutEngine(policy.train(), TOKENIZER)
     before = engine.generate(PROMPTS, how())
     move(policy)
     engine.update()
-    assert policy.training and [t.ids for t in engine.generate(PROMPTS, how())] != [t.ids for t in before]
+    after = engine.generate(PROMPTS, how())
+    assert policy.training and [t.completion_ids for t in after] != [t.completion_ids for t in before]
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -202,10 +206,10 @@ def remote(request, server, policy, tmp_path):
 
 def test_a_server_gives_the_very_trajectories_that_this_process_would(remote, policy, server):
     remote.update()
-    ours, theirs = (engine.generate(PROMPTS, how()) for engine in (LocalEngine(policy, TOKENIZER), remote))
+    ours, theirs = (engine.generate(PROMPTS, how()) for engine in (LocalRolloutEngine(policy, TOKENIZER), remote))
     for one, other in zip(ours, theirs, strict=True):
-        assert (one.prompt, one.ids, one.sampled, one.finish_reason, one.answer) == (
-            other.prompt, other.ids, other.sampled, other.finish_reason, other.answer)
+        assert (one.prompt, one.completion_ids, one.action_mask, one.finish_reason, one.answer) == (
+            other.prompt, other.completion_ids, other.action_mask, other.finish_reason, other.answer)
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
     paths = [path for _, path, _ in server.seen]
     assert paths[:len(UPDATE[remote.kind])] == UPDATE[remote.kind]
@@ -217,8 +221,8 @@ def test_a_server_gives_the_very_trajectories_that_this_process_would(remote, po
 def test_greedy_answers_come_from_a_server_too(remote, policy):
     remote.update()
     greedy = [Sampling(8, temperature=0)] * len(PROMPTS)
-    assert [t.ids for t in remote.generate(PROMPTS, greedy)] == [
-        t.ids for t in LocalEngine(policy, TOKENIZER).generate(PROMPTS, greedy)]
+    assert [t.completion_ids for t in remote.generate(PROMPTS, greedy)] == [
+        t.completion_ids for t in LocalRolloutEngine(policy, TOKENIZER).generate(PROMPTS, greedy)]
 
 
 def test_every_update_gives_the_server_a_new_folder_and_leaves_no_other(remote, policy, server):
@@ -348,12 +352,12 @@ def test_the_first_rank_alone_updates_the_server_and_all_of_them_share_its_failu
 def test_the_flags_choose_the_engine(policy, tmp_path):
     def make(*flags):
         parser = Parser()
-        engine_flags(parser)
+        add_rollout_engine_args(parser)
         args = parser.parse_args(flags)
         args.save_dir = tmp_path
         return make_rollout_engine(args, policy, TOKENIZER, nullcontext(), World())
 
-    assert isinstance(make(), LocalEngine)
+    assert isinstance(make(), LocalRolloutEngine)
     engine = make("--rollout_engine=sglang", "--rollout_url=http://localhost:30000/")
     assert isinstance(engine, SGLangEngine) and engine.url == "http://localhost:30000"
     assert engine.folder == tmp_path / "rollout_weights"

@@ -32,11 +32,11 @@ def test_sums_are_worked_out(text, value):
 
 
 def test_random_sums_are_those_of_python():
-    dice = random.Random(0)
+    rng = random.Random(0)
     for _ in range(300):
-        text = str(dice.randint(-99, 99))
-        for _ in range(dice.randint(1, 8)):
-            text = f"({text}) {dice.choice(['+', '-', '*', '//', '%'])} ({dice.choice([-1, 1]) * dice.randint(1, 99)})"
+        text = str(rng.randint(-99, 99))
+        for _ in range(rng.randint(1, 8)):
+            text = f"({text}) {rng.choice(['+', '-', '*', '//', '%'])} ({rng.choice([-1, 1]) * rng.randint(1, 99)})"
         assert worked_out(text) == eval(text)
 
 

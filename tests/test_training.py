@@ -28,7 +28,7 @@ from trainer import train_full_sft, train_pretrain
 from trainer import trainer as loop
 from trainer.batches import RowStream
 from trainer.distributed import World
-from trainer.losses import Loss, balancing, inputs, next_token_loss
+from trainer.losses import Loss, aux_loss_term, inputs, next_token_loss
 from trainer.metrics import MetricsLog, flops_per_token
 from trainer.optimizer import Muon, learning_rate, make_optimizers
 
@@ -37,7 +37,7 @@ from trainer.optimizer import Muon, learning_rate, make_optimizers
 
 def noisy_loss(model, batch) -> Loss:
     """A loss that draws random numbers, as sampling does."""
-    return Loss(next_token_loss(model, batch).total * (1 + 0.1 * random.random() + 0.1 * torch.rand(())))
+    return Loss(next_token_loss(model, batch).loss_sum * (1 + 0.1 * random.random() + 0.1 * torch.rand(())))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_spares_what_was_saved(lab,
     saved, calls = lab.files(), itertools.count()
 
     def failing(model, batch):
-        return Loss(next_token_loss(model, batch).total * (math.nan if next(calls) == 2 else 1))
+        return Loss(next_token_loss(model, batch).loss_sum * (math.nan if next(calls) == 2 else 1))
 
     monkeypatch.setattr(train_pretrain, "next_token_loss", failing)
     capsys.readouterr()
@@ -254,8 +254,8 @@ def test_a_mean_counts_once_whatever_the_number_of_micro_steps(lab, monkeypatch)
 
 def test_the_balancing_loss_has_its_coefficient_and_a_dense_model_has_none():
     moe = small_model(use_moe=True, router_aux_loss_coef=0.25)
-    assert balancing(moe, torch.tensor(2.0)) == 0.5
-    assert balancing(small_model(), None) is None
+    assert aux_loss_term(moe, torch.tensor(2.0)) == 0.5
+    assert aux_loss_term(small_model(), None) is None
 
 
 @pytest.mark.parametrize("rows, micro_steps", [(4, 1), (2, 4)], ids=["whole", "accumulated"])

@@ -139,6 +139,12 @@ def parse_policy_args(parser: Parser, argv: list[str] | None = None) -> argparse
     return args
 
 
+def policy_settings(args: argparse.Namespace) -> dict:
+    """What of the loss must not change when a run is resumed, under the keys of resume states."""
+    return {"kind": args.loss_type, "low": args.epsilon, "high": args.epsilon_high, "beta": args.beta,
+            "is_cap": args.is_cap}
+
+
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse, and make the paths absolute, so that nothing depends on the current directory later."""
     args = parser.parse_args(argv)

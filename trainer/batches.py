@@ -17,10 +17,10 @@ class Step(NamedTuple):
     """What one optimizer step learns from."""
 
     batches: Iterable[dict[str, torch.Tensor]]  # this rank's micro-batches, as many on every rank
-    micro_steps: int  # their number
-    units: int  # what the loss is divided by: supervised tokens, pairs, … of all ranks
+    grad_accum_steps: int  # their number
+    num_items: int  # what the loss is divided by: supervised tokens, pairs, … of all ranks
     tokens: int  # useful ones, of all ranks
-    seen: dict[str, float] = {}  # what else to log
+    metrics: dict[str, float] = {}  # what else to log
 
 
 @lru_cache(maxsize=2)

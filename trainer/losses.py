@@ -10,7 +10,7 @@ from model.chat import CALL, END_CALL, END_THINK, THINK
 from model.model_minimind import MiniMindForCausalLM, document_mask
 
 MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "cu_seqlens", "logits_at", "spread", "fold")
-TAGS = (THINK, END_THINK, CALL, END_CALL)
+TAG_TOKENS = (THINK, END_THINK, CALL, END_CALL)
 
 
 def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -22,14 +22,14 @@ def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Loss(NamedTuple):
-    """What a micro-batch contributes: a sum, to be divided by the units of the whole step, and a mean."""
+    """What a micro-batch contributes: a sum, to be divided by the items of the whole step, and a mean."""
 
-    total: Tensor  # summed over units (tokens, pairs, …); the loop divides by the units of all micro-batches and ranks
-    mean: Tensor | None = None  # averaged over micro-batches and ranks: the load-balancing loss
-    seen: dict[str, Tensor] = {}  # what else to log, summed over the same units
+    loss_sum: Tensor  # over items (tokens, pairs, …); the loop divides by the items of all micro-batches and ranks
+    aux_loss: Tensor | None = None  # averaged over micro-batches and ranks: the load-balancing loss
+    metrics: dict[str, Tensor] = {}  # what else to log, summed over the same items
 
 
-def balancing(model: nn.Module, aux_loss: Tensor | None) -> Tensor | None:
+def aux_loss_term(model: nn.Module, aux_loss: Tensor | None) -> Tensor | None:
     """The load-balancing loss times its coefficient, None for a dense model."""
     config = getattr(model, "module", model).config
     return None if aux_loss is None else config.router_aux_loss_coef * aux_loss
@@ -45,8 +45,8 @@ def next_token_loss(model: nn.Module, batch: dict[str, Tensor], tag_weight: floa
     total = F.cross_entropy(logits, targets, reduction="sum")
     if tag_weight != 1:
         total = total + (tag_weight - 1) * F.cross_entropy(
-            logits, targets.where(torch.isin(targets, targets.new_tensor(TAGS)), -100), reduction="sum")
-    return Loss(total, balancing(model, output.aux_loss))
+            logits, targets.where(torch.isin(targets, targets.new_tensor(TAG_TOKENS)), -100), reduction="sum")
+    return Loss(total, aux_loss_term(model, output.aux_loss))
 
 
 # -- distillation (Hinton et al. 2015, https://arxiv.org/abs/1503.02531) -----------------------------------------------
@@ -79,13 +79,13 @@ def distillation_loss(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Mo
     logits = output.logits.float()
     nats = F.cross_entropy(logits, batch["targets"], reduction="sum")
     kl = divergence(logits, theirs, temperature, reverse).sum()
-    return Loss(alpha * nats + (1 - alpha) * temperature**2 * kl, balancing(model, output.aux_loss),
+    return Loss(alpha * nats + (1 - alpha) * temperature**2 * kl, aux_loss_term(model, output.aux_loss),
                 {"nats": nats, "kl": kl})
 
 
 # -- preferences: documents 2i and 2i + 1 of a batch are the chosen and the rejected answer of pair i ------------------
 
-PREFERENCES = ("sigmoid", "ipo", "simpo")
+PREFERENCE_LOSSES = ("sigmoid", "ipo", "simpo")
 
 
 def answer_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -95,7 +95,7 @@ def answer_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
     return log_p.new_zeros(len(batch["ends"])).index_add(0, batch["document"], log_p), output.aux_loss
 
 
-def preference_losses(chosen: Tensor, rejected: Tensor, kind: str, beta: float, label_smoothing: float = 0.0,
+def preference_losses(chosen: Tensor, rejected: Tensor, loss_type: str, beta: float, label_smoothing: float = 0.0,
                       gamma: float = 0.0) -> Tensor:
     """The loss of each pair [P] from the scores of its sides [P].
 
@@ -104,29 +104,29 @@ def preference_losses(chosen: Tensor, rejected: Tensor, kind: str, beta: float, 
     eq. 6). ipo: (margin - 1 / 2β)², scores are mean log(p / p_ref) (Azar et al. 2023, eq. 17, a token as trl has it).
     """
     margin = chosen - rejected
-    if kind == "ipo":
+    if loss_type == "ipo":
         return (margin - 1 / (2 * beta)) ** 2
-    z = beta * margin - (gamma if kind == "simpo" else 0.0)
+    z = beta * margin - (gamma if loss_type == "simpo" else 0.0)
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
-def wins(margin: Tensor) -> Tensor:
+def num_wins(margin: Tensor) -> Tensor:
     """How many of the margins are above 0; a tie is half a win."""
     return (margin.detach().sign() + 1).sum() / 2
 
 
-def dpo_loss(model: nn.Module, batch: dict[str, Tensor], kind: str, beta: float, label_smoothing: float,
+def dpo_loss(model: nn.Module, batch: dict[str, Tensor], loss_type: str, beta: float, label_smoothing: float,
              gamma: float) -> Loss:
-    """Σ over pairs of a preference loss; `reference` [D] holds Σ log p_ref of each document (not for simpo)."""
+    """Σ over pairs of a preference loss; `ref_logprobs` [D] holds Σ log p_ref of each document (not for simpo)."""
     log_p, aux_loss = answer_log_probs(model, batch)
-    score = log_p if kind == "simpo" else log_p - batch["reference"]
-    if kind != "sigmoid":
+    score = log_p if loss_type == "simpo" else log_p - batch["ref_logprobs"]
+    if loss_type != "sigmoid":
         tokens = torch.ones_like(batch["document"], dtype=score.dtype)  # bincount would wait for the device
         score = score / torch.zeros_like(score).index_add(0, batch["document"], tokens)
     chosen, rejected = score[0::2], score[1::2]
-    losses = preference_losses(chosen, rejected, kind, beta, label_smoothing, gamma)
-    return Loss(losses.sum(), balancing(model, aux_loss), {
-        "accuracy": wins(chosen - rejected), "margin": beta * (chosen - rejected).sum(),
+    losses = preference_losses(chosen, rejected, loss_type, beta, label_smoothing, gamma)
+    return Loss(losses.sum(), aux_loss_term(model, aux_loss), {
+        "accuracy": num_wins(chosen - rejected), "margin": beta * (chosen - rejected).sum(),
         "chosen_logp": log_p[0::2].sum(), "rejected_logp": log_p[1::2].sum()})
 
 
@@ -145,13 +145,13 @@ def reward_loss(model: nn.Module, batch: dict[str, Tensor], token_weight: float 
     if token_weight:
         sums = torch.zeros_like(reward).index_add(0, batch["document"], of_token)
         total = total - token_weight * F.logsigmoid(sums[0::2] - sums[1::2]).sum()
-    return Loss(total, balancing(model, output.aux_loss), {"accuracy": wins(margin), "margin": margin.sum()})
+    return Loss(total, aux_loss_term(model, output.aux_loss), {"accuracy": num_wins(margin), "margin": margin.sum()})
 
 
-# -- policy gradients: what was sampled is made likelier or less likely by its advantage -------------------------------
-# Per token of a batch [M]: `advantage`, `weight` (1, or 1 / length for means over sequences) and `sampled_logp`, the
-# log-probability it was drawn with; `old` and `reference`, log-probabilities before this rollout's updates and of the
-# reference, where they are needed. All at the temperature of sampling, over the whole vocabulary.
+# -- policy gradients: make sampled tokens more or less likely, in proportion to their advantage -----------------------
+# Per token of a batch [M]: `advantage`, `weight` (1, or 1 / length to average over sequences) and `rollout_logprobs`,
+# the log-probability the sampler gave it; where needed `old_logprobs`, of the policy before this rollout's updates, and
+# `ref_logprobs`, of the reference. All at the temperature of sampling, over the whole vocabulary.
 
 
 def token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -180,60 +180,63 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     return values.new_tensor(deltas)
 
 
-def k3(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Unbiased, never negative estimate of KL(p ‖ q) from samples of p: q/p - log(q/p) - 1 (Schulman 2020)."""
-    difference = log_q - log_p
-    return difference.exp() - difference - 1
+def kl_k3(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """q/p - log(q/p) - 1 ≥ 0: unbiased estimate of KL(p ‖ q) from samples of p (Schulman 2020, "k3"). → [M]"""
+    log_ratio = log_q - log_p
+    return log_ratio.exp() - log_ratio - 1
 
 
-def policy_losses(new: Tensor, old: Tensor, advantage: Tensor, kind: str, low: float, high: float,
+def policy_losses(new: Tensor, old: Tensor, advantage: Tensor, loss_type: str, clip_low: float, clip_high: float,
                   document: Tensor | None = None) -> Tensor:
-    """The loss of each sampled token [M] from its log-probabilities now and before the update, with r = exp(new - old).
+    """The loss of each sampled token [M] from its log-probabilities now and before the update; r = exp(new - old).
 
-    grpo, spo and PPO: -min(r·A, clip(r, 1 - low, 1 + high)·A) (Schulman et al. 2017, eq. 7; high ≠ low: DAPO, Yu et al.
-    2025, eq. 8). gspo: the same where r is the geometric mean of its sequence, `document` [M] (Zheng et al. 2025, eq.
-    5-7). cispo: -sg(min(r, high))·A·new: the weight is clipped, no token loses its gradient (MiniMax-M1 2025, eq. 4-5).
+    grpo, spo and PPO: -min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A) (Schulman et al. 2017, eq. 7; with a higher
+      upper bound: DAPO, Yu et al. 2025, eq. 8).
+    gspo: the same, where r is the geometric mean over its sequence, `document` [M] (Zheng et al. 2025, eq. 5-7).
+    cispo: -sg(min(r, clip_high))·A·new: the weight is clipped, so every token keeps its gradient (MiniMax-M1 2025, eq.
+      4-5).
     """
     log_ratio = new - old
-    if kind == "cispo":
-        return -log_ratio.exp().clamp(max=high).detach() * advantage * new
-    if kind == "gspo":
+    if loss_type == "cispo":
+        return -log_ratio.exp().clamp(max=clip_high).detach() * advantage * new
+    if loss_type == "gspo":
         total, count = (x.new_zeros(len(x)).index_add(0, document, x) for x in (log_ratio, torch.ones_like(log_ratio)))
         log_ratio = (total / count)[document]
     ratio = log_ratio.exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
-def policy_terms(new: Tensor, batch: dict[str, Tensor], kind: str, low: float, high: float, beta: float,
-                 is_cap: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Σ weight · (policy loss + beta · KL to the reference), and what to log, from the log-probabilities `new` [M].
+def policy_objective(new: Tensor, batch: dict[str, Tensor], loss_type: str, clip_low: float, clip_high: float,
+                     beta: float, tis_cap: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ weight · (policy loss + beta · KL to the reference) from the log-probabilities `new` [M], and metrics.
 
-    Without `old` the policy has not moved since it sampled, so new is old. `is_cap`: the policy loss of a token is
-    multiplied by min(old / sampled, is_cap), which mends the sampler's rounding (Yao et al. 2025; 0: it is not).
+    Without `old_logprobs` the policy has not been updated since it sampled, so old is new. `tis_cap`: truncated
+    importance sampling; the policy loss is multiplied by min(π_old / π_sampler, tis_cap), which corrects for the
+    sampler's rounding (Yao et al. 2025). 0 turns it off.
     """
-    old, weight = batch.get("old", new.detach()), batch["weight"]
-    losses = policy_losses(new, old, batch["advantage"], kind, low, high, batch["document"])
-    drift = old - batch["sampled_logp"]
-    if is_cap:
-        losses = losses * drift.exp().clamp(max=is_cap)
+    old, weight = batch.get("old_logprobs", new.detach()), batch["weight"]
+    losses = policy_losses(new, old, batch["advantage"], loss_type, clip_low, clip_high, batch["document"])
+    log_mismatch = old - batch["rollout_logprobs"]
+    if tis_cap:
+        losses = losses * log_mismatch.exp().clamp(max=tis_cap)
     ratio = (new - old).detach().exp()
-    seen = {"entropy": -weight * new.detach(), "mismatch": weight * drift.abs(),
-            "approx_kl": weight * k3(old, new.detach()),
-            "clipped": weight * ((ratio > 1 + high) | (ratio < 1 - low) if kind != "cispo" else ratio > high)}
-    if "reference" in batch:
-        kl = k3(new, batch["reference"])
+    is_clipped = ratio > clip_high if loss_type == "cispo" else (ratio > 1 + clip_high) | (ratio < 1 - clip_low)
+    metrics = {"entropy": -weight * new.detach(), "mismatch": weight * log_mismatch.abs(),
+               "approx_kl": weight * kl_k3(old, new.detach()), "clipped": weight * is_clipped}
+    if "ref_logprobs" in batch:
+        kl = kl_k3(new, batch["ref_logprobs"])
         losses = losses + beta * kl
-        seen["kl"] = weight * kl.detach()
-    return (weight * losses).sum(), {name: value.sum() for name, value in seen.items()}
+        metrics["kl"] = weight * kl.detach()
+    return (weight * losses).sum(), {name: value.sum() for name, value in metrics.items()}
 
 
-def policy_loss(model: nn.Module, batch: dict[str, Tensor], kind: str, low: float, high: float, beta: float,
-                is_cap: float, temperature: float) -> Loss:
-    """`policy_terms` of the sampled tokens of a batch."""
+def policy_loss(model: nn.Module, batch: dict[str, Tensor], loss_type: str, clip_low: float, clip_high: float,
+                beta: float, tis_cap: float, temperature: float) -> Loss:
+    """`policy_objective` of the sampled tokens of a batch."""
     output = model(**inputs(batch))
     new = token_log_probs(output.logits, batch["targets"], temperature)
-    total, seen = policy_terms(new, batch, kind, low, high, beta, is_cap)
-    return Loss(total, balancing(model, output.aux_loss), seen)
+    objective, metrics = policy_objective(new, batch, loss_type, clip_low, clip_high, beta, tis_cap)
+    return Loss(objective, aux_loss_term(model, output.aux_loss), metrics)
 
 
 def value_losses(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
@@ -245,7 +248,7 @@ def value_losses(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> T
 
 
 def ppo_loss(model: nn.Module, batch: dict[str, Tensor], epsilon: float, value_clip: float, value_coef: float,
-             is_cap: float, temperature: float) -> Loss:
+             tis_cap: float, temperature: float) -> Loss:
     """PPO of an actor and its critic (Schulman et al. 2017, eq. 9): Σ policy loss + value_coef · value loss.
 
     `model` gives logits and values [M]; of each token `value` was the critic's before the update, `returns` its target.
@@ -253,7 +256,7 @@ def ppo_loss(model: nn.Module, batch: dict[str, Tensor], epsilon: float, value_c
     """
     output, values = model(**inputs(batch))
     new = token_log_probs(output.logits, batch["targets"], temperature)
-    total, seen = policy_terms(new, batch, "ppo", epsilon, epsilon, 0.0, is_cap)
-    of_value = (batch["weight"] * value_losses(values, batch["value"], batch["returns"], value_clip)).sum()
-    seen["value_loss"] = of_value.detach()
-    return Loss(total + value_coef * of_value, balancing(model, output.aux_loss), seen)
+    objective, metrics = policy_objective(new, batch, "ppo", epsilon, epsilon, 0.0, tis_cap)
+    value_loss = (batch["weight"] * value_losses(values, batch["value"], batch["returns"], value_clip)).sum()
+    metrics["value_loss"] = value_loss.detach()
+    return Loss(objective + value_coef * value_loss, aux_loss_term(model, output.aux_loss), metrics)

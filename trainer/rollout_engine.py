@@ -36,8 +36,8 @@ class Trajectory:
     """What followed a prompt: sampled ids and, in an episode with tools, the ids of what was observed between."""
 
     prompt: Prompt
-    ids: list[int] = field(default_factory=list)  # after the prompt
-    sampled: list[bool] = field(default_factory=list)  # of each of `ids`: drawn from the policy, so to be trained
+    completion_ids: list[int] = field(default_factory=list)  # after the prompt
+    action_mask: list[bool] = field(default_factory=list)  # of each of them: drawn from the policy, so to be trained
     logprobs: list[float] = field(default_factory=list)  # nats, as each was drawn; 0 where nothing was
     finish_reason: str = ""  # "stop", "length", or in an episode "turns": there were no more to take
     answer: AssistantMessage = field(default_factory=AssistantMessage)  # the last turn, taken apart
@@ -46,14 +46,14 @@ class Trajectory:
 
     @property
     def tokens(self) -> list[int]:
-        return self.prompt.ids + self.ids
+        return self.prompt.ids + self.completion_ids
 
     @property
-    def unfinished(self) -> bool:
+    def truncated(self) -> bool:
         return self.finish_reason != "stop"
 
 
-class LocalEngine:
+class LocalRolloutEngine:
     """The engine of this process on the policy's own weights: no copy, so nothing can lag behind.
 
     `autocast`: the context in which the policy is trained; sampling in another precision would be another policy.
@@ -88,7 +88,7 @@ class LocalEngine:
                 for prompt, s in zip(prompts, sequences, strict=True)]
 
 
-class RemoteEngine:
+class RemoteRolloutEngine:
     """A server that samples for all ranks; `update` gives it the weights, in a new folder of `folder`, which it reads.
 
     What it serves has a name, made of the weights' own hash: an answer from other weights than the policy's is
@@ -100,7 +100,7 @@ class RemoteEngine:
                  max_batch: int = 256, timeout: float = 1800):
         self.url, self.folder, self.model, self.tokenizer, self.world = url, folder, model, tokenizer, world
         self.max_batch, self.timeout = max_batch, timeout  # requests at a time, and seconds that one may take
-        self.version, self.updates, self.written, self.scaled = "", 0, None, False
+        self.version, self.updates, self.written, self.temperature_checked = "", 0, None, False
 
     def update(self) -> None:
         """The weights have changed: write them, let the server load them. Every rank calls this, the first one acts."""
@@ -124,7 +124,7 @@ class RemoteEngine:
     def generate(self, prompts: list[Prompt], sampling: list[Sampling]) -> list[Trajectory]:
         """One answer to each prompt, in the same order."""
         self._check_version(f"{self.updates}-{weights_hash(self.model)}", "the policy is at")
-        if prompts and not self.scaled and any(how.temperature not in (0, 1) for how in sampling):
+        if prompts and not self.temperature_checked and any(how.temperature not in (0, 1) for how in sampling):
             self._check_temperature(prompts[0].ids)
         with ThreadPoolExecutor(self.max_batch) as pool:
             answers = pool.map(self._ask, [prompt.ids for prompt in prompts], sampling)
@@ -153,8 +153,8 @@ class RemoteEngine:
         cold, hot = (self._ask(ids, Sampling(1, temperature, top_logprobs=1))[3][0] for temperature in (1, 2))
         if cold < -0.05:  # else there is nothing to choose here, at any temperature: the next rollout may show it
             if hot > cold - 0.01:
-                raise Failure(f"{self.url}: its log-probabilities are those before the temperature; {self.mend}")
-            self.scaled = True
+                raise Failure(f"{self.url}: its log-probabilities are those before the temperature; {self.hint}")
+            self.temperature_checked = True
 
     def _call(self, path: str, body: dict | None = None) -> dict:
         """POST `body` as JSON, or GET. Raises Failure for anything but success."""
@@ -174,14 +174,14 @@ class RemoteEngine:
             raise Failure(f"{self.url}{path} does not answer in JSON") from None
 
 
-class SGLangEngine(RemoteEngine):
+class SGLangEngine(RemoteRolloutEngine):
     """SGLang's native API (docs.sglang.io: "SGLang for RL Systems", "Native APIs").
 
     It reports log-probabilities after the temperature unless it was started with SGLANG_RETURN_ORIGINAL_LOGPROB, and
     obeys seeds with --enable-deterministic-inference only. Written after SGLang 0.5.23.
     """
 
-    mend = "start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
+    hint = "start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
 
     def _refresh(self, folder: str) -> None:
         reply = self._call("/update_weights_from_disk", {
@@ -200,13 +200,13 @@ class SGLangEngine(RemoteEngine):
         return [each[1] for each in sampled], [each[0] for each in sampled], meta["finish_reason"]["type"], likeliest
 
 
-class VLLMEngine(RemoteEngine):
+class VLLMEngine(RemoteRolloutEngine):
     """vLLM's completions, and its calls for development (docs.vllm.ai: "Layerwise (Re)loading", "Weight Transfer").
 
     To be started with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs. Written after vLLM 0.33.
     """
 
-    mend = "start it with --logprobs-mode processed_logprobs"
+    hint = "start it with --logprobs-mode processed_logprobs"
 
     def _refresh(self, folder: str) -> None:
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
@@ -238,12 +238,12 @@ def trajectory_of(tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int], logp
                       parse_message(tokenizer, ids, prompt.thinking))
 
 
-def full_distribution(max_new_tokens: int, temperature: float, seed: int) -> Sampling:
+def policy_sampling_params(max_new_tokens: int, temperature: float, seed: int) -> Sampling:
     """How a policy is sampled for its gradient: nothing cut off, nothing penalised."""
     return Sampling(max_new_tokens, temperature, top_p=1.0, top_k=0, min_p=0.0, seed=seed)
 
 
-def engine_flags(parser: argparse.ArgumentParser) -> None:
+def add_rollout_engine_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("who samples")
     group.add_argument("--rollout_engine", choices=("local", "sglang", "vllm"), default="local",
                        help="local: this process, from the policy itself")
@@ -252,10 +252,10 @@ def engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def make_rollout_engine(args: argparse.Namespace, model: nn.Module, tokenizer: ChatTokenizer,
-                        autocast: AbstractContextManager, world: World) -> LocalEngine | RemoteEngine:
+                        autocast: AbstractContextManager, world: World) -> LocalRolloutEngine | RemoteRolloutEngine:
     """What --rollout_engine names. Raises UserError when it has no usable --rollout_url."""
     if args.rollout_engine == "local":
-        return LocalEngine(model, tokenizer, autocast)
+        return LocalRolloutEngine(model, tokenizer, autocast)
     if not (args.rollout_url or "").startswith(("http://", "https://")):
         raise UserError(f"--rollout_engine {args.rollout_engine} needs the server's --rollout_url http://HOST:PORT")
     folder = Path(args.rollout_dir or args.save_dir / "rollout_weights").expanduser().absolute()

@@ -10,13 +10,13 @@ if __name__ == "__main__":
 
 from model.cli import positive_int, run_main
 from model.weights import ROOT
-from trainer.arguments import parse_policy_args, policy_parser
+from trainer.arguments import parse_policy_args, policy_parser, policy_settings
 from trainer.losses import policy_loss
-from trainer.rl.agent_rewards import AGENT_MIX, AGENT_RULES
+from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS
 from trainer.rl.episodes import EpisodeEngine
-from trainer.rl.rewards import make_rewards, reward_flags
-from trainer.rl.rollouts import Experience, held_out
-from trainer.rollout_engine import engine_flags, make_rollout_engine
+from trainer.rl.rewards import add_reward_args, make_rewards
+from trainer.rl.rollouts import RolloutStream, make_rollout_eval
+from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
 from trainer.trainer import Run
 
 
@@ -28,9 +28,9 @@ def main() -> None:
         wandb_project="MiniMind-Agent")
     parser.add_argument("--max_total_len", type=positive_int, default=2500, help="longest episode, in tokens")
     parser.add_argument("--max_turns", type=positive_int, default=4, help="times the model may speak in an episode")
-    reward_flags(parser)
-    engine_flags(parser)
-    parser.set_defaults(reward_mix=AGENT_MIX)
+    add_reward_args(parser)
+    add_rollout_engine_args(parser)
+    parser.set_defaults(reward_mix=AGENT_REWARD_MIX)
     args = parse_policy_args(parser)
     if args.loss_type == "spo" or args.max_total_len <= args.max_seq_len:
         parser.error("--loss_type spo is for single answers: use train_grpo.py" if args.loss_type == "spo" else
@@ -41,13 +41,12 @@ def main() -> None:
         prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
         sampler = make_rollout_engine(args, model, run.tokenizer, run.autocast(), run.world)
         engine = EpisodeEngine(sampler, run.tokenizer, args.max_turns, args.max_total_len, args.seed)
-        rewards = make_rewards(args, run.tokenizer, run.device, AGENT_RULES)
-        rollouts = Experience(run, model, prompts, engine, rewards, reference)
-        how = {"kind": args.loss_type, "low": args.epsilon, "high": args.epsilon_high, "beta": args.beta,
-               "is_cap": args.is_cap}
-        loss = rollouts.watched(partial(policy_loss, **how, temperature=args.temperature))
-        run.fit(model, rollouts, loss, validate=held_out(run, val_prompts, engine, rewards), max_turns=args.max_turns,
-                max_total_len=args.max_total_len, **how)
+        rewards = make_rewards(args, run.tokenizer, run.device, AGENT_REWARDS)
+        rollouts = RolloutStream(run, model, prompts, engine, rewards, reference)
+        loss = partial(policy_loss, loss_type=args.loss_type, clip_low=args.epsilon, clip_high=args.epsilon_high,
+                       beta=args.beta, tis_cap=args.is_cap, temperature=args.temperature)
+        run.fit(model, rollouts, rollouts.track_kl(loss), validate=make_rollout_eval(run, val_prompts, engine, rewards),
+                max_turns=args.max_turns, max_total_len=args.max_total_len, **policy_settings(args))
 
 
 if __name__ == "__main__":

@@ -61,9 +61,9 @@ def main() -> None:
         model, teacher = run.load_model(), load_teacher(run)  # in this order the seed gives a student of any teacher
         data = run.dataset(SFTDataset, args.data_path, **extras)
         val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
-        how = {"alpha": args.alpha, "temperature": args.temperature, "reverse": bool(args.reverse_kl)}
-        run.fit(model, data, partial(distillation_loss, teacher=teacher, **how), val_data,
-                teacher=weights_hash(teacher), **how)
+        settings = {"alpha": args.alpha, "temperature": args.temperature, "reverse": bool(args.reverse_kl)}
+        run.fit(model, data, partial(distillation_loss, teacher=teacher, **settings), val_data,
+                teacher=weights_hash(teacher), **settings)
 
 
 if __name__ == "__main__":

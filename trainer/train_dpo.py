@@ -16,7 +16,7 @@ from dataset.lm_dataset import DPODataset
 from model.cli import UserError, fraction, nonneg_float, run_main
 from model.weights import ROOT, save_atomically, weights_hash
 from trainer.arguments import parse_args, stage_parser
-from trainer.losses import PREFERENCES, answer_log_probs, dpo_loss
+from trainer.losses import PREFERENCE_LOSSES, answer_log_probs, dpo_loss
 from trainer.trainer import Run, to_device
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         max_seq_len=1024, batch_size=4, learning_rate=1e-6, weight_decay=0.0, epochs=1, wandb_project="MiniMind-DPO")
     parser.add_argument("--beta", type=nonneg_float, default=0.1,
                         help="how much a log-ratio counts (simpo: 2 and more)")
-    parser.add_argument("--loss_type", choices=PREFERENCES, default="sigmoid",
+    parser.add_argument("--loss_type", choices=PREFERENCE_LOSSES, default="sigmoid",
                         help="simpo: of mean log-probabilities, without a reference")
     parser.add_argument("--label_smoothing", type=fraction, default=0.0, help="share of pairs taken for mislabelled")
     parser.add_argument("--simpo_gamma", type=nonneg_float, default=0.5, help="margin that simpo wants")
@@ -65,11 +65,10 @@ def main() -> None:
         base = weights_hash(model)
         data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
         for rows in filter(None, (data, val_data) if args.loss_type != "simpo" else ()):
-            rows.reference = reference_log_probs(run, model, base, rows)
-        how = {"kind": args.loss_type, "beta": args.beta, "label_smoothing": args.label_smoothing,
-               "gamma": args.simpo_gamma}
-        loss = partial(dpo_loss, **how)
-        run.fit(model, data, loss, val_data, val_loss=loss, base=base, **how)
+            rows.ref_logprobs = reference_log_probs(run, model, base, rows)
+        settings = {"beta": args.beta, "label_smoothing": args.label_smoothing, "gamma": args.simpo_gamma}
+        loss = partial(dpo_loss, loss_type=args.loss_type, **settings)
+        run.fit(model, data, loss, val_data, val_loss=loss, base=base, kind=args.loss_type, **settings)
 
 
 if __name__ == "__main__":

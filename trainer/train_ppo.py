@@ -16,9 +16,9 @@ from model.model_reward import MiniMindForSequenceClassification
 from model.weights import ROOT, save_weight
 from trainer.arguments import parse_args, rl_parser
 from trainer.losses import ppo_loss
-from trainer.rl.rewards import make_rewards, reward_flags
-from trainer.rl.rollouts import Experience, held_out
-from trainer.rollout_engine import engine_flags, make_rollout_engine
+from trainer.rl.rewards import add_reward_args, make_rewards
+from trainer.rl.rollouts import RolloutStream, make_rollout_eval
+from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
 from trainer.trainer import Run
 
 
@@ -58,8 +58,8 @@ def main() -> None:
                        help="of the KL to the start, which lowers the rewards")
     group.add_argument("--gamma", type=fraction, default=1.0, help="discount a token")
     group.add_argument("--lam", type=fraction, default=0.95, help="lambda of generalised advantage estimation")
-    reward_flags(parser)
-    engine_flags(parser)
+    add_reward_args(parser)
+    add_rollout_engine_args(parser)
     parser.set_defaults(aggregation="token", resample=0)
     args = parse_args(parser)
     if not args.learning_rate:
@@ -72,12 +72,12 @@ def main() -> None:
         prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
         engine = make_rollout_engine(args, actor, run.tokenizer, run.autocast(), run.world)
         rewards = make_rewards(args, run.tokenizer, run.device)
-        rollouts = Experience(run, model, prompts, engine, rewards, reference, critic=True)
-        how = {"epsilon": args.clip_epsilon, "value_clip": args.cliprange_value, "value_coef": args.vf_coef,
-               "is_cap": args.is_cap}
-        loss = rollouts.watched(partial(ppo_loss, **how, temperature=args.temperature))
-        run.fit(model, rollouts, loss, validate=held_out(run, val_prompts, engine, rewards), save=save_actor,
-                lr_scales={"critic.": args.critic_learning_rate / args.learning_rate}, **how,
+        rollouts = RolloutStream(run, model, prompts, engine, rewards, reference, critic=True)
+        settings = {"epsilon": args.clip_epsilon, "value_clip": args.cliprange_value, "value_coef": args.vf_coef}
+        loss = partial(ppo_loss, **settings, tis_cap=args.is_cap, temperature=args.temperature)
+        run.fit(model, rollouts, rollouts.track_kl(loss), validate=make_rollout_eval(run, val_prompts, engine, rewards),
+                save=save_actor, lr_scales={"critic.": args.critic_learning_rate / args.learning_rate},
+                is_cap=args.is_cap, **settings,
                 **{name: getattr(args, name) for name in ("kl_coef", "gamma", "lam", "target_kl")})
 
 

@@ -281,12 +281,12 @@ class Training:
                 with self.run_.autocast():
                     loss = self.loss_function(self.parallel.wrapped, batch)
                 # the wrapper averages over ranks, so a sum over all of them is multiplied by their number
-                value = loss.total * (self.world.size / max(units, 1))
-                if loss.mean is not None:
-                    value = value + loss.mean / micro_steps
+                value = loss.loss_sum * (self.world.size / max(units, 1))
+                if loss.aux_loss is not None:
+                    value = value + loss.aux_loss / micro_steps
                 self.parallel.backward(value)
-            self.loss_sum += loss.total.detach()
-            for name, value in loss.seen.items():
+            self.loss_sum += loss.loss_sum.detach()
+            for name, value in loss.metrics.items():
                 self.seen[name] = self.seen.get(name, 0) + value.detach()
         self.grad_norm = self.parallel.update(self.args.grad_clip or math.inf)
         self.healthy &= torch.isfinite(self.loss_sum)  # on the device: read when something is logged or saved
@@ -348,7 +348,7 @@ class Training:
             rows[rows >= len(data)] = -1  # whole batches, as many on every rank: all gather the shards
             with self.run_.autocast():
                 loss = self.val_loss(self.model, to_device(data.batch(rows), self.device))
-            for name, value in {"loss": loss.total, **loss.seen}.items():
+            for name, value in {"loss": loss.loss_sum, **loss.metrics}.items():
                 sums[name] = sums.get(name, 0) + float(value)
         self.model.train()
         ranks = self.world.gather(sums)
@@ -363,7 +363,7 @@ class Training:
         nats = nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none").cpu().double()
         lengths = torch.tensor([0 if i < 36 else len(b) for i, b in enumerate(self.run_.tokenizer.token_bytes)])
         size = lengths[batch["targets"].cpu()]
-        return Loss(nats.sum(), seen={"text_nats": nats[size > 0].sum(), "text_bytes": size.sum()})
+        return Loss(nats.sum(), metrics={"text_nats": nats[size > 0].sum(), "text_bytes": size.sum()})
 
     def _report(self, row: dict, last: int) -> None:
         if not self.world.main:

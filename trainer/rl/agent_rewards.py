@@ -16,18 +16,18 @@ against them, and what it earns (tests/test_agent_rewards.py holds each):
 from collections.abc import Callable
 
 from dataset.prompts import Prompt
-from trainer.rl.rewards import exact, repetition, turn_is_whole
+from trainer.rl.rewards import accuracy, repetition, turn_is_whole
 from trainer.rollout_engine import Trajectory
 
-AGENT_MIX = "truth=1,calls=0.2,form=0.2,unfinished=0.4,repetition=0.2"  # how much each counts
+AGENT_REWARD_MIX = "truth=1,calls=0.2,form=0.2,unfinished=0.4,repetition=0.2"  # how much each counts
 
 
-def truth(prompt: Prompt, episode: Trajectory) -> float:
+def answer_reward(prompt: Prompt, episode: Trajectory) -> float:
     """Share of the ground truth that the last answer claims, 0 to 1; 0 for an episode that is not finished."""
-    return 0.0 if episode.unfinished else exact(prompt, episode)
+    return 0.0 if episode.truncated else accuracy(prompt, episode)
 
 
-def calls(prompt: Prompt, episode: Trajectory) -> float:
+def call_reward(prompt: Prompt, episode: Trajectory) -> float:
     """Calls that ran and were new, less the others (malformed, an error, said before), as a share of all: -1 to 1.
 
     0 where nothing was called.
@@ -39,28 +39,29 @@ def calls(prompt: Prompt, episode: Trajectory) -> float:
     return balance / max(len(seen), 1)
 
 
-def form(prompt: Prompt, episode: Trajectory) -> float:
+def format_reward(prompt: Prompt, episode: Trajectory) -> float:
     """1 for an episode that ended in an answer with content and whose turns are all whole, else 0."""
     whole = all(turn_is_whole(ids, prompt.thinking, answer)
                 for ids, answer in zip(sampled_turns(episode), episode.turns, strict=True))
-    return float(whole and not episode.unfinished and bool(episode.answer.content.strip()))
+    return float(whole and not episode.truncated and bool(episode.answer.content.strip()))
 
 
 def sampled_turns(episode: Trajectory) -> list[list[int]]:
     """The ids that were sampled, turn by turn."""
-    turns: list[list[int]] = [[]] if episode.ids else []
-    for place, (token, sampled) in enumerate(zip(episode.ids, episode.sampled, strict=True)):
+    turns: list[list[int]] = [[]] if episode.completion_ids else []
+    for place, (token, sampled) in enumerate(zip(episode.completion_ids, episode.action_mask, strict=True)):
         if sampled:
-            if place and not episode.sampled[place - 1]:
+            if place and not episode.action_mask[place - 1]:
                 turns.append([])
             turns[-1].append(token)
     return turns
 
 
-def unfinished(prompt: Prompt, episode: Trajectory) -> float:
+def truncation_penalty(prompt: Prompt, episode: Trajectory) -> float:
     """-1 for an episode that ran out of turns or tokens."""
-    return -float(episode.unfinished)
+    return -float(episode.truncated)
 
 
-AGENT_RULES: dict[str, Callable[[Prompt, Trajectory], float]] = {
-    "truth": truth, "calls": calls, "form": form, "unfinished": unfinished, "repetition": repetition}
+AGENT_REWARDS: dict[str, Callable[[Prompt, Trajectory], float]] = {
+    "truth": answer_reward, "calls": call_reward, "form": format_reward, "unfinished": truncation_penalty,
+    "repetition": repetition}

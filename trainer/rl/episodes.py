@@ -28,9 +28,9 @@ from dataset.prompts import Prompt
 from model.chat import EOS, AssistantMessage, ChatTokenizer, generation_prompt, parse_json, parse_message, render
 from model.inference.engine import Sampling
 from trainer.rl.tools import call_tool
-from trainer.rollout_engine import LocalEngine, Trajectory
+from trainer.rollout_engine import LocalRolloutEngine, Trajectory
 
-SEED_STEP = 1_000_003  # between the seeds of an episode's turns: far from those of its neighbours
+TURN_SEED_STRIDE = 1_000_003  # between the seeds of an episode's turns: far from those of its neighbours
 
 
 def run_episodes(engine, prompts: list[Prompt], samplings: list[Sampling], tokenizer: ChatTokenizer,
@@ -38,14 +38,14 @@ def run_episodes(engine, prompts: list[Prompt], samplings: list[Sampling], token
                  call: Callable[[str, dict], dict] = call_tool) -> list[Trajectory]:
     """One episode to each prompt, in the same order.
 
-    `engine` is a LocalEngine, or anything with its `generate`, which is then asked turn by turn. A turn has at most
-    `max_new_tokens` of its sampling, the episode with its prompt `max_total_len` tokens. `call(name, arguments)` runs
-    a tool: in training, `partial(call_tool, seed=…)`. Raises ValueError for a prompt that leaves no room.
+    `engine` is a LocalRolloutEngine, or anything with its `generate`, which is then asked turn by turn. A turn has at
+    most `max_new_tokens` of its sampling, the episode with its prompt `max_total_len` tokens. `call(name, arguments)`
+    runs a tool: in training, `partial(call_tool, seed=…)`. Raises ValueError for a prompt that leaves no room.
     """
     episodes = [Trajectory(prompt) for prompt in prompts]
     waiting, running = deque(zip(episodes, samplings, strict=True)), {}
     together = hasattr(engine, "open")
-    with engine.open(len(prompts)) if together else nullcontext(TurnByTurn(engine, len(prompts))) as opened:
+    with engine.open(len(prompts)) if together else nullcontext(BatchedTurns(engine, len(prompts))) as opened:
         limit = min(max_total_len, opened.longest)
 
         def ask(episode: Trajectory, sampling: Sampling) -> None:
@@ -53,7 +53,7 @@ def run_episodes(engine, prompts: list[Prompt], samplings: list[Sampling], token
             if len(tokens) >= limit:
                 raise ValueError(f"{episode.prompt.source}: a prompt of {len(tokens):,} tokens leaves no room for an "
                                  f"answer within {limit:,}")
-            seed = sampling.seed + SEED_STEP * len(episode.turns)
+            seed = sampling.seed + TURN_SEED_STRIDE * len(episode.turns)
             how = replace(sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, limit - len(tokens)))
             running[opened.add(tokens, how)] = episode, sampling
 
@@ -75,7 +75,7 @@ def run_episodes(engine, prompts: list[Prompt], samplings: list[Sampling], token
 class EpisodeEngine:
     """An engine whose answers are episodes with tools, for training: what a tool says depends on `seed` alone."""
 
-    engine: LocalEngine
+    engine: LocalRolloutEngine
     tokenizer: ChatTokenizer
     max_turns: int
     max_total_len: int
@@ -93,9 +93,9 @@ class EpisodeEngine:
 def take_turn(episode: Trajectory, sequence, tokenizer: ChatTokenizer, max_turns: int, limit: int,
               call: Callable[[str, dict], dict]) -> None:
     """Append what was sampled; run its calls and append what they said, or set `finish_reason`."""
-    episode.ids += sequence.ids
+    episode.completion_ids += sequence.ids
     episode.logprobs += sequence.logprobs
-    episode.sampled += [True] * len(sequence.ids)
+    episode.action_mask += [True] * len(sequence.ids)
     episode.answer = parse_message(tokenizer, sequence.ids, episode.prompt.thinking)
     episode.turns.append(episode.answer)
     if sequence.ids[-1:] != [EOS]:
@@ -105,15 +105,15 @@ def take_turn(episode: Trajectory, sequence, tokenizer: ChatTokenizer, max_turns
     elif len(episode.turns) >= max_turns:
         episode.finish_reason = "turns"
     else:
-        done = run_calls(episode.answer, offered_names(episode.prompt), call)
+        done = run_calls(episode.answer, offered_tools(episode.prompt), call)
         episode.calls += done
         seen = observation(tokenizer, [result for _, result in done], episode.prompt.thinking)
         if len(episode.tokens) + len(seen) >= limit:
             episode.finish_reason = "length"
             return
-        episode.ids += seen
+        episode.completion_ids += seen
         episode.logprobs += [0.0] * len(seen)
-        episode.sampled += [False] * len(seen)
+        episode.action_mask += [False] * len(seen)
 
 
 def run_calls(answer: AssistantMessage, offered: list[str],
@@ -127,7 +127,7 @@ def run_calls(answer: AssistantMessage, offered: list[str],
     return done + [({"name": "", "arguments": {}}, wrong) for _ in answer.malformed]
 
 
-def offered_names(prompt: Prompt) -> list[str]:
+def offered_tools(prompt: Prompt) -> list[str]:
     """Names of the tools on the first message, which stand there flat or as OpenAI nests them."""
     return [tool.get("function", tool).get("name") for tool in parse_json(prompt.tools, "tools", list)]
 
@@ -139,7 +139,7 @@ def observation(tokenizer: ChatTokenizer, results: list[dict], thinking: bool) -
 
 
 @dataclass(eq=False)
-class Turn:
+class TurnRequest:
     """A request to an engine that answers whole batches, in the words of `model.inference.engine.Sequence`."""
 
     prompt: list[int]
@@ -149,7 +149,7 @@ class Turn:
     finish_reason: str | None = None
 
 
-class TurnByTurn:
+class BatchedTurns:
     """`add` and `step` on top of `generate(prompts, samplings)`: a step answers all that were added."""
 
     longest = 2**31
@@ -157,13 +157,13 @@ class TurnByTurn:
     def __init__(self, engine, max_batch: int):
         self.engine, self.max_batch, self._added = engine, max_batch, []
 
-    def add(self, prompt: list[int], sampling: Sampling) -> Turn:
-        self._added.append(Turn(prompt, sampling))
+    def add(self, prompt: list[int], sampling: Sampling) -> TurnRequest:
+        self._added.append(TurnRequest(prompt, sampling))
         return self._added[-1]
 
-    def step(self) -> list[Turn]:
+    def step(self) -> list[TurnRequest]:
         turns, self._added = self._added, []
         answers = self.engine.generate([Prompt(turn.prompt, []) for turn in turns], [turn.sampling for turn in turns])
         for turn, answer in zip(turns, answers, strict=True):
-            turn.ids, turn.logprobs, turn.finish_reason = answer.ids, answer.logprobs, answer.finish_reason
+            turn.ids, turn.logprobs, turn.finish_reason = answer.completion_ids, answer.logprobs, answer.finish_reason
         return turns

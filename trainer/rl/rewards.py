@@ -17,11 +17,11 @@ from torch import Tensor
 from dataset.prompts import Prompt
 from model.chat import CALL, END_CALL, END_THINK, EOS, AssistantMessage, ChatTokenizer
 from model.cli import Failure, UserError, first_line
-from trainer.rl.reward_models import ForeignModel, Judge, OwnModel
+from trainer.rl.reward_models import HFRewardModel, LLMJudge, MiniMindRewardModel
 from trainer.rollout_engine import Trajectory
 
-Rule = Callable[[Prompt, Trajectory], float]
-Component = Callable[[list[Prompt], list[Trajectory]], Tensor | list[float]]
+RewardFn = Callable[[Prompt, Trajectory], float]
+BatchRewardFn = Callable[[list[Prompt], list[Trajectory]], Tensor | list[float]]
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)\]])-)?(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?)")
 LENGTH_WINDOW = (4, 256)  # tokens of content that are neither too few nor too many
 REPEATED = 4  # tokens in a row that are a repetition when they come again
@@ -29,31 +29,31 @@ REPEATED = 4  # tokens in a row that are a repetition when they come again
 
 # -- rules -------------------------------------------------------------------------------------------------------------
 
-def exact(prompt: Prompt, trajectory: Trajectory) -> float:
+def accuracy(prompt: Prompt, trajectory: Trajectory) -> float:
     """Share of the ground truth in the answer, 0 to 1; 0 where nobody knows it. Its numbers must be the last ones said.
 
     A number is compared as a number, a text is looked for without regard to case, width and kind of spaces.
     """
-    content, wanted = plain(trajectory.answer.content), [plain(text) for text in prompt.ground_truth]
+    content, wanted = normalize(trajectory.answer.content), [normalize(text) for text in prompt.ground_truth]
     said, count = list(NUMBER.finditer(content)), sum(len(NUMBER.findall(text)) for text in wanted)
     last = said[max(0, len(said) - count):] if count else []
-    left = Counter(value(number.group()) for number in last)  # each can be the answer to one thing asked
+    left = Counter(to_decimal(number.group()) for number in last)  # each can be the answer to one thing asked
     hits = 0
     for text in wanted:
         if NUMBER.fullmatch(text):
-            hits += left[value(text)] > 0
-            left[value(text)] -= 1
+            hits += left[to_decimal(text)] > 0
+            left[to_decimal(text)] -= 1
         else:
-            found = [match.end() for match in re.finditer(whole(text), content)] if text else []
+            found = [match.end() for match in re.finditer(word_pattern(text), content)] if text else []
             hits += bool(found) and (not NUMBER.search(text) or bool(last) and found[-1] > last[0].start())
     return hits / max(len(wanted), 1)
 
 
-def well_formed(prompt: Prompt, trajectory: Trajectory) -> float:
+def format_ok(prompt: Prompt, trajectory: Trajectory) -> float:
     """1 for an answer that ended by itself, whose thinking (if asked for) is closed and not empty and followed by
     content or calls, with no marker out of place and no call that cannot be read; else 0."""
     answer = trajectory.answer
-    return float(not trajectory.unfinished and bool(answer.content.strip() or answer.tool_calls)
+    return float(not trajectory.truncated and bool(answer.content.strip() or answer.tool_calls)
                  and turn_is_whole(last_turn(trajectory), prompt.thinking, answer))
 
 
@@ -68,7 +68,7 @@ def turn_is_whole(ids: list[int], thinking: bool, answer: AssistantMessage) -> b
     return ids[-1:] == [EOS] == [end] and not answer.malformed and markers == [CALL, END_CALL] * (len(markers) // 2)
 
 
-def length_rule(tokenizer: ChatTokenizer) -> Rule:
+def length_rule(tokenizer: ChatTokenizer) -> RewardFn:
     """1 for content of LENGTH_WINDOW tokens; outside, how near it comes as a ratio: 0 for none, 1/2 for twice the most.
     """
     def length(_: Prompt, trajectory: Trajectory) -> float:
@@ -86,22 +86,22 @@ def repetition(_: Prompt, trajectory: Trajectory) -> float:
 
 def last_turn(trajectory: Trajectory) -> list[int]:
     """The ids that were sampled after the last observation."""
-    begin = len(trajectory.ids) - (trajectory.sampled[::-1] + [False]).index(False)
-    return trajectory.ids[begin:]
+    begin = len(trajectory.completion_ids) - (trajectory.action_mask[::-1] + [False]).index(False)
+    return trajectory.completion_ids[begin:]
 
 
-def plain(text: str) -> str:
+def normalize(text: str) -> str:
     """One spelling for what reads alike."""
     return " ".join(unicodedata.normalize("NFKC", text).replace("−", "-").casefold().split())
 
 
-def whole(text: str) -> str:
+def word_pattern(text: str) -> str:
     """A pattern of `text` that is no part of a longer word or number (Chinese puts nothing between words)."""
     return (r"(?<![0-9a-z])" * bool(re.match(r"[0-9a-z]", text)) + re.escape(text)
             + r"(?![0-9a-z])" * bool(re.search(r"[0-9a-z]$", text)))
 
 
-def value(number: str) -> Decimal:
+def to_decimal(number: str) -> Decimal:
     return Decimal(number.replace(",", ""))
 
 
@@ -110,7 +110,7 @@ def value(number: str) -> Decimal:
 class Rewards:
     """The components that are in use, `names` [C], and how much each counts, `weights` [C]."""
 
-    def __init__(self, components: dict[str, Component], weights: dict[str, float]):
+    def __init__(self, components: dict[str, BatchRewardFn], weights: dict[str, float]):
         self.components, self.names = components, list(components)
         self.weights = torch.tensor([weights.get(name, 1.0) for name in components])
 
@@ -124,7 +124,7 @@ class Rewards:
             try:
                 columns[:, column] = torch.as_tensor(component(prompts, trajectories), dtype=torch.float32)
             except Exception as error:
-                where, error = culprit(component, prompts, trajectories, error)
+                where, error = find_failing_row(component, prompts, trajectories, error)
                 raise Failure(f"reward {name} failed on {where}: {first_line(error)}") from error
         if not columns.isfinite().all():
             row, column = (~columns.isfinite()).nonzero()[0].tolist()
@@ -136,7 +136,7 @@ class Rewards:
         return components @ self.weights
 
 
-def culprit(component: Component, prompts: list[Prompt], trajectories: list[Trajectory],
+def find_failing_row(component: BatchRewardFn, prompts: list[Prompt], trajectories: list[Trajectory],
             error: Exception) -> tuple[str, Exception]:
     """Which row a component fails on when asked about each alone, and how; all, if it is none."""
     for prompt, trajectory in zip(prompts, trajectories, strict=True):
@@ -147,11 +147,11 @@ def culprit(component: Component, prompts: list[Prompt], trajectories: list[Traj
     return f"{prompts[0].source} and {len(prompts) - 1} others together", error
 
 
-def one_by_one(rule: Rule) -> Component:
+def batched(rule: RewardFn) -> BatchRewardFn:
     return lambda prompts, trajectories: [rule(*pair) for pair in zip(prompts, trajectories, strict=True)]
 
 
-def reward_flags(parser: argparse.ArgumentParser) -> None:
+def add_reward_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rewards")
     group.add_argument("--reward_mix", default="exact=1,format=0.5,length=0.1,repetition=0.5",
                        help="how much each component counts; those not named count 1")
@@ -164,20 +164,21 @@ def reward_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def make_rewards(args: argparse.Namespace, tokenizer: ChatTokenizer, device: torch.device,
-                 rules: dict[str, Rule] | None = None) -> Rewards:
+                 rules: dict[str, RewardFn] | None = None) -> Rewards:
     """The components that the flags ask for: `rules`, and `weight`, `model`, `judge`. Raises UserError."""
-    rules = rules or {"exact": exact, "format": well_formed, "length": length_rule(tokenizer), "repetition": repetition}
-    components = {name: one_by_one(rule) for name, rule in rules.items()}
+    rules = rules or {"exact": accuracy, "format": format_ok, "length": length_rule(tokenizer),
+                      "repetition": repetition}
+    components = {name: batched(rule) for name, rule in rules.items()}
     if args.reward_weight:
-        components["weight"] = OwnModel(args, tokenizer, device)
+        components["weight"] = MiniMindRewardModel(args, tokenizer, device)
     if args.reward_model_path:
-        components["model"] = ForeignModel(args.reward_model_path, bool(args.trust_remote_code), device)
+        components["model"] = HFRewardModel(args.reward_model_path, bool(args.trust_remote_code), device)
     if args.judge_url:
-        components["judge"] = Judge(args.judge_url, args.judge_model)
-    return Rewards(components, read_mix(args.reward_mix, components))
+        components["judge"] = LLMJudge(args.judge_url, args.judge_model)
+    return Rewards(components, parse_reward_mix(args.reward_mix, components))
 
 
-def read_mix(text: str, components: dict[str, Component]) -> dict[str, float]:
+def parse_reward_mix(text: str, components: dict[str, BatchRewardFn]) -> dict[str, float]:
     """"exact=1,format=0.5" → numbers by name."""
     mix = {}
     for part in filter(None, text.split(",")):

@@ -21,13 +21,13 @@ from model.chat import ChatTokenizer
 from model.cli import UserError
 from model.inference.sampling import Sampling
 from trainer.batches import Step, places
-from trainer.losses import Loss, gae, group_advantages, inputs, k3, token_log_probs
-from trainer.rollout_engine import Trajectory, full_distribution
+from trainer.losses import Loss, gae, group_advantages, inputs, kl_k3, token_log_probs
+from trainer.rollout_engine import Trajectory, policy_sampling_params
 
-MOST_DRAWS = 4  # of prompts, when groups without a difference are drawn again
+MAX_RESAMPLES = 4  # of prompts, when groups without a difference are drawn again
 
 
-class Experience:
+class RolloutStream:
     """Has the methods of `RowStream`. `engine` answers prompts, `rewards` scores the answers.
 
     `reference`: the frozen model that KL is measured to, or None. `critic`: whether `model` is an actor with a critic,
@@ -35,7 +35,7 @@ class Experience:
     """
 
     def __init__(self, run, model: nn.Module, prompts: PromptDataset, engine, rewards,
-                 reference: nn.Module | None = None, critic: bool = False, tracker: "ValueTracker | None" = None):
+                 reference: nn.Module | None = None, critic: bool = False, tracker: "SPOValueTracker | None" = None):
         self.run, self.args, self.world, self.model = run, run.args, run.world, model
         self.prompts, self.engine, self.rewards, self.reference = prompts, engine, rewards, reference
         self.critic, self.tracker = critic, tracker
@@ -97,11 +97,11 @@ class Experience:
         noted, self._noted = self._noted, {}
         return Step(batches, len(batches), self._units, tokens, noted)
 
-    def watched(self, loss_function: Callable[[nn.Module, dict], Loss]) -> Callable[[nn.Module, dict], Loss]:
+    def track_kl(self, loss_function: Callable[[nn.Module, dict], Loss]) -> Callable[[nn.Module, dict], Loss]:
         """`loss_function`, and note how far the policy has moved, for --target_kl."""
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Loss:
             result = loss_function(model, batch)
-            self._moved += result.seen["approx_kl"].detach()
+            self._moved += result.metrics["approx_kl"].detach()
             return result
         return loss
 
@@ -128,12 +128,12 @@ class Experience:
         self._note(groups, trajectories, sampled - began, time.perf_counter() - sampled)
         self.rollouts += 1
 
-    def _draw(self) -> "list[Group]":
+    def _draw(self) -> "list[RolloutGroup]":
         """Prompts with their scored answers. With --resample, groups whose answers all score alike are drawn anew."""
-        kept: list[Group] = []
-        spare: list[Group] = []
+        kept: list[RolloutGroup] = []
+        spare: list[RolloutGroup] = []
         self._alike = drawn = self._own_tokens = 0
-        for _ in range(MOST_DRAWS if self.args.resample else 1):
+        for _ in range(MAX_RESAMPLES if self.args.resample else 1):
             groups = self._answer(self.cursor)
             self.cursor += len(groups)
             drawn += len(groups)
@@ -144,24 +144,24 @@ class Experience:
         self._alike = len(spare) / drawn
         return (kept + spare)[:self.prompts_per_rollout]
 
-    def _answer(self, begin: int) -> "list[Group]":
+    def _answer(self, begin: int) -> "list[RolloutGroup]":
         """Groups of the prompts at the next places of the endless stream: each rank answers some, all get all."""
         args, n = self.args, self.args.num_generations
         order = places(begin, self.prompts_per_rollout, args.seed, len(self.prompts))
         mine = range(self.world.rank, len(order), self.world.size)
         asked = [self.prompts[order[i]] for i in mine for _ in range(n)]
         # a seed of its own for each place of the stream and each answer, on any number of ranks
-        how = [full_distribution(args.max_gen_len, args.temperature, (args.seed * 1_000_003 + begin + i) * n + k)
+        how = [policy_sampling_params(args.max_gen_len, args.temperature, (args.seed * 1_000_003 + begin + i) * n + k)
                for i in mine for k in range(n)]
         trajectories = self.engine.generate(asked, how)
         scores = self.rewards.score(asked, trajectories)
-        self._own_tokens += sum(sum(trajectory.sampled) for trajectory in trajectories)
-        groups = [Group(int(order[i]), trajectories[at * n:at * n + n], scores[at * n:at * n + n],
+        self._own_tokens += sum(sum(trajectory.action_mask) for trajectory in trajectories)
+        groups = [RolloutGroup(int(order[i]), trajectories[at * n:at * n + n], scores[at * n:at * n + n],
                         self.rewards.total(scores[at * n:at * n + n])) for at, i in enumerate(mine)]
         by_rank = self.world.gather(groups)
         return [by_rank[i % self.world.size][i // self.world.size] for i in range(len(order))]
 
-    def _advantages(self, groups: "list[Group]") -> Tensor:
+    def _advantages(self, groups: "list[RolloutGroup]") -> Tensor:
         """One number a trajectory [G · n]; with a critic its reward, from which `_judge` makes advantages."""
         rewards = torch.stack([group.rewards for group in groups])
         if self.critic:
@@ -177,13 +177,13 @@ class Experience:
         """Trajectories → this rank's micro-batches, the units of all ranks, the tokens that are read.
 
         A micro-batch has what `pack_shared_prefix` gives and, of each target [M]: `document`, which trajectory of the
-        micro-batch it belongs to, `advantage`, `weight` and `sampled_logp`.
+        micro-batch it belongs to, `advantage`, `weight` and `rollout_logprobs`.
         """
         args, world, by_sequence = self.args, self.world, self.args.aggregation == "sequence"
         budget = args.batch_size * self.length  # tokens of a micro-batch
         if not args.use_compile:  # no shape has to stay: there is something for each rank
             budget = min(budget, -(-sum(len(trajectory.tokens) for trajectory in trajectories) // world.size))
-        trees = share_prompts(trajectories, budget)
+        trees = group_by_prefix(trajectories, budget)
         sizes = np.array([tree.size for tree in trees])
         budget = max(budget, int(sizes.max()))
         place, batches = best_fit(sizes, budget), []
@@ -191,35 +191,35 @@ class Experience:
             mine = [trees[i] for i in np.flatnonzero(place == number)]
             size = budget if args.use_compile else -(-max(sum(tree.size for tree in mine), 1) // 64) * 64
             batch = pack_shared_prefix(
-                [(tree.prompt, [trajectories[i].ids for i in tree.answers]) for tree in mine], size)
+                [(tree.prompt, [trajectories[i].completion_ids for i in tree.answers]) for tree in mine], size)
             numbers = torch.tensor([i for tree in mine for i in tree.answers], dtype=torch.int64)
             answers = [trajectories[i] for i in numbers]
-            lengths = torch.tensor([len(answer.ids) for answer in answers], dtype=torch.int64)
-            weight = torch.tensor([1 / sum(answer.sampled) if by_sequence else 1.0 for answer in answers])
+            lengths = torch.tensor([len(answer.completion_ids) for answer in answers], dtype=torch.int64)
+            weight = torch.tensor([1 / sum(answer.action_mask) if by_sequence else 1.0 for answer in answers])
             batch |= {"document": torch.arange(len(answers)).repeat_interleave(lengths),
                       "advantage": advantages[numbers].repeat_interleave(lengths),
                       "weight": weight.repeat_interleave(lengths),
-                      "sampled_logp": torch.tensor([logp for answer in answers for logp in answer.logprobs])}
-            drawn = torch.tensor([drawn for answer in answers for drawn in answer.sampled], dtype=torch.bool)
-            for name in ("logits_at", "targets", "document", "advantage", "weight", "sampled_logp"):
+                      "rollout_logprobs": torch.tensor([logp for answer in answers for logp in answer.logprobs])}
+            drawn = torch.tensor([drawn for answer in answers for drawn in answer.action_mask], dtype=torch.bool)
+            for name in ("logits_at", "targets", "document", "advantage", "weight", "rollout_logprobs"):
                 batch[name] = batch[name][drawn]
             batches.append({name: value.to(self.run.device) for name, value in batch.items()})
-        units = len(trajectories) if by_sequence else sum(sum(trajectory.sampled) for trajectory in trajectories)
+        units = len(trajectories) if by_sequence else sum(sum(trajectory.action_mask) for trajectory in trajectories)
         return batches, units, int(sizes.sum())
 
     @torch.no_grad()
     def _look(self, batches: list[dict]) -> None:
-        """What the models say before the update, added to the batches: `old`, `reference` and, of a critic, `value`."""
+        """What the models say before the update, added to the batches: `old_logprobs`, `ref_logprobs`, `value`."""
         several = self.args.update_epochs * self.args.mini_batches > 1
         for batch in batches:
             with self.run.autocast():
                 if self.critic:
                     output, batch["value"] = self.model(**inputs(batch))
-                    batch["old"] = token_log_probs(output.logits, batch["targets"], self.args.temperature)
+                    batch["old_logprobs"] = token_log_probs(output.logits, batch["targets"], self.args.temperature)
                 elif several or self.tracker:
-                    batch["old"] = self._log_probs(self.model, batch)
+                    batch["old_logprobs"] = self._log_probs(self.model, batch)
                 if self.reference is not None:
-                    batch["reference"] = self._log_probs(self.reference, batch)
+                    batch["ref_logprobs"] = self._log_probs(self.reference, batch)
 
     def _log_probs(self, model: nn.Module, batch: dict) -> Tensor:
         logits = model(**inputs(batch)).logits
@@ -232,8 +232,8 @@ class Experience:
         """
         args, sums = self.args, torch.zeros(3, dtype=torch.float64, device=self.run.device)
         for batch in batches:
-            reward = -args.kl_coef * (batch["old"] - batch["reference"]) if "reference" in batch else \
-                torch.zeros_like(batch["old"])
+            reward = -args.kl_coef * (batch["old_logprobs"] - batch["ref_logprobs"]) if "ref_logprobs" in batch else \
+                torch.zeros_like(batch["old_logprobs"])
             ends = batch["document"].diff(append=batch["document"].new_tensor([-1])) != 0
             reward[ends] += batch["advantage"][ends]
             sizes = batch["document"].bincount().tolist()
@@ -257,19 +257,20 @@ class Experience:
         sums = torch.zeros(2, device=self.run.device)
         for batch in (batch for batches, *_ in self._minis for batch in batches):
             with self.run.autocast():
-                moved = k3(batch["old"], self._log_probs(self.model, batch))
+                moved = kl_k3(batch["old_logprobs"], self._log_probs(self.model, batch))
             sums += torch.stack((moved.sum(), moved.new_tensor(float(len(moved)))))
         total, count = self.world.sum(sums).tolist()
         self.tracker.drift += total / max(count, 1)
         self._minis = []
 
-    def _note(self, groups: "list[Group]", trajectories: list[Trajectory], sampling: float, preparing: float) -> None:
+    def _note(self, groups: "list[RolloutGroup]", trajectories: list[Trajectory], sampling: float,
+              preparing: float) -> None:
         """What the next log line says of this rollout: times in seconds, means and spreads over its answers."""
         rewards = torch.cat([group.rewards for group in groups])
         scores = torch.cat([group.scores for group in groups])
         self._noted = {
             "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
-            "length": sum(map(len, (trajectory.ids for trajectory in trajectories))) / len(trajectories),
+            "length": sum(map(len, (trajectory.completion_ids for trajectory in trajectories))) / len(trajectories),
             "truncated": sum(t.finish_reason != "stop" for t in trajectories) / len(trajectories),
             "rollout_s": sampling, "scoring_s": preparing, "rollout_tokens_per_s": self._own_tokens / sampling,
         }
@@ -280,11 +281,11 @@ class Experience:
         if self.args.show_samples and self.world.main:
             for batch in self._minis[0][0][:1]:
                 for number in range(min(self.args.show_samples, int(batch["document"].max()) + 1)):
-                    print(coloured(self.run.tokenizer, batch, number), flush=True)
+                    print(colorize_advantages(self.run.tokenizer, batch, number), flush=True)
 
 
 @dataclass
-class Group:
+class RolloutGroup:
     """A prompt, by its number, and its scored answers: `scores` [n, components], `rewards` [n]."""
 
     prompt: int
@@ -299,7 +300,7 @@ class Group:
 
 
 @dataclass
-class Tree:
+class PrefixGroup:
     """A prompt and answers to it, by number, that are learned from together; `size` in tokens, the prompt once."""
 
     prompt: list[int]
@@ -307,21 +308,21 @@ class Tree:
     size: int
 
 
-def share_prompts(trajectories: list[Trajectory], budget: int) -> list[Tree]:
+def group_by_prefix(trajectories: list[Trajectory], budget: int) -> list[PrefixGroup]:
     """Answers to one prompt share a tree as long as it has at most `budget` tokens."""
     trees, last = [], {}
     for number, trajectory in enumerate(trajectories):
-        prompt, own = tuple(trajectory.prompt.ids), len(trajectory.ids) - 1
+        prompt, own = tuple(trajectory.prompt.ids), len(trajectory.completion_ids) - 1
         tree = last.get(prompt)
         if tree is None or tree.size + own > budget:
-            tree = last[prompt] = Tree(trajectory.prompt.ids, [], len(prompt))
+            tree = last[prompt] = PrefixGroup(trajectory.prompt.ids, [], len(prompt))
             trees.append(tree)
         tree.answers.append(number)
         tree.size += own
     return trees
 
 
-class ValueTracker:
+class SPOValueTracker:
     """SPO's memory of what each prompt is worth (Xu & Ding 2025, https://arxiv.org/abs/2509.13232, section 3).
 
     v ← v + (r - v) / (ρ·n + 1) and n ← ρ·n + 1, where ρ = 2^(-D / half_life) forgets as far as the policy has drifted
@@ -354,7 +355,7 @@ class ValueTracker:
             setattr(self, name, value)
 
 
-def held_out(run, prompts: PromptDataset | None, engine, rewards) -> Callable[[], dict] | None:
+def make_rollout_eval(run, prompts: PromptDataset | None, engine, rewards) -> Callable[[], dict] | None:
     """A validation: → {"val_reward", "val_…" of each component}, means over greedy answers to `prompts`."""
     if prompts is None:
         return None
@@ -371,7 +372,7 @@ def held_out(run, prompts: PromptDataset | None, engine, rewards) -> Callable[[]
     return validate
 
 
-def coloured(tokenizer: ChatTokenizer, batch: dict[str, Tensor], number: int) -> str:
+def colorize_advantages(tokenizer: ChatTokenizer, batch: dict[str, Tensor], number: int) -> str:
     """The sampled tokens of trajectory `number` for a terminal: green where the advantage is above 0, red below."""
     inside = batch["document"] == number
     advantages, pieces = batch["advantage"][inside].tolist(), []

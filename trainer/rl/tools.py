@@ -46,7 +46,7 @@ class Tool:
             raise ValueError(f"unknown argument {unknown[0]!a:.40}; known: {', '.join(self.parameters) or 'none'}")
         if missing := [name for name, (_, needed) in self.parameters.items() if needed and name not in arguments]:
             raise ValueError(f"missing argument {missing[0]!a}")
-        return {name: fitting(name, value, self.parameters[name][0]) for name, value in arguments.items()
+        return {name: coerce(name, value, self.parameters[name][0]) for name, value in arguments.items()
                 if value is not None or self.parameters[name][1]}
 
 
@@ -64,7 +64,7 @@ def tool(function: Callable | None = None, *, timeout: float | None = 5.0) -> Ca
         return lambda function: tool(function, timeout=timeout)
     name, hints = function.__name__, typing.get_type_hints(function)
     own = {key: value for key, value in inspect.signature(function).parameters.items() if key != "seed"}
-    kinds = {key: kind_of(hints.get(key, object)) for key in own}
+    kinds = {key: json_type(hints.get(key, object)) for key in own}
     parameters = {key: (kinds[key], value.default is value.empty) for key, value in own.items()}
     properties = {key: {"type": JSON_TYPES[kind]} if kind in JSON_TYPES else {} for key, kind in kinds.items()}
     needed = [key for key, (_, need) in parameters.items() if need]
@@ -78,9 +78,9 @@ def tool(function: Callable | None = None, *, timeout: float | None = 5.0) -> Ca
     return function
 
 
-def kind_of(hint: type) -> type:
+def json_type(hint: type) -> type:
     """What JSON knows of an annotation: list of list[str], float of int | float, str of str | None."""
-    parts = {kind_of(part) for part in typing.get_args(hint) if part is not type(None)}
+    parts = {json_type(part) for part in typing.get_args(hint) if part is not type(None)}
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return parts.pop() if len(parts) == 1 else float if parts == {int, float} else object
     return typing.get_origin(hint) or hint
@@ -93,7 +93,7 @@ def call_tool(name: str, arguments: dict | str, seed: int | None = None) -> dict
             raise ValueError(f"unknown tool {name!a:.80}")
         known = TOOLS[name]
         given = known.check(parse_json(arguments, "arguments", dict))
-        result = within(known.timeout, known.function, given | ({"seed": seed} if known.seeded else {}))
+        result = run_with_timeout(known.timeout, known.function, given | ({"seed": seed} if known.seeded else {}))
         result = result if isinstance(result, dict) else {"result": result}
         check_text(json.dumps(result, ensure_ascii=False, allow_nan=False))
         return result
@@ -101,7 +101,7 @@ def call_tool(name: str, arguments: dict | str, seed: int | None = None) -> dict
         return {"error": f"{first_line(error)!s:.200}".encode("ascii", "backslashreplace").decode()}
 
 
-def within(seconds: float | None, function: Callable, arguments: dict) -> object:
+def run_with_timeout(seconds: float | None, function: Callable, arguments: dict) -> object:
     """What the function returns or raises, if that takes no longer than `seconds`; else ValueError."""
     if seconds is None:
         return function(**arguments)
@@ -123,7 +123,7 @@ def within(seconds: float | None, function: Callable, arguments: dict) -> object
     return result
 
 
-def fitting(name: str, value: object, kind: type) -> object:
+def coerce(name: str, value: object, kind: type) -> object:
     """`value` if it is of the kind; 5.0 will do for 5. Raises ValueError."""
     if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
@@ -140,7 +140,8 @@ def fitting(name: str, value: object, kind: type) -> object:
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos}
 FUNCTIONS = {"sqrt": math.sqrt, "abs": abs}
-WRITTEN = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-", "^": "**", "（": "(", "）": ")", "＋": "+", "，": ","})
+UNICODE_OPERATORS = str.maketrans(
+    {"×": "*", "÷": "/", "−": "-", "–": "-", "^": "**", "（": "(", "）": ")", "＋": "+", "，": ","})
 LONGEST, MOST_BITS = 500, 1024  # characters of an expression; a float ends at 2^1024
 
 
@@ -176,7 +177,7 @@ def calculate_math(expression: str) -> int | float:
     if len(expression) > LONGEST:
         raise ValueError(f"longer than {LONGEST} characters")
     try:
-        return plain(value(ast.parse(expression.strip().translate(WRITTEN), mode="eval").body))
+        return plain(value(ast.parse(expression.strip().translate(UNICODE_OPERATORS), mode="eval").body))
     except (SyntaxError, ArithmeticError, RecursionError, MemoryError) as error:
         raise ValueError(getattr(error, "msg", None) or str(error) or type(error).__name__) from None
 
@@ -230,7 +231,7 @@ def text_length(text: str) -> dict:
     return {"length": len(text)}
 
 
-def dice(seed: int | None, *what: str | int) -> random.Random:
+def seeded_rng(seed: int | None, *what: str | int) -> random.Random:
     """Chance that depends on the seed and what is asked, and on nothing else."""
     return random.Random(f"{seed} {what}".lower())
 
@@ -240,7 +241,7 @@ def random_number(min: int = 0, max: int = 100, seed: int | None = None) -> int:
     """Draw a whole number, both ends included"""
     if min > max:
         raise ValueError("min is above max")
-    return (random if seed is None else dice(seed, "number", min, max)).randint(min, max)
+    return (random if seed is None else seeded_rng(seed, "number", min, max)).randint(min, max)
 
 
 @tool(timeout=None)
@@ -250,7 +251,7 @@ def get_current_time(timezone: str = "UTC", seed: int | None = None) -> dict:
         zone = ZoneInfo(timezone)
     except (KeyError, ValueError, OSError):
         raise ValueError(f"unknown timezone {timezone!a:.40}") from None
-    drawn = dice(seed, "time", timezone)
+    drawn = seeded_rng(seed, "time", timezone)
     return {"time": f"{drawn.randrange(24):02}:{drawn.randrange(60):02}" if seed is not None
             else f"{datetime.now(zone):%H:%M}"}
 
@@ -258,7 +259,7 @@ def get_current_time(timezone: str = "UTC", seed: int | None = None) -> dict:
 @tool(timeout=None)
 def get_current_weather(location: str, unit: str = "celsius", seed: int | None = None) -> dict:
     """Weather of a place (invented)"""
-    drawn = dice(seed, "weather", location.strip())
+    drawn = seeded_rng(seed, "weather", location.strip())
     degrees, sky = drawn.randint(1, 35), drawn.choice(sample_world.WEATHER)
     return {"temperature": plain(unit_converter(degrees, "celsius", unit)), "condition": sky[chinese(location)]}
 
@@ -271,7 +272,7 @@ def get_exchange_rate(from_currency: str, to_currency: str, seed: int | None = N
             raise ValueError(f"unknown currency {currency!a:.40}")
     if from_currency.lower() == to_currency.lower():
         return {"rate": 1}
-    return {"rate": dice(seed, "rate", from_currency, to_currency).randint(11, 999) / 100}
+    return {"rate": seeded_rng(seed, "rate", from_currency, to_currency).randint(11, 999) / 100}
 
 
 @tool(timeout=None)
