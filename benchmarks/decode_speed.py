@@ -32,8 +32,9 @@ from model import model_minimind
 from model.cli import Parser, positive_int, run_main
 from model.device import choose_device, inference_dtype
 from model.inference.engine import Engine, Sampling
-from model.inference.prepacked import in_use
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
+from model.inference.prepacked import use_prepacked
+from model.linear import linear
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.metrics import peak_flops, synchronise
 
 TEMPERATURE, TOP_P = 0.85, 0.95
@@ -56,7 +57,8 @@ class GrowingCache:
 
 
 @torch.inference_mode()
-@mock.patch.object(model_minimind, "product", F.linear)
+@mock.patch("model.linear.linear", F.linear)
+@mock.patch("model.moe.linear", F.linear)
 def plain_loop(model: nn.Module, prompts: list[list[int]], tokens: int) -> Tensor:
     """Sample `tokens` after each of the equally long prompts. → [B, tokens]"""
     ids, cache, answers = torch.tensor(prompts, device=model.device), GrowingCache(), []
@@ -172,7 +174,7 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
     def products() -> list[Tensor]:
         return [layer(inputs[layer.in_features]) for layer in layers]
 
-    with in_use(engine._packed):
+    with use_prepacked(engine._prepacked):
         result["products alone"] = seconds_of(products)
     result["the same, not packed"] = seconds_of(products)
     numbers = sum(weight.numel() for weight in weights)
@@ -219,8 +221,9 @@ def profile_arriving(model: nn.Module, requests: list[tuple[list[int], int]], ev
     engine._draw, engine._admit, engine._leave, engine._reserve = (
         timed(part, work) for part, work in (("drawing", engine._draw), ("places", engine._admit),
                                              ("places", engine._leave), ("places", engine._reserve)))
-    with mock.patch.object(model_minimind, "product", timed("products", product)), \
-            mock.patch.object(model_minimind, "attend", timed("attention", model_minimind.attend)):
+    with mock.patch("model.linear.linear", timed("products", linear)), \
+            mock.patch("model.moe.linear", timed("products", linear)), \
+            mock.patch.object(model_minimind, "attention", timed("attention", model_minimind.attention)):
         began = time.perf_counter()
         engine_run(engine, requests, every)
         found["beside"]["whole"] = time.perf_counter() - began - sum(found[name]["whole"] for name in found)

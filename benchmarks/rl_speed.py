@@ -37,7 +37,6 @@ from torch import nn
 from benchmarks.decode_speed import GrowingCache, plain_loop
 from benchmarks.machine import save_result
 from dataset.prompts import Prompt, PromptDataset
-from model import model_minimind
 from model.chat import CALL, END_CALL, EOS, ChatTokenizer
 from model.cli import Parser, positive_int, run_main
 from model.device import choose_device, cpu_has_bfloat16
@@ -96,7 +95,8 @@ class Lengths:
 
 
 @torch.inference_mode()
-@mock.patch.object(model_minimind, "product", F.linear)
+@mock.patch("model.linear.linear", F.linear)
+@mock.patch("model.moe.linear", F.linear)
 def plain_rollout(model: nn.Module, prompts: list[list[int]], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-padded prompts answered together. → ids [B, T] and mask"""
     width = max(map(len, prompts))

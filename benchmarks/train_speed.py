@@ -33,7 +33,7 @@ from dataset.packing import IGNORE
 from model.chat import ChatTokenizer
 from model.cli import Parser, positive_int, run_main
 from model.device import choose_device
-from model.model_lora import TARGETS, LoRA, adaptable, apply_lora
+from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT
 from trainer.losses import preference_losses
@@ -85,7 +85,7 @@ def plain_recipe(args: argparse.Namespace) -> dict:
     model = MiniMindForCausalLM(MiniMindConfig(args.hidden_size, args.num_hidden_layers, bool(args.use_moe))).to(device)
     reference = copy.deepcopy(model) if args.stage == "dpo" else None
     if args.stage == "lora":
-        apply_lora(model, LoRA(targets=tuple(name for name in TARGETS if name in adaptable(model))))
+        apply_lora(model, LoRA(targets=tuple(name for name in TARGETS if name in find_target_modules(model))))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-4)
     order, useful = np.random.default_rng(0).permutation(len(data)), 0

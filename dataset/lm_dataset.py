@@ -372,7 +372,7 @@ class DPODataset(TokenDataset):
     def batch(self, wanted):
         """What `pack_shared_prefix` gives, of the D documents; 2i and 2i + 1 are the two sides of pair i.
 
-        `ends` [D]: the flat index of the last position of each; `document` [M]: which of them each of `logits_at`
+        `ends` [D]: the flat index of the last position of each; `document` [M]: which of them each of `logits_indices`
         belongs to, `token_at` [M]: where the token itself stands; `ref_logprobs` [D], if set.
         """
         bounds = self.rows.row_offsets
@@ -387,12 +387,12 @@ class DPODataset(TokenDataset):
             said += [self.mask[answer] for answer in answers]
         batch = pack_shared_prefix(trees, len(wanted) * self.row_length)
         lengths = np.array([len(mask) for mask in said[1:]], np.int64)
-        last, asked = torch.from_numpy(np.cumsum(lengths) - 1), batch["logits_at"]
+        last, asked = torch.from_numpy(np.cumsum(lengths) - 1), batch["logits_indices"]
         token_at = torch.cat((asked[1:], asked[-1:]))
         token_at[last] = asked[last]  # nothing is read after the last token
         learned = torch.from_numpy(np.concatenate(said) != 0)
         batch |= {"token_at": token_at, "document": torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))}
-        batch |= {name: batch[name][learned] for name in ("logits_at", "targets", "document", "token_at")}
+        batch |= {name: batch[name][learned] for name in ("logits_indices", "targets", "document", "token_at")}
         batch["ends"] = asked[last]
         if self.ref_logprobs is not None:
             batch["ref_logprobs"] = self.ref_logprobs[torch.from_numpy(documents)]

@@ -91,7 +91,7 @@ def cut_at_answers(start: np.ndarray, questions: np.ndarray, mask: np.ndarray, c
 
 def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray | None, capacity: int,
             max_sequences: int) -> dict[str, torch.Tensor]:
-    """Rows `wanted` → a batch: what `MiniMindForCausalLM.forward` takes, and `targets` [M] at its `logits_at` [M].
+    """Rows `wanted` → a batch: what `MiniMindForCausalLM.forward` takes, and `targets` [M] at its `logits_indices` [M].
 
     Row -1 is an empty one, to fill a batch up.
     `cu_seqlens` always has len(wanted) · (max_sequences + 1) + 1 bounds, the last ones repeated, so shapes are
@@ -117,9 +117,10 @@ def collate(rows: Rows, wanted: np.ndarray, tokens: np.ndarray, mask: np.ndarray
         if at < capacity:
             bounds.append((b + 1) * capacity)
     bounds += [B * capacity] * (B * (max_sequences + 1) + 1 - len(bounds))
-    logits_at = np.flatnonzero(targets != IGNORE)
+    logits_indices = np.flatnonzero(targets != IGNORE)
     batch = {"input_ids": ids, "position_ids": positions, "attention_mask": real,
-             "cu_seqlens": np.array(bounds, np.int32), "logits_at": logits_at, "targets": targets.ravel()[logits_at]}
+             "cu_seqlens": np.array(bounds, np.int32), "logits_indices": logits_indices,
+             "targets": targets.ravel()[logits_indices]}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -128,32 +129,33 @@ def pack_shared_prefix(trees: list[tuple[Sequence[int], list[Sequence[int]]]], s
 
     A batch like `collate`'s, in which every token of an answer is a target [M], in order. Answers see their prompt and
     themselves: attention is computed over documents, bounded by `cu_seqlens`, in which each answer has its own copy of
-    the prompt. `spread` [S] says which position of the row each token of these is, `fold` [size] where in them the
-    result of each position stands. All else in the model is computed once a position.
+    the prompt. `expand_index` [S] says which position of the row each token of these is, `gather_index` [size] where in
+    them the result of each position is. All else in the model is computed once per position.
     """
-    ids, positions, targets, logits_at, spread, fold, bounds, used = [], [], [], [], [], [], [0], 0
+    ids, positions, targets, logits_indices, expand_index, gather_index, bounds, used = [], [], [], [], [], [], [0], 0
     for prompt, *answers in ([np.asarray(part, np.int64) for part in (prompt, *answers)] for prompt, answers in trees):
         trunk = np.arange(used, used + len(prompt))
         ids.append(prompt)
         positions.append(trunk - used)
-        fold.append(bounds[-1] + trunk - used)
+        gather_index.append(bounds[-1] + trunk - used)
         used += len(prompt)
         for answer in answers:
             own = np.arange(used, used + len(answer) - 1)  # the last token asks nothing
             ids.append(answer[:-1])
             positions.append(len(prompt) + own - used)
-            logits_at += [trunk[-1:], own]
+            logits_indices += [trunk[-1:], own]
             targets.append(answer)
-            spread += [trunk, own]
-            fold.append(bounds[-1] + len(prompt) + own - used)
+            expand_index += [trunk, own]
+            gather_index.append(bounds[-1] + len(prompt) + own - used)
             used += len(own)
             bounds.append(bounds[-1] + len(prompt) + len(own))
     padding = np.zeros(size - used, np.int64)
-    spread.append(np.arange(used, size))
-    fold.append(bounds[-1] + spread[-1] - used)
+    expand_index.append(np.arange(used, size))
+    gather_index.append(bounds[-1] + expand_index[-1] - used)
     bounds += [*range(bounds[-1] + PADDING, bounds[-1] + len(padding), PADDING), bounds[-1] + len(padding)]
-    parts = {"input_ids": [*ids, padding], "position_ids": [*positions, padding], "logits_at": logits_at,
-             "attention_mask": [np.ones(used, np.int64), padding], "targets": targets, "spread": spread, "fold": fold}
+    parts = {"input_ids": [*ids, padding], "position_ids": [*positions, padding], "logits_indices": logits_indices,
+             "attention_mask": [np.ones(used, np.int64), padding], "targets": targets,
+             "expand_index": expand_index, "gather_index": gather_index}
     batch = {name: torch.from_numpy(np.concatenate([padding[:0], *part])) for name, part in parts.items()}
     rows = {name: batch[name][None] for name in ("input_ids", "position_ids", "attention_mask")}
     return batch | rows | {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from model.chat import ChatTokenizer
 from model.cli import UserError, first_line
-from model.model_minimind import Experts, Linear, expert_product
+from model.linear import Linear
+from model.moe import Experts, grouped_linear
 from model.weights import OUT_DIR, find_weight, save_weight, weight_name, weights_hash
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -33,7 +34,7 @@ class LoRA:
     base: str = ""
 
 
-def narrow_pair(shape: torch.Size, rank: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+def init_lora_AB(shape: torch.Size, rank: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
     """A [..., rank, in] and B [..., out, rank] for a weight [..., out, in]; A as a linear layer starts, B zero."""
     *stack, out, width = shape
     bound = 1 / math.sqrt(width)
@@ -48,7 +49,7 @@ class LoRALinear(nn.Linear):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
-        self.lora_A, self.lora_B = narrow_pair(base.weight.shape, lora.rank, base.weight.device)
+        self.lora_A, self.lora_B = init_lora_AB(base.weight.shape, lora.rank, base.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         narrow = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
@@ -66,17 +67,17 @@ class LoRAExperts(Experts):
         for name in ("gate_up_proj", "down_proj"):
             if name in lora.targets:
                 weight = getattr(base, name)
-                self.lora_A[name], self.lora_B[name] = narrow_pair(weight.shape, lora.rank, weight.device)
+                self.lora_A[name], self.lora_B[name] = init_lora_AB(weight.shape, lora.rank, weight.device)
 
     def project(self, name: str, x: Tensor, load: Tensor) -> Tensor:
         y = super().project(name, x, load)
         if name not in self.lora_A:
             return y
-        narrow = expert_product(F.dropout(x, self.dropout, self.training), self.lora_A[name], load)
-        return y + expert_product(narrow, self.lora_B[name], load) * self.scale
+        narrow = grouped_linear(F.dropout(x, self.dropout, self.training), self.lora_A[name], load)
+        return y + grouped_linear(narrow, self.lora_B[name], load) * self.scale
 
 
-def adaptable(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+def find_target_modules(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
     """The layers of the blocks that can be adapted: last name → [(name of the module, module)]."""
     found: dict[str, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
@@ -95,7 +96,7 @@ def apply_lora(model: nn.Module, lora: LoRA) -> None:
 
     Raises UserError when the model has no such layer.
     """
-    layers = adaptable(model)
+    layers = find_target_modules(model)
     missing = [target for target in lora.targets if target not in layers]
     if missing:
         raise UserError(f"--lora_targets {','.join(missing)}: no such layer; this model has {', '.join(layers)}")
@@ -147,7 +148,7 @@ def read_lora(path: Path) -> tuple[LoRA, dict[str, Tensor]]:
         raise UserError(f"{path}: not a LoRA file: {first_line(error)}") from None
 
 
-def attach_lora(model: nn.Module, lora: LoRA, state: dict[str, Tensor], source: str | Path) -> None:
+def load_adapter_state(model: nn.Module, lora: LoRA, state: dict[str, Tensor], source: str | Path) -> None:
     """Give `model` the branches of `state`, which was read from `source`. Raises UserError when they do not fit."""
     apply_lora(model, lora)
     wanted = lora_state(model)
@@ -174,12 +175,12 @@ def compatible_adapters(save_dir: Path, base: str) -> list[str]:
 
 
 def load_lora(model: nn.Module, name: str, save_dir: Path = OUT_DIR) -> LoRA:
-    """`attach_file` of the LoRA `name`. Raises UserError when there is none of this size, too."""
+    """`load_adapter_file` of the LoRA `name`. Raises UserError when there is none of this size, too."""
     path = find_weight(name, save_dir, model.config.hidden_size, bool(getattr(model.config, "use_moe", False)))
-    return attach_file(model, path)
+    return load_adapter_file(model, path)
 
 
-def attach_file(model: nn.Module, path: Path, base: str | None = None) -> LoRA:
+def load_adapter_file(model: nn.Module, path: Path, base: str | None = None) -> LoRA:
     """Attach a LoRA file to the base it was trained on. `base`: the weights_hash of the model, if it is known.
 
     Raises UserError when it is no LoRA, or belongs to another base.
@@ -188,5 +189,5 @@ def attach_file(model: nn.Module, path: Path, base: str | None = None) -> LoRA:
     if lora.base != (base or weights_hash(model)):
         raise UserError(f"{path} was trained on another base than this one; name its base "
                         "(its .json tells which), or train it again on this one")
-    attach_lora(model, lora, state, path)
+    load_adapter_state(model, lora, state, path)
     return lora

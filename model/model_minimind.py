@@ -1,11 +1,10 @@
 """The decoder: RMSNorm, rotary positions with YaRN, grouped-query attention with QK-norm, SwiGLU, mixture of experts.
 
 Parameter names are those of Qwen3 and Qwen3-MoE, so the weights open in any program that reads these.
-Math only: no files, no flags.
-Shapes: B rows, T tokens a row, S keys, H hidden, N = B*T tokens, K experts a token, E experts.
+Mathematics only: no files, no flags, no kernels (`linear`, `attention` and `Experts` choose those).
+Shapes: B rows, T tokens per row, H hidden size, D head dimension, N = B·T tokens, K experts per token, E experts.
 """
 
-import inspect
 import math
 
 import torch
@@ -13,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from .attention import attention, attention_mask_4d
+from .linear import Linear, pad_to_multiple
+from .moe import Experts, load_balancing_loss, register_expert_names, router_stats, stack_expert_weights
 
 
 class MiniMindConfig(PretrainedConfig):
@@ -96,52 +99,6 @@ class RMSNorm(nn.Module):
         return (self.weight * x32).to(x.dtype)
 
 
-def few_sizes(rows: int, step: int = 16) -> int:
-    """So many rows or some more: a power of two or a multiple of `step`. A CPU's products of other sizes are slower."""
-    return 1 << (rows - 1).bit_length() if rows < step else -(-rows // step) * step
-
-
-LARGEST_FEW = 128  # rows; above it an fp32 product takes as long with the weight on either side
-
-
-def product(x: Tensor, weight: Tensor, packed: Tensor | None = None) -> Tensor:
-    """x [..., in] · weight [out, in]ᵀ → [..., out]. `packed` is the weight in oneDNN's order.
-
-    A CPU takes the left operand as it lies in memory and the right one rearranged. F.linear has the weight on the
-    right, and rearranging it costs more than a few tokens' product itself; so inference puts it on the left. A single
-    fp32 token only waits for the weight to be read: cut into pieces, it is read by all cores at once.
-    """
-    half, rows = x.dtype == torch.bfloat16, x.flatten(0, -2)
-    M = len(rows)
-    if packed is not None and (packed.dtype == torch.bfloat16 or M > 2):
-        padded = F.pad(rows.to(packed.dtype), (0, 0, 0, few_sizes(M, 16 if M < LARGEST_FEW else 32) - M))
-        return torch.ops.mkldnn._linear_pointwise(padded, packed, None, "none", [], "")[:M].unflatten(0, x.shape[:-1])
-    # under no_grad alone all is as in training, to the bit; a compiler can only be asked for that
-    training = torch.is_grad_enabled() if torch.compiler.is_compiling() else not torch.is_inference_mode_enabled()
-    if x.device.type != "cpu" or x.dtype != weight.dtype or training or M > LARGEST_FEW and not half:
-        return F.linear(x, weight)
-    if M == 1 and not half:
-        pieces = math.gcd(len(weight), 64)
-        return (weight.unflatten(0, (pieces, -1)) @ rows.T.expand(pieces, -1, -1)).view(*x.shape[:-1], -1)
-    # who compiles sends few sizes: rounding them here would make a graph of each
-    wanted = M if torch.compiler.is_compiling() else few_sizes(M, 32 if half else 16)
-    padded = F.pad(rows, (0, 0, 0, wanted - M)) if wanted > M else rows
-    right = rows.expand(2, -1) if M == 1 else padded.contiguous()  # else 5 times as slow
-    return (weight @ right.T).T[:M].unflatten(0, x.shape[:-1])
-
-
-class Linear(nn.Linear):
-    """y = x · weightᵀ, no bias."""
-
-    packed: Tensor | None = None
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.packed)
-
-
 YARN_FACTOR, YARN_ORIGINAL_LENGTH, YARN_BETA_FAST, YARN_BETA_SLOW = 16.0, 2048, 32.0, 1.0
 
 
@@ -167,123 +124,11 @@ def rope_frequencies(config: MiniMindConfig, device: torch.device | None = None)
     return frequency * (1 - slowed) + frequency / YARN_FACTOR * slowed
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + D/2) of `x` [B, T, heads, D] by the angles of `cos`, `sin` [B, T, 1, D/2]."""
     x1, x2 = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-
-
-def attention_mask_4d(attention_mask: Tensor, queries: int) -> Tensor:
-    """Which keys each query sees, [B, 1, queries, S] bool, from `attention_mask` [B, S]: 0 is padding, 1 a token.
-
-    The queries are the last of the S positions. Padding sees only padding, so no row is empty and none is NaN.
-    """
-    keys = attention_mask.shape[1]
-    position = torch.arange(keys, device=attention_mask.device)
-    causal = position[None, :] <= position[keys - queries:, None]
-    alike = attention_mask[:, None, :] == attention_mask[:, keys - queries:, None]
-    return (alike & causal)[:, None]
-
-
-def document_mask(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
-    """The same for packed rows: [rows, 1, length, length] bool, each token sees its own document up to itself."""
-    index = torch.arange(rows * length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    document = torch.searchsorted(cu_seqlens, index, right=True).view(rows, length)
-    same = document[:, :, None] == document[:, None, :]
-    return (same & same.new_ones(length, length).tril())[:, None]
-
-
-def round_up(x: Tensor, step: int = 32) -> Tensor:
-    """Append zeros to `x` [N, ...] on a CPU, so that N, if above `step`, becomes a multiple of it.
-
-    A CPU builds a bf16 kernel for every N it meets, which takes 10 to 20 ms and 5 to 8 MB that are never given back:
-    docs/experiments.md, "kernels". On GPUs nothing changes.
-    """
-    if x.device.type != "cpu" or len(x) <= step:
-        return x
-    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, -len(x) % step))
-
-
-def _flash_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Variable-length flash attention: one CUDA kernel over all documents of all rows, no mask in memory."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    B, T, heads, D = q.shape
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options = {"enable_gqa": True}
-    else:  # torch 2.11
-        options, share = {}, heads // k.shape[2]
-        k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
-    flat = (x.reshape(B * T, -1, D) for x in (q, k, v))
-    return varlen_attn(*flat, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0), **options).view(B, T, heads, D)
-
-
-@torch.compiler.disable  # the documents' lengths change every step
-def _loop_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The same on a CPU: one fused causal attention a document. A mask would cost the whole T×T square."""
-    lengths = [n for n in cu_seqlens.diff().tolist() if n]
-    attended = []
-    for piece in zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True):
-        padded = (round_up(x).transpose(0, 1)[None] for x in piece)  # after the last token: causality hides it
-        out = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True)
-        attended.append(out[0, :, :len(piece[0])])
-    return torch.cat(attended, dim=1).transpose(0, 1).reshape(q.shape)
-
-
-@torch.compiler.disable  # as many sizes as there are batches
-def _attend_apart(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spread: Tensor, fold: Tensor) -> Tensor:
-    """The same where documents share their first tokens, which only here stand as often as they are shared."""
-    apart = [x.flatten(0, 1).index_select(0, spread)[None] for x in (q, k, v)]
-    fused = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    out = (_flash_by_document if fused else _loop_by_document)(*apart, cu_seqlens)
-    return out[0].index_select(0, fold).view(q.shape)
-
-
-def _attend_after_beginning(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, alike: int) -> Tensor:
-    """One query a row, q [B, kv_heads, G, D], k, v [B, kv_heads, S, D], the first `alike` keys the same in all rows.
-
-    Those are read once, by the queries of all rows in one product (Hydragen, Juravsky et al. 2024); a row's scores of
-    them and of its own keys go through one softmax, so nothing is left to merge.
-    """
-    B, scaled, own = len(q), q / math.sqrt(q.shape[-1]), slice(alike, None)
-
-    def together(x: Tensor) -> Tensor:  # [B, kv_heads, G, …] → [kv_heads, B·G, …]
-        return x.transpose(0, 1).flatten(1, 2)
-
-    def apart(x: Tensor) -> Tensor:
-        return x.unflatten(1, (B, -1)).transpose(0, 1)
-
-    of_own = (k[:, :, own] @ scaled.mT).mT.masked_fill(~mask[..., own], -math.inf)
-    p = torch.cat((apart(together(scaled) @ k[0, :, :alike].mT), of_own), -1).softmax(-1)
-    return apart(together(p[..., :alike]) @ v[0, :, :alike]) + p[..., own] @ v[:, :, own]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-           spread: Tensor | None = None, fold: Tensor | None = None, alike: int = 0) -> Tensor:
-    """softmax(q·kᵀ/√D)·v with shared key-value heads: q [B, T, heads, D], k, v [B, S, kv_heads, D] → as q.
-
-    `mask` [B, 1, T, S] bool says which keys a query sees. `cu_seqlens` [documents + 1] int32 bounds the documents
-    of packed rows in the flattened [B*T]; repeated bounds are empty documents. With neither: plain causal, T = S.
-    With `spread` and `fold` (`dataset.packing.pack_shared_prefix`) several documents share their first tokens.
-    With T = 1, all rows may see the first `alike` keys, which are then the same in each of them.
-    """
-    if spread is not None:
-        return _attend_apart(q, k, v, cu_seqlens, spread, fold)
-    if cu_seqlens is not None and mask is None:
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return _flash_by_document(q, k, v, cu_seqlens)
-        if q.device.type == "cpu":
-            return _loop_by_document(q, k, v, cu_seqlens)
-        mask = document_mask(cu_seqlens, *q.shape[:2])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.shape[2] == 1:  # the heads that share keys become so many queries: the keys are read once
-        q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-        out = _attend_after_beginning(q, k, v, mask, alike) if alike else \
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.flatten(1, 2)[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -302,14 +147,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-                cache, spread: Tensor | None, fold: Tensor | None) -> Tensor:
+                cache, expand_index: Tensor | None, gather_index: Tensor | None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_index)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        alike = getattr(cache, "alike", 0)
-        return self.o_proj(attend(q, k, v, mask, cu_seqlens, spread, fold, alike).flatten(2))
+        shared_prefix_len = getattr(cache, "shared_prefix_len", 0)
+        y = attention(q, k, v, mask, cu_seqlens, expand_index, gather_index, shared_prefix_len)
+        return self.o_proj(y.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -325,95 +171,25 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Experts(nn.Module):
-    """E SwiGLU networks as stacked weights: every expert has its slice of one gradient, used or not, on every rank."""
-
-    packed: dict[str, list[Tensor]] = {}
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        E, H, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, H))
-        self.down_proj = nn.Parameter(torch.empty(E, H, width))
-
-    def forward(self, x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
-        """Each token through its K experts, weighted and summed. Tokens are sorted by expert, nothing is dropped."""
-        order = expert_NK.flatten().argsort(stable=True)
-        load = F.one_hot(expert_NK.flatten(), len(self.gate_up_proj)).sum(0)
-        gate, up = self.project("gate_up_proj", x_ND[order // expert_NK.shape[1]], load).chunk(2, dim=-1)
-        sorted_y = self.project("down_proj", F.silu(gate) * up, load)
-        y_NKD = sorted_y[order.argsort()].unflatten(0, expert_NK.shape)
-        return (y_NKD * weight_NK[..., None].to(y_NKD.dtype)).sum(1)
-
-    def project(self, name: str, x: Tensor, load: Tensor) -> Tensor:
-        """Tokens [N, in], sorted by expert, times the weight `name` of their experts. → [N, out]"""
-        return expert_product(x, getattr(self, name), load, self.packed.get(name))
-
-
-def expert_product(x: Tensor, weight: Tensor, load: Tensor, packed: list[Tensor] | None = None) -> Tensor:
-    """x [N, in] · weight [E, out, in]ᵀ → [N, out], where the first load[0] rows belong to expert 0, and so on."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if experts_in_one_kernel(kind, dtype, *weight.shape[1:]):
-        return _grouped_by_expert(x.to(dtype), weight.to(dtype), load)
-    return _loop_by_expert(x.to(dtype), weight if packed else weight.to(dtype), load, packed)
-
-
-def experts_in_one_kernel(device: str, dtype: torch.dtype, *widths: int) -> bool:
-    """Whether one kernel takes all experts: CUDA's, for bf16, with rows of whole 16 bytes."""
-    return device == "cuda" and dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
-
-
-def _grouped_by_expert(x: Tensor, weight: Tensor, load: Tensor) -> Tensor:
-    """All experts in one kernel that reads the group bounds on the device."""
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=load.cumsum(0).to(torch.int32))
-
-
-@torch.compiler.disable  # the load changes every step
-def _loop_by_expert(x: Tensor, weight: Tensor, load: Tensor, packed: list[Tensor] | None = None) -> Tensor:
-    """One matrix product an expert. The load is read on the host: free on a CPU, one short wait elsewhere."""
-    pieces = zip(x.split(load.tolist()), weight.unbind(), packed or [None] * len(weight), strict=True)
-    return torch.cat([product(round_up(piece), *expert)[:len(piece)] for piece, *expert in pieces])
-
-
 class MoEFeedForward(nn.Module):
     """Top-k routing to expert networks (Qwen3-MoE; Switch, Fedus et al. 2021, for k = 1)."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
-        self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = Linear(config.hidden_size, config.num_experts)
-        self.experts = Experts(config)
-        self._register_load_state_dict_pre_hook(stack_experts)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
+        self._register_load_state_dict_pre_hook(stack_expert_weights)
 
-    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, H] → the same shape, and [2, E]: the share of real tokens each expert gets, its mean probability.
-
-        `real` [B, T] is 0 on padding. The share counts each of a token's K choices, so it sums to K.
-        """
-        x_ND = x.flatten(0, -2)
-        probability_NE = self.gate(x_ND).softmax(-1, dtype=torch.float32)
-        weight_NK, expert_NK = probability_NE.topk(self.top_k, dim=-1)
-        if self.normalise:
+    def forward(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, H] → the same shape, and the `router_stats` [2, E]. `token_mask` [B, T] is 0 on padding."""
+        x_NH = x.flatten(0, -2)
+        prob_NE = self.gate(x_NH).softmax(-1, dtype=torch.float32)
+        weight_NK, expert_NK = prob_NE.topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
             weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
-        chosen_NE = torch.zeros_like(probability_NE).scatter(1, expert_NK, 1.0)
-        share = torch.ones_like(chosen_NE[:, 0]) if real is None else real.reshape(-1).to(chosen_NE.dtype)
-        share = share / share.sum().clamp(min=1)  # a row may be all padding
-        balance = torch.stack((share @ chosen_NE, share @ probability_NE))
-        return self.experts(x_ND, expert_NK, weight_NK).view_as(x).to(x.dtype), balance
-
-
-def stack_experts(state_dict: dict, prefix: str, *_) -> None:
-    """Turn published per-expert names (`experts.3.up_proj.weight`) into stacked ones, in place."""
-    parts = {name: [] for name in ("gate_proj", "up_proj", "down_proj")}
-    while f"{prefix}experts.{len(parts['down_proj'])}.down_proj.weight" in state_dict:
-        number = len(parts["down_proj"])
-        for name, weights in parts.items():
-            weights.append(state_dict.pop(f"{prefix}experts.{number}.{name}.weight"))
-    if parts["down_proj"]:
-        pairs = zip(parts["gate_proj"], parts["up_proj"], strict=True)
-        state_dict[f"{prefix}experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
-        state_dict[f"{prefix}experts.down_proj"] = torch.stack(parts["down_proj"])
+        y_NH = self.experts(x_NH, expert_NK, weight_NK)
+        return y_NH.view_as(x).to(x.dtype), router_stats(prob_NE, expert_NK, token_mask)
 
 
 class Block(nn.Module):
@@ -428,13 +204,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None, cu_seqlens=None, cache=None,
-                real: Tensor | None = None, spread=None, fold=None) -> tuple[Tensor, Tensor | None]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cu_seqlens, cache, spread, fold)
+                token_mask: Tensor | None = None, expand_index=None, gather_index=None) -> tuple[Tensor, Tensor | None]:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cu_seqlens, cache, expand_index, gather_index)
         normed = self.post_attention_layernorm(x)
         if not self.use_moe:
             return x + self.mlp(normed), None
-        y, balance = self.mlp(normed, real)
-        return x + y, balance
+        y, stats = self.mlp(normed, token_mask)
+        return x + y, stats
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
@@ -446,7 +222,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *arguments, **options):
         """As transformers does it, from folders with the experts stacked or with per-expert names."""
-        name_experts()
+        register_expert_names()
         return super().from_pretrained(*arguments, **options)
 
     @torch.no_grad()
@@ -472,13 +248,13 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                past_key_values=None, cu_seqlens: Tensor | None = None, spread: Tensor | None = None,
-                fold: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
+                past_key_values=None, cu_seqlens: Tensor | None = None, expand_index: Tensor | None = None,
+                gather_index: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
         """[B, T] → hidden states [B, T, H] and, for MoE, the load-balancing loss (not yet times its coefficient).
 
-        `attention_mask`: [B, S] with 0 on padding, or a ready [B, 1, T, S] bool. `cu_seqlens`, `spread`, `fold`: see
-        `attend`; then `attention_mask` only says which tokens are real. `past_key_values`: anything with transformers'
-        `update`.
+        `attention_mask`: [B, S] with 0 on padding, or a ready [B, 1, T, S] bool. `cu_seqlens`, `expand_index`,
+        `gather_index`: see `attention`; then `attention_mask` only says which tokens are real. `past_key_values`:
+        anything with transformers' `update`.
         """
         T = input_ids.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None and position_ids is None else 0
@@ -487,7 +263,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         angle = position_ids[..., None, None].float() * rope_frequencies(self.config, input_ids.device)
         cos, sin = angle.cos(), angle.sin()
 
-        real = attention_mask[:, -T:] if attention_mask is not None and attention_mask.dim() == 2 else None
+        token_mask = attention_mask[:, -T:] if attention_mask is not None and attention_mask.dim() == 2 else None
         if attention_mask is not None and attention_mask.dim() == 4:
             mask = attention_mask
         elif cu_seqlens is not None:
@@ -500,16 +276,12 @@ class MiniMindModel(MiniMindPreTrainedModel):
         else:
             mask = None
 
-        x, balances = self.embed_tokens(input_ids), []
+        x, stats = self.embed_tokens(input_ids), []
         for layer in self.layers:
-            x, balance = layer(x, cos, sin, mask, cu_seqlens, past_key_values, real, spread, fold)
-            balances.append(balance)
-        return self.norm(x), self.balancing_loss(balances) if self.config.use_moe else None
-
-    def balancing_loss(self, balances: list[Tensor]) -> Tensor:
-        """E · Σ_e share_e · probability_e over the tokens of all layers (Switch eq. 4-6, as Qwen3-MoE computes it)."""
-        share, probability = torch.stack(balances).mean(0)
-        return self.config.num_experts * (share * probability).sum()
+            x, layer_stats = layer(x, cos, sin, mask, cu_seqlens, past_key_values, token_mask, expand_index,
+                                   gather_index)
+            stats.append(layer_stats)
+        return self.norm(x), load_balancing_loss(stats) if self.config.use_moe else None
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -525,9 +297,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values=None, labels: Tensor | None = None, use_cache: bool = False,
-                logits_to_keep: int | Tensor = 0, logits_at: Tensor | None = None,
+                logits_to_keep: int | Tensor = 0, logits_indices: Tensor | None = None,
                 **packed) -> MoeCausalLMOutputWithPast:
-        """Logits [B, T, V], or of the last `logits_to_keep` of each row, or [M, V] at the flat indices `logits_at` [M].
+        """Logits [B, T, V], or of the last `logits_to_keep` of each row, or [M, V] at the flat `logits_indices` [M].
 
         `labels` [B, T] (-100 ignored) are the input ids; the shift happens here, and `loss` is the mean next-token
         loss plus the load-balancing loss times its coefficient. The other arguments: `MiniMindModel.forward`.
@@ -535,8 +307,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, past_key_values, **packed)
-        if logits_at is not None:
-            logits = self.lm_head(round_up(hidden.flatten(0, 1)[logits_at]))[:len(logits_at)]
+        if logits_indices is not None:
+            logits = self.lm_head(pad_to_multiple(hidden.flatten(0, 1)[logits_indices]))[:len(logits_indices)]
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
@@ -546,14 +318,6 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             if aux_loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=past_key_values)
-
-
-def name_experts() -> None:
-    """Tell transformers, whose loader does not call load_state_dict, of per-expert names: they are Qwen3-MoE's."""
-    from transformers import conversion_mapping
-
-    names = conversion_mapping.get_checkpoint_conversion_mapping("qwen3_moe")
-    conversion_mapping.register_checkpoint_conversion_mapping("minimind", names, overwrite=True)
 
 
 def register() -> None:

@@ -24,7 +24,7 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
         nn.init.zeros_(self.score.weight)  # all answers start alike
 
     @classmethod
-    def of(cls, decoder: MiniMindForCausalLM, extra_layers: int = 0) -> "MiniMindForSequenceClassification":
+    def from_decoder(cls, decoder: MiniMindForCausalLM, extra_layers: int = 0) -> "MiniMindForSequenceClassification":
         """A new reward model on the blocks of `decoder` and `extra_layers` more above them, copies of its first ones.
 
         What a token's likelihood was is known at the decoder's last layer, one position before the token: only layers
@@ -43,19 +43,20 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
         return model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                logits_at: Tensor | None = None, **packed) -> MoeCausalLMOutputWithPast:
-        """Rewards as `logits` [B, 1] at the last real token of each row, or [M, 1] at the flat indices `logits_at`."""
+                logits_indices: Tensor | None = None, **packed) -> MoeCausalLMOutputWithPast:
+        """Rewards as `logits` [B, 1] at the last real token of each row, or [M, 1] at the flat `logits_indices`."""
         hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, None, **packed)
-        if logits_at is None:
+        if logits_indices is None:
             B, T = input_ids.shape
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             last = (real * torch.arange(T, device=real.device)).argmax(-1)
-            logits_at = last + T * torch.arange(B, device=last.device)
-        return MoeCausalLMOutputWithPast(aux_loss=aux_loss, logits=self.score(hidden.flatten(0, 1)[logits_at]))
+            logits_indices = last + T * torch.arange(B, device=last.device)
+        return MoeCausalLMOutputWithPast(aux_loss=aux_loss, logits=self.score(hidden.flatten(0, 1)[logits_indices]))
 
 
 @torch.inference_mode()
-def rewards(model: MiniMindForSequenceClassification, conversations: list[list[int]], batch_size: int = 32) -> Tensor:
+def score_conversations(model: MiniMindForSequenceClassification, conversations: list[list[int]],
+                        batch_size: int = 32) -> Tensor:
     """The reward [conversations] fp32 of each conversation, given as ids up to the `<|im_end|>` of its last answer."""
     by_length = sorted(range(len(conversations)), key=lambda i: len(conversations[i]))
     result = torch.empty(len(conversations))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from model import model_minimind
+from model import attention, linear, model_minimind, moe
 from model.chat import TOKENIZER_DIR, ChatTokenizer, hash_tokenizer
 from model.cli import UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, register
@@ -262,7 +262,7 @@ def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, 
     transformers.utils.logging.disable_progress_bar()
     folder = Path(folder)
     if as_minimind:
-        model_minimind.name_experts()
+        moe.register_expert_names()
         theirs = MiniMindForCausalLM(MiniMindConfig(**model.config.to_dict() | {"auto_map": AUTO_MAP}))
     else:
         name = f"{'Qwen3Moe' if model.config.use_moe else 'Qwen3'}For{kind}"
@@ -270,7 +270,8 @@ def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, 
     theirs.load_state_dict(model.state_dict())
     theirs.to(dtype).save_pretrained(folder)
     if as_minimind:
-        shutil.copyfile(model_minimind.__file__, folder / "model_minimind.py")
+        for module in (model_minimind, attention, linear, moe):  # imported relatively, so transformers finds them
+            shutil.copy(module.__file__, folder)
     else:  # transformers 5 renamed these; engines and transformers 4 read the old names, and have defaults for them
         config = json.loads((folder / "config.json").read_text("utf-8"))
         config |= {"rope_theta": model.config.rope_theta, "torch_dtype": config["dtype"]}

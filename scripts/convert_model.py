@@ -29,8 +29,18 @@ from torch import Tensor, nn
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import Failure, Parser, UserError, first_line, run_main
-from model.model_lora import LoRA, adaptable, attach_file, attach_lora, lora_state, merge_lora, read_lora, save_lora
-from model.model_minimind import Experts, MiniMindForCausalLM
+from model.model_lora import (
+    LoRA,
+    find_target_modules,
+    load_adapter_file,
+    load_adapter_state,
+    lora_state,
+    merge_lora,
+    read_lora,
+    save_lora,
+)
+from model.model_minimind import MiniMindForCausalLM
+from model.moe import Experts
 from model.weights import (
     file_stem,
     from_hf_model,
@@ -70,7 +80,8 @@ def attach(model: nn.Module, text: str, base: str | None = None) -> tuple[LoRA, 
         share = float(weight)
     except ValueError:
         raise UserError(f"--lora {text}: {weight} is not a number; write PATH or PATH=WEIGHT") from None
-    return (import_peft(model, Path(path)) if Path(path).is_dir() else attach_file(model, Path(path), base)), share
+    lora = import_peft(model, Path(path)) if Path(path).is_dir() else load_adapter_file(model, Path(path), base)
+    return lora, share
 
 
 @torch.no_grad()
@@ -179,7 +190,7 @@ def import_peft(model: nn.Module, folder: Path) -> LoRA:
         alpha *= math.sqrt(rank)
     stacks = [name.rsplit(".", 1)[1] for name in config.get("target_parameters") or ()]
     state, targets = {}, []
-    for target, layers in adaptable(model).items():
+    for target, layers in find_target_modules(model).items():
         for path, layer in layers:
             stack = f".{target}" if isinstance(layer, Experts) else ""
             for name in (f"{path}.lora_A{stack}", f"{path}.lora_B{stack}"):
@@ -189,7 +200,7 @@ def import_peft(model: nn.Module, folder: Path) -> LoRA:
     if tensors:
         raise UserError(f"--lora {folder}: this model has no place for {min(tensors)}; name its base by --source")
     lora = LoRA(rank, alpha, float(config.get("lora_dropout") or 0), tuple(targets), weights_hash(model))
-    attach_lora(model, lora, state, folder)
+    load_adapter_state(model, lora, state, folder)
     return lora
 
 
@@ -210,7 +221,7 @@ def write(args: argparse.Namespace, draft: Path) -> str:
         save_lora(model, weight_name(draft), draft.parent, tokenizer, lora, **facts)
         for value in lora_state(model).values():
             value.data = value.half().float()
-        attach_file(base, draft)
+        load_adapter_file(base, draft)
         return check(args.target, args.dtype, before, logits(model, ids), logits(base, ids))
     base = weights_hash(model) if args.lora else ""
     for text in args.lora:

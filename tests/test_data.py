@@ -88,7 +88,7 @@ def questions(data: TokenDataset) -> Counter:
     """How often each (token, its successor, its position) is asked over all rows."""
     asked = Counter()
     for _, batch in batches(data):
-        ids, positions = (batch[name].flatten()[batch["logits_at"]] for name in ("input_ids", "position_ids"))
+        ids, positions = (batch[name].flatten()[batch["logits_indices"]] for name in ("input_ids", "position_ids"))
         asked.update(zip(ids.tolist(), batch["targets"].tolist(), positions.tolist(), strict=True))
     return asked
 
@@ -137,7 +137,7 @@ def test_bounds_positions_and_attention_mask_agree(make, kind, rows, packed):
                 assert real[begin:end].all() and positions[begin:end].tolist() == list(range(end - begin))
         assert (batch["input_ids"].flatten()[real == 0] == 0).all()
         assert batch["attention_mask"].sum(1).tolist() == data.num_tokens[wanted].tolist()
-        targets_per_row = np.bincount(batch["logits_at"] // 64, minlength=len(wanted))
+        targets_per_row = np.bincount(batch["logits_indices"] // 64, minlength=len(wanted))
         assert targets_per_row.tolist() == data.num_targets[wanted].tolist()
     assert packed == (data.max_sequences > 1)
 

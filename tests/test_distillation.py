@@ -41,7 +41,7 @@ def test_the_divergence_is_the_one_of_trl_and_of_the_definition(reverse):
 def test_the_loss_is_its_definition_and_balancing_is_not_scaled(batch):
     student, teacher = small_model(use_moe=True), small_model(hidden_size=32)
     loss = distillation_loss(student, batch, teacher, alpha=0.3, temperature=2.0, reverse=False)
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask", "cu_seqlens", "logits_at")}
+    inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
     ours, theirs = student(**inputs), teacher(**inputs).logits
     p, log_q = (theirs / 2).softmax(-1), (ours.logits / 2).log_softmax(-1)
     nats = F.cross_entropy(ours.logits, batch["targets"], reduction="sum")
@@ -127,7 +127,7 @@ def test_a_tag_counts_as_often_as_asked_for_and_once_as_a_token(tmp_path):
     rows = SFTDataset(tagged_rows(tmp_path), TOKENIZER, 64, cache_dir=tmp_path, empty_think_ratio=0)
     batch, model = rows.batch(torch.arange(len(rows)).numpy()), small_model()
     assert {int(i) for i in batch["targets"]} >= set(TAG_TOKENS)
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask", "cu_seqlens", "logits_at")}
+    inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
     nats = F.cross_entropy(model(**inputs).logits, batch["targets"], reduction="none")
     weight = torch.tensor([10.0 if int(i) in TAG_TOKENS else 1.0 for i in batch["targets"]])
     assert_close(next_token_loss(model, batch, tag_weight=10.0).loss_sum, (weight * nats).sum())

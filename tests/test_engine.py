@@ -22,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.generation import logits_process as referee
 
 import eval_llm
-from model import model_minimind
+from model import model_minimind, moe
 from model.chat import BOS, EOS, SPECIAL_TOKENS, ChatTokenizer
 from model.cli import run_main
 from model.device import inference_dtype
@@ -30,9 +30,10 @@ from model.inference import cuda_graphs as decode_graphs
 from model.inference import engine as engine_module
 from model.inference.cuda_graphs import DecodeGraphs, capturable
 from model.inference.engine import Engine, Sampling, Sequence, generate, stream
-from model.inference.prepacked import in_use, pack
+from model.inference.prepacked import prepack, use_prepacked
 from model.inference.sampling import draw
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, product
+from model.linear import linear
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_weight, save_weight
 
 KINDS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2},
@@ -143,9 +144,9 @@ def test_products_are_those_of_linear(dtype):
     for shape in ((1, 24), (5, 24), (2, 3, 24), (1, 1, 24), (33, 24), (130, 24)):
         x = torch.randn(shape).to(dtype)
         with torch.inference_mode():
-            assert_close(product(x, weight), F.linear(x, weight))
+            assert_close(linear(x, weight), F.linear(x, weight))
             columns = x.mT.contiguous().mT  # as another product leaves them
-            assert_close(product(columns, weight), F.linear(x, weight))
+            assert_close(linear(columns, weight), F.linear(x, weight))
 
 
 @every_kind
@@ -155,21 +156,21 @@ def test_packed_weights_multiply_as_the_weights_do_and_only_while_in_use(kind, d
             dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("no oneDNN here, or none for bf16")
     model = lively_model(kind).to(dtype)
-    packed, used = pack(model, dtype), []
+    prepacked, used = prepack(model, dtype), []
 
-    def noted(x, weight, packed=None):
-        used.append(packed is not None)
-        result = product(x, weight, packed)
+    def noted(x, weight, prepacked=None):
+        used.append(prepacked is not None)
+        result = linear(x, weight, prepacked)
         assert_close(result, F.linear(x, weight), atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
         return result
 
-    with torch.inference_mode(), mock.patch.object(model_minimind, "product", noted):
+    with torch.inference_mode(), mock.patch("model.linear.linear", noted), mock.patch("model.moe.linear", noted):
         for length in (1, 3, 17, 130):
             ids = torch.tensor(some_prompts(length))
             plain = model(ids).logits
             assert not any(used)
             used.clear()
-            with in_use(packed):
+            with use_prepacked(prepacked):
                 logits = model(ids).logits
             if dtype == torch.float32:  # in half precision another rounding may choose another expert
                 assert_close(logits, plain, atol=1e-4, rtol=1e-3)
@@ -183,16 +184,16 @@ def test_packed_weights_multiply_as_the_weights_do_and_only_while_in_use(kind, d
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN here")
 def test_an_engine_multiplies_by_packed_weights():
-    with mock.patch.object(model_minimind, "product", wraps=product) as noted:
+    with mock.patch("model.linear.linear", wraps=linear) as noted:
         answers(lively_model(), some_prompts(9, 4), greedy(3))
     assert noted.call_count > 20 and all(call.args[2] is not None for call in noted.call_args_list)
 
 
 def test_weights_that_are_elsewhere_are_not_packed():
     model = lively_model()
-    assert not pack(model.half(), torch.float16)
+    assert not prepack(model.half(), torch.float16)
     model.model.layers[0].register_forward_pre_hook(lambda *_: None)  # as FSDP does
-    assert not pack(model.float(), torch.float32) and not pack(lively_model().to("meta"), torch.float32)
+    assert not prepack(model.float(), torch.float32) and not prepack(lively_model().to("meta"), torch.float32)
 
 
 def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
@@ -273,8 +274,8 @@ def captured(request, monkeypatch) -> tuple[str, list, list]:
     monkeypatch.setattr(decode_graphs, "STEPS_BEFORE", 2)
     monkeypatch.setattr(engine_module, "SMALLEST_LENGTH", 16)  # the cache grows on the way
     if request.param == "recorded":  # as on a GPU: experts are not counted on the host, no weight is packed
-        monkeypatch.setattr(model_minimind, "experts_in_one_kernel", lambda *_: True)
-        monkeypatch.setattr(engine_module, "pack", lambda *_: [])
+        monkeypatch.setattr(moe, "can_use_grouped_mm", lambda *_: True)
+        monkeypatch.setattr(engine_module, "prepack", lambda *_: [])
     return "cpu" if request.param == "recorded" else "cuda", captures, replays
 
 
@@ -463,17 +464,17 @@ def test_attention_that_reads_a_common_beginning_once_is_plain_attention(kind, m
     model, (system, stranger, *questions) = lively_model(kind), some_prompts(40, 13, 3, 9, 1)
     prompts = [system + question + own for question in questions for own in ([], *some_prompts(1, 5), [])]
     engine, shared, logits = Engine(model), [], {}
-    draw_some, attend = engine._draw, model_minimind.attend
+    draw_some, attention = engine._draw, model_minimind.attention
 
     def attended(*arguments):
         shared.append(arguments[-1])
-        return attend(*arguments)
+        return attention(*arguments)
 
     def drawn(rows: torch.Tensor, sequences: list[Sequence]):
         logits.update({(*s.prompt, *s.ids): row for s, row in zip(sequences, rows.clone(), strict=True)})
         return draw_some(rows, sequences)
 
-    monkeypatch.setattr(model_minimind, "attend", attended)
+    monkeypatch.setattr(model_minimind, "attention", attended)
     monkeypatch.setattr(engine, "_draw", drawn)
     lengths = [3 + number if number not in (8, 11) else 24 for number in range(len(prompts))]
     sequences = [engine.add(*request) for request in zip(prompts, map(greedy, lengths), strict=True)]

@@ -14,7 +14,16 @@ from torch.testing import assert_close
 from model import loading
 from model.cli import UserError, run_main
 from model.loading import load_for_inference
-from model.model_lora import LoRA, adaptable, apply_lora, load_lora, lora_state, merge_lora, read_lora, save_lora
+from model.model_lora import (
+    LoRA,
+    apply_lora,
+    find_target_modules,
+    load_lora,
+    lora_state,
+    merge_lora,
+    read_lora,
+    save_lora,
+)
 from model.weights import load_weight, qwen3_config, save_weight, weights_hash
 from scripts import convert_model
 from trainer import train_lora
@@ -256,4 +265,4 @@ def test_mistakes_are_told_in_one_line(lab, capsys, tmp_path):
 
 
 def test_the_router_is_no_default_target():
-    assert "gate" in adaptable(small_model(use_moe=True)) and "gate" not in LoRA.targets
+    assert "gate" in find_target_modules(small_model(use_moe=True)) and "gate" not in LoRA.targets

@@ -18,7 +18,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dataset.packing import pack_shared_prefix
 from model import model_minimind as mm
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, _grouped_by_expert, _loop_by_expert
+from model.attention import attention, document_mask
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.moe import _grouped_mm, _linear_per_expert
 
 same = partial(assert_close, atol=1e-4, rtol=0)
 same_gradient = partial(assert_close, atol=1e-5, rtol=1e-4)
@@ -107,7 +109,7 @@ def test_logits_losses_and_gradients_equal_qwen3(kind, side, device):
 def test_chosen_logits_are_rows_of_all_logits(kind, device):
     model, ids = minimind(kind, device), tokens(2, 9, device=device)
     full, at = model(ids).logits, torch.tensor([0, 4, 9, 17], device=device)
-    same(model(ids, logits_at=at).logits, full.flatten(0, 1)[at])
+    same(model(ids, logits_indices=at).logits, full.flatten(0, 1)[at])
     for keep in (1, 3, torch.tensor([0, 5], device=device)):
         same(model(ids, logits_to_keep=keep).logits, full[:, -keep:] if isinstance(keep, int) else full[:, keep])
 
@@ -170,7 +172,7 @@ def packed(device: str = "cpu", lengths=LENGTHS) -> dict[str, torch.Tensor]:
 def masked(batch: dict) -> dict:
     """The same with a mask in place of the bounds: the path of a machine without a kernel for documents."""
     rest = {name: x for name, x in batch.items() if name != "cu_seqlens"}
-    return rest | {"attention_mask": mm.document_mask(batch["cu_seqlens"], *batch["input_ids"].shape)}
+    return rest | {"attention_mask": document_mask(batch["cu_seqlens"], *batch["input_ids"].shape)}
 
 
 def documents(batch: dict) -> list[torch.Tensor]:
@@ -259,7 +261,7 @@ def heads(device: str, dtype=torch.float32):
 def test_attention_within_bounds_equals_attention_under_the_document_mask(name, dtype, tolerance):
     qkv, bounds = heads(name, dtype), packed(name)["cu_seqlens"]
     direction = torch.randn_like(qkv[0])
-    by_bounds, by_mask = mm.attend(*qkv, cu_seqlens=bounds), mm.attend(*qkv, mask=mm.document_mask(bounds, 2, 16))
+    by_bounds, by_mask = attention(*qkv, cu_seqlens=bounds), attention(*qkv, mask=document_mask(bounds, 2, 16))
     assert_close(by_bounds, by_mask, atol=tolerance, rtol=tolerance)
     ours, theirs = (torch.autograd.grad(out, qkv, direction) for out in (by_bounds, by_mask))
     assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
@@ -385,7 +387,7 @@ def test_stacked_experts_equal_a_plain_loop(device):
 def test_grouped_product_equals_the_loop_over_experts(device):
     experts, x_ND, *_ = routed(device, torch.bfloat16)
     load, weight = torch.tensor([4, 9, 7, 0], device=device), experts.gate_up_proj
-    grouped, loop = (product(x_ND, weight, load) for product in (_grouped_by_expert, _loop_by_expert))
+    grouped, loop = (product(x_ND, weight, load) for product in (_grouped_mm, _linear_per_expert))
     close, direction = partial(assert_close, atol=2e-2, rtol=2e-2), torch.randn_like(loop)
     close(grouped, loop)
     close(*(torch.autograd.grad(y, weight, direction) for y in (grouped, loop)))

@@ -14,7 +14,7 @@ from lab import DEADLINE, TOKENIZER, small_model
 from torch.testing import assert_close
 
 from dataset.lm_dataset import DPODataset
-from model.model_reward import MiniMindForSequenceClassification, rewards
+from model.model_reward import MiniMindForSequenceClassification, score_conversations
 from model.weights import load_weight
 from trainer import train_dpo, train_reward
 from trainer.losses import answer_log_probs, dpo_loss, num_wins, preference_losses, reward_loss
@@ -68,7 +68,7 @@ def test_a_batch_holds_whole_pairs_and_says_which_token_is_whose(tmp_path, packi
         assert (flat[batch["ends"]] == 2).all() and len(batch["ends"]) == 2 * data.loss_count[wanted[wanted >= 0]].sum()
         assert batch["attention_mask"].sum() == data.num_tokens[wanted[wanted >= 0]].sum()
         for document in range(len(batch["ends"])):
-            ids = flat[batch["spread"][bounds[document]:bounds[document + 1]]]
+            ids = flat[batch["expand_index"][bounds[document]:bounds[document + 1]]]
             got[tuple(ids.tolist()), document % 2] = log_p[document]
     for row in rows:
         for side, name in enumerate(("chosen", "rejected")):
@@ -185,20 +185,20 @@ def test_a_tie_is_half_a_win():
 
 
 def test_a_reward_is_read_at_the_end_of_the_answer_and_compared_in_pairs(tmp_path):
-    rows, model = random_pairs(6), MiniMindForSequenceClassification.of(small_model())
+    rows, model = random_pairs(6), MiniMindForSequenceClassification.from_decoder(small_model())
     data = dataset(tmp_path, rows)
     loss = reward_loss(model, data.batch(np.arange(len(data))))
     assert loss.loss_sum.item() == pytest.approx(6 * math.log(2), rel=1e-6)
     torch.nn.init.normal_(model.score.weight)
     loss = reward_loss(model, data.batch(np.arange(len(data))))
-    reward = [rewards(model, [TOKENIZER.encode(row[side])[0][:-1] for row in rows], 4)
+    reward = [score_conversations(model, [TOKENIZER.encode(row[side])[0][:-1] for row in rows], 4)
               for side in ("chosen", "rejected")]
     assert loss.loss_sum.item() == pytest.approx(float(-F.logsigmoid(reward[0] - reward[1]).sum()), rel=1e-4)
     assert float(loss.metrics["accuracy"]) == float((reward[0] > reward[1]).sum())
 
 
 def test_the_sum_of_what_each_token_is_given_is_compared_as_well(tmp_path):
-    rows, model = random_pairs(6), MiniMindForSequenceClassification.of(small_model())
+    rows, model = random_pairs(6), MiniMindForSequenceClassification.from_decoder(small_model())
     torch.nn.init.normal_(model.score.weight)
     data = dataset(tmp_path, rows)
     batch = data.batch(np.arange(len(data)))
@@ -207,7 +207,7 @@ def test_the_sum_of_what_each_token_is_given_is_compared_as_well(tmp_path):
         for row in rows:
             ids, mask = TOKENIZER.encode(row[side])
             start = len(TOKENIZER.encode(row[side][:-1])[0])
-            sums.append(rewards(model, [ids[:i + 1] for i in range(start, len(ids)) if mask[i]]).sum())
+            sums.append(score_conversations(model, [ids[:i + 1] for i in range(start, len(ids)) if mask[i]]).sum())
     chosen, rejected = torch.stack(sums).view(2, -1)
     added = reward_loss(model, batch, 0.5).loss_sum - reward_loss(model, batch).loss_sum
     assert_close(added, -0.5 * F.logsigmoid(chosen - rejected).sum(), rtol=1e-4, atol=1e-4)
@@ -215,7 +215,7 @@ def test_the_sum_of_what_each_token_is_given_is_compared_as_well(tmp_path):
 
 def test_extra_layers_are_copies_of_the_first_above_the_others():
     decoder = small_model()
-    model = MiniMindForSequenceClassification.of(decoder, 1)
+    model = MiniMindForSequenceClassification.from_decoder(decoder, 1)
     assert model.config.num_hidden_layers == decoder.config.num_hidden_layers + 1 == len(model.model.layers)
     for layer, copied in zip(model.model.layers, [*decoder.model.layers, decoder.model.layers[0]], strict=True):
         assert_close(layer.state_dict(), copied.state_dict(), rtol=0, atol=0)
@@ -296,9 +296,9 @@ def test_a_reward_model_learns_and_transformers_gives_the_same_rewards(lab, data
     ids = [TOKENIZER.encode(messages)[0][:-1] for messages in conversations]
     padded = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
     scores = theirs.eval()(**padded).logits[:, 0].detach()
-    assert_close(rewards(ours.eval(), ids), scores, rtol=1e-2, atol=1e-2)  # ours went through half precision
+    assert_close(score_conversations(ours.eval(), ids), scores, rtol=0.01, atol=0.01)  # ours: half precision
     ours.load_state_dict(theirs.state_dict())
-    assert_close(rewards(ours, ids), scores, rtol=1e-4, atol=1e-4)
+    assert_close(score_conversations(ours, ids), scores, rtol=1e-4, atol=1e-4)
 
 
 def test_a_beta_of_zero_and_a_reward_model_that_should_talk_are_mistakes(lab, capsys):

@@ -267,7 +267,7 @@ def test_batches_of_any_size_share_the_graphs_of_the_first():
     for number in range(3):
         for batch in rollouts.take(number).batches:
             losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.0, 0.0, 1.0).loss_sum.backward()
-            sizes |= {len(batch["spread"]), len(batch["cu_seqlens"])}
+            sizes |= {len(batch["expand_index"]), len(batch["cu_seqlens"])}
             graphs.append(counters["stats"]["unique_graphs"])
     assert len(sizes) > 3 and len(set(graphs)) == 1, graphs
 
@@ -422,7 +422,7 @@ def test_a_policy_learns_what_is_rewarded():
 
 def test_the_critic_is_the_decoder_with_one_norm_and_starts_at_zero(lab):
     model = train_ppo.ActorCritic(small_model())
-    inputs = {"input_ids": torch.randint(40, 6400, (1, 9)), "logits_at": torch.arange(3, 9)}
+    inputs = {"input_ids": torch.randint(40, 6400, (1, 9)), "logits_indices": torch.arange(3, 9)}
     output, values = model(**inputs)
     assert output.logits.shape == (6, 6400) and values.tolist() == [0.0] * 6
     torch.nn.init.normal_(model.critic.score.weight)

@@ -117,7 +117,7 @@ def model() -> MiniMindForCausalLM:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     wanted = ids.flatten()[places]
     for _ in range(200):
-        logits = model(ids, logits_at=places - 1).logits
+        logits = model(ids, logits_indices=places - 1).logits
         loss = cross_entropy(logits, wanted)
         if loss < 0.05 and (logits.argmax(-1) == wanted).all():
             break

@@ -238,7 +238,7 @@ def test_a_step_is_the_plain_mean_over_its_tokens_and_the_balancing_loss(lab, mo
     got = gradients(lab(), monkeypatch, use_moe=1, batch_size=4, accumulation_steps=1)
     assert_close(got, expected, rtol=1e-4, atol=1e-7)
     assert got["model.layers.0.mlp.gate.weight"].norm() > 0
-    assert len(set(batches[0]["logits_at"].div(64, rounding_mode="floor").bincount().tolist())) > 1  # unequal rows
+    assert len(set(batches[0]["logits_indices"].div(64, rounding_mode="floor").bincount().tolist())) > 1  # unequal rows
 
 
 def test_a_mean_counts_once_whatever_the_number_of_micro_steps(lab, monkeypatch):

@@ -6,17 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import document_mask
 from model.chat import CALL, END_CALL, END_THINK, THINK
-from model.model_minimind import MiniMindForCausalLM, document_mask
+from model.model_minimind import MiniMindForCausalLM
 
-MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "cu_seqlens", "logits_at", "spread", "fold")
+MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "cu_seqlens", "logits_indices", "expand_index",
+                "gather_index")
 TAG_TOKENS = (THINK, END_THINK, CALL, END_CALL)
 
 
 def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the model takes."""
-    if "spread" in batch:  # so many documents in each batch: one graph for all
-        for name in ("spread", "cu_seqlens"):
+    if "expand_index" in batch:  # so many documents in each batch: one graph for all
+        for name in ("expand_index", "cu_seqlens"):
             torch._dynamo.maybe_mark_dynamic(batch[name], 0)
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
@@ -61,13 +63,13 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, reverse: bo
 
 
 def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits [M, V] of any decoder at `logits_at`; one of transformers' gets the documents' bounds as a mask."""
+    """Logits [M, V] of any decoder at `logits_indices`; one of transformers' gets the documents' bounds as a mask."""
     if isinstance(teacher, MiniMindForCausalLM):
         return teacher(**inputs(batch)).logits
     mask = document_mask(batch["cu_seqlens"], *batch["input_ids"].shape)
     hidden = teacher.base_model(batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"],
                                 use_cache=False).last_hidden_state
-    return teacher.get_output_embeddings()(hidden.flatten(0, 1)[batch["logits_at"]])
+    return teacher.get_output_embeddings()(hidden.flatten(0, 1)[batch["logits_indices"]])
 
 
 def distillation_loss(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module, alpha: float, temperature: float,
@@ -138,7 +140,7 @@ def reward_loss(model: nn.Module, batch: dict[str, Tensor], token_weight: float 
     """
     ends = batch["ends"]
     read_at = torch.cat((ends, batch["token_at"])) if token_weight else ends
-    output = model(**inputs(batch) | {"logits_at": read_at})
+    output = model(**inputs(batch) | {"logits_indices": read_at})
     reward, of_token = output.logits.float()[:, 0].split((len(ends), len(output.logits) - len(ends)))
     margin = reward[0::2] - reward[1::2]
     total = -F.logsigmoid(margin).sum()

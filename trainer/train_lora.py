@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 from dataset.lm_dataset import SFTDataset
 from model.cli import fraction, nonneg_float, positive_int, run_main
-from model.model_lora import TARGETS, LoRA, adaptable, apply_lora, save_lora
+from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules, save_lora
 from model.weights import ROOT, weights_hash
 from trainer.arguments import parse_args, stage_parser
 from trainer.losses import next_token_loss
@@ -37,7 +37,7 @@ def main() -> None:
     extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
         model = run.load_model()
-        there = [name for name in TARGETS if name in adaptable(model)]
+        there = [name for name in TARGETS if name in find_target_modules(model)]
         targets = there if args.lora_targets == "all" else args.lora_targets.split(",")
         lora = LoRA(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(targets), weights_hash(model))
         apply_lora(model, lora)

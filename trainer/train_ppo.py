@@ -28,10 +28,10 @@ class ActorCritic(nn.Module):
     def __init__(self, actor: MiniMindForCausalLM):
         super().__init__()
         self.config, self.actor = actor.config, actor
-        self.critic = MiniMindForSequenceClassification.of(actor)
+        self.critic = MiniMindForSequenceClassification.from_decoder(actor)
 
     def forward(self, **inputs) -> tuple[object, Tensor]:
-        """The actor's output, and the value [M] of what is to come after each of `logits_at`."""
+        """The actor's output, and the value [M] of what is to come after each of `logits_indices`."""
         output, values = self.actor(**inputs), self.critic(**inputs)
         if output.aux_loss is not None:
             output.aux_loss = output.aux_loss + values.aux_loss

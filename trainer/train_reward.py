@@ -27,7 +27,7 @@ def main() -> None:
     args = parse_args(parser)
     with Run(args) as run:
         decoder = run.load_model()
-        model = MiniMindForSequenceClassification.of(decoder, args.extra_layers)
+        model = MiniMindForSequenceClassification.from_decoder(decoder, args.extra_layers)
         data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
         loss = partial(reward_loss, token_weight=args.token_weight)
         run.fit(model, data, loss, val_data, val_loss=reward_loss, base=weights_hash(decoder),

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from model.cli import first_line
-from model.inference.prepacked import on_its_own
-from model.model_minimind import MiniMindPreTrainedModel, experts_in_one_kernel
+from model.inference.prepacked import has_no_hooks
+from model.model_minimind import MiniMindPreTrainedModel
+from model.moe import can_use_grouped_mm
 
 STEPS_BEFORE = 16  # of a shape, until it is captured; they also load the kernels, which a capture could not
 Read = Callable[[Tensor, Tensor, int], Tensor]
@@ -23,9 +24,9 @@ Read = Callable[[Tensor, Tensor, int], Tensor]
 def capturable(model: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a step in `dtype` is all on a CUDA device: a model of ours, no hook, no experts counted by the host."""
     config, kind = model.config, model.device.type
-    if kind != "cuda" or not isinstance(model, MiniMindPreTrainedModel) or not on_its_own(model):
+    if kind != "cuda" or not isinstance(model, MiniMindPreTrainedModel) or not has_no_hooks(model):
         return False
-    one_kernel = experts_in_one_kernel(kind, dtype, config.hidden_size, config.moe_intermediate_size)
+    one_kernel = can_use_grouped_mm(kind, dtype, config.hidden_size, config.moe_intermediate_size)
     # before Hopper, PyTorch itself takes the experts one by one and asks the device for their bounds
     return not config.use_moe or one_kernel and torch.cuda.get_device_capability(model.device) >= (9, 0)
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from model.chat import SPECIAL_TOKENS, ChatTokenizer
 from model.inference.cuda_graphs import DecodeGraphs, capturable
 from model.inference.kv_cache import KVCache
-from model.inference.prepacked import in_use, pack
+from model.inference.prepacked import prepack, use_prepacked
 from model.inference.sampling import Sampling, draw, penalise
-from model.model_minimind import few_sizes
+from model.linear import bucket_size
 
 __all__ = ["Engine", "Sampling", "Sequence", "generate", "stream"]
 PLACE_LENGTH, SMALLEST_LENGTH = 2048, 256  # tokens a place gets by default, and what the cache starts with
@@ -200,7 +200,7 @@ class Engine:
             raise RuntimeError("requests are being answered: what they have computed cannot be forgotten")
         self._places = [None] * len(self._places)
         # a compiler has orders of its own
-        self._packed = pack(self.model, self._cache.keys[0].dtype) if self._compiled is None else []
+        self._prepacked = prepack(self.model, self._cache.keys[0].dtype) if self._compiled is None else []
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
@@ -208,7 +208,7 @@ class Engine:
         self._clock += 1
         self._admit()
         ready, logits = [], []
-        with in_use(self._packed):
+        with use_prepacked(self._prepacked):
             for places in (self._answering(), self._reading()):
                 if places:
                     done, of_done = self._forward(places)
@@ -265,14 +265,14 @@ class Engine:
         answering = width == 1 and places == list(range(len(places)))
         few = self._compiled is not None or self._graphs is not None
         if answering and few:  # rows of nobody, in the next places: a graph for few sizes only
-            spare = min(few_sizes(len(places)), self._cache.places) - len(places)
+            spare = min(bucket_size(len(places)), self._cache.places) - len(places)
             places = [*places, *range(len(places), len(places) + spare)]
             ids, positions = ids + [[0]] * spare, positions + [[self._cache.length]] * spare
         ids, positions = torch.tensor([ids, positions], device=device)
-        alike = self._alike_in_all(sequences) if answering and not few else 0
+        shared_prefix_len = self._common_prefix_len(sequences) if answering and not few else 0
 
         def read(ids: Tensor, positions: Tensor, seen: int) -> Tensor:
-            mask = self._cache.point(places, positions, seen, alike)
+            mask = self._cache.point(places, positions, seen, shared_prefix_len)
             model = self._compiled if answering and self._compiled is not None else self.model.model
             eager = self._blocks_compiled and model is self.model.model
             with torch.compiler.set_stance("force_eager") if eager else nullcontext():
@@ -291,7 +291,7 @@ class Engine:
         last = hidden[:len(done), 0] if answering and len(done) == len(chunks) else hidden[rows, ends]
         return [sequence for _, _, sequence in done], self.model.lm_head(last)
 
-    def _alike_in_all(self, sequences: list[Sequence]) -> int:
+    def _common_prefix_len(self, sequences: list[Sequence]) -> int:
         """How many tokens all that answer begin with, for attention to read once; 0 where that would not pay.
 
         In half precision neither: products would round the scores, which PyTorch's own kernel keeps in fp32.

@@ -21,12 +21,13 @@ class KVCache:
         layers = range(config.num_hidden_layers)  # zeros: what is masked is multiplied by 0 and must not be nan
         self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in layers] for _ in range(2))
 
-    def point(self, places: list[int], positions: Tensor, seen: int, alike: int = 0) -> Tensor:
+    def point(self, places: list[int], positions: Tensor, seen: int, shared_prefix_len: int = 0) -> Tensor:
         """Say where the next tokens go: `positions` [B, T] of B places, all below `seen`. → mask [B, 1, T, seen].
 
-        `alike`: so many of the first keys and values are the same in all these places, once those tokens are there.
+        `shared_prefix_len`: so many of the first keys and values are the same in all these places, once those tokens
+        are there.
         """
-        self.alike = alike
+        self.shared_prefix_len = shared_prefix_len
         row = range(places[0], places[0] + len(places))
         together = places == list(row)
         self._first = row.start if together else None  # then they are read where they are, else copied together

@@ -10,45 +10,46 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from model.model_minimind import Experts, Linear
+from model.linear import Linear
+from model.moe import Experts
 
-Packed = list[tuple[nn.Module, Tensor | dict[str, list[Tensor]]]]
+Prepacked = list[tuple[nn.Module, Tensor | dict[str, list[Tensor]]]]
 ROWS = 16  # what the order is chosen for; it serves any number
 
 
-def on_its_own(model: nn.Module) -> bool:
+def has_no_hooks(model: nn.Module) -> bool:
     """Whether the weights lie whole in the modules; else hooks bring them, around each call."""
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def pack(model: nn.Module, dtype: torch.dtype) -> Packed:
-    """Each layer with its weights packed, as products in `dtype` read them. Nothing where that is not possible."""
+def prepack(model: nn.Module, dtype: torch.dtype) -> Prepacked:
+    """Each layer with its weights prepacked, as products in `dtype` read them. Nothing where that is not possible."""
     mkldnn = torch.ops.mkldnn
     able = torch.backends.mkldnn.is_available() and (
         dtype == torch.float32 or dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
-    if model.device.type != "cpu" or not able or not on_its_own(model):
+    if model.device.type != "cpu" or not able or not has_no_hooks(model):
         return []
 
     def reorder(weight: Tensor) -> Tensor:
         return mkldnn._reorder_linear_weight(weight.detach().to(dtype), ROWS)
 
-    packed: Packed = []
+    prepacked: Prepacked = []
     for module in model.modules():
         if isinstance(module, Linear):
-            packed.append((module, reorder(module.weight)))
+            prepacked.append((module, reorder(module.weight)))
         elif isinstance(module, Experts):
-            packed.append((module, {name: [reorder(weight) for weight in getattr(module, name)]
+            prepacked.append((module, {name: [reorder(weight) for weight in getattr(module, name)]
                                     for name in ("gate_up_proj", "down_proj")}))
-    return packed
+    return prepacked
 
 
 @contextmanager
-def in_use(packed: Packed) -> Iterator[None]:
-    """Inside, the layers multiply by their packed weights; outside by the weights as they are."""
-    for module, weights in packed:
-        module.packed = weights
+def use_prepacked(prepacked: Prepacked) -> Iterator[None]:
+    """Inside, the layers multiply by their prepacked weights; outside by the weights as they are."""
+    for module, weights in prepacked:
+        module.prepacked = weights
     try:
         yield
     finally:
-        for module, _ in packed:
-            del module.packed
+        for module, _ in prepacked:
+            del module.prepacked

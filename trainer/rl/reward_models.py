@@ -14,7 +14,7 @@ from dataset.prompts import Prompt
 from model.chat import EOS, PAD, ChatTokenizer, parse_tool_calls
 from model.cli import UserError, first_line
 from model.device import inference_dtype
-from model.model_reward import MiniMindForSequenceClassification, rewards
+from model.model_reward import MiniMindForSequenceClassification, score_conversations
 from model.weights import load_weight
 from trainer.rollout_engine import Trajectory
 
@@ -29,7 +29,7 @@ class MiniMindRewardModel:
 
     def __call__(self, _: list[Prompt], trajectories: list[Trajectory]) -> Tensor:
         ids = (t.tokens[:-1] if t.tokens[-1] in (EOS, PAD) else t.tokens for t in trajectories)
-        return rewards(self.model, [[*kept, EOS] for kept in ids])
+        return score_conversations(self.model, [[*kept, EOS] for kept in ids])
 
 
 class HFRewardModel:

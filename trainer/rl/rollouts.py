@@ -201,7 +201,7 @@ class RolloutStream:
                       "weight": weight.repeat_interleave(lengths),
                       "rollout_logprobs": torch.tensor([logp for answer in answers for logp in answer.logprobs])}
             drawn = torch.tensor([drawn for answer in answers for drawn in answer.action_mask], dtype=torch.bool)
-            for name in ("logits_at", "targets", "document", "advantage", "weight", "rollout_logprobs"):
+            for name in ("logits_indices", "targets", "document", "advantage", "weight", "rollout_logprobs"):
                 batch[name] = batch[name][drawn]
             batches.append({name: value.to(self.run.device) for name, value in batch.items()})
         units = len(trajectories) if by_sequence else sum(sum(trajectory.action_mask) for trajectory in trajectories)

@@ -1,0 +1,104 @@
+"""Mixture-of-experts: many SwiGLU networks in one product, the load-balancing loss, and the published weight names.
+
+Shapes: N tokens, K experts per token, E experts, H hidden. A suffix names them: `expert_NK` is [N, K].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import linear, pad_to_multiple
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks as stacked weights: every expert has its slice of one gradient, used or not, on every rank."""
+
+    prepacked: dict[str, list[Tensor]] = {}  # set by model.inference.prepacked while an engine runs
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(self, x_NH: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
+        """Σ_k weight_k · expert_k(x) → [N, H]. Tokens are sorted by expert; none is dropped."""
+        order = expert_NK.flatten().argsort(stable=True)
+        tokens_per_expert = F.one_hot(expert_NK.flatten(), len(self.gate_up_proj)).sum(0)
+        x_sorted = x_NH[order // expert_NK.shape[1]]
+        gate, up = self.project("gate_up_proj", x_sorted, tokens_per_expert).chunk(2, dim=-1)
+        y_sorted = self.project("down_proj", F.silu(gate) * up, tokens_per_expert)
+        y_NKH = y_sorted[order.argsort()].unflatten(0, expert_NK.shape)
+        return (y_NKH * weight_NK[..., None].to(y_NKH.dtype)).sum(1)
+
+    def project(self, name: str, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """Tokens [N, in], sorted by expert, times the weight `name` of their experts → [N, out]."""
+        return grouped_linear(x, getattr(self, name), tokens_per_expert, self.prepacked.get(name))
+
+
+def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor,
+                   prepacked: list[Tensor] | None = None) -> Tensor:
+    """x [N, in] · weight [E, out, in]ᵀ → [N, out]: the first tokens_per_expert[0] rows of x by weight[0], and so on."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if can_use_grouped_mm(device, dtype, *weight.shape[1:]):
+        return _grouped_mm(x.to(dtype), weight.to(dtype), tokens_per_expert)
+    return _linear_per_expert(x.to(dtype), weight if prepacked else weight.to(dtype), tokens_per_expert, prepacked)
+
+
+def can_use_grouped_mm(device: str, dtype: torch.dtype, *widths: int) -> bool:
+    """Whether one kernel takes all experts: CUDA's, for bf16, with rows of whole 16 bytes."""
+    return device == "cuda" and dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """All experts in one kernel, which reads the bounds of the groups on the device."""
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=tokens_per_expert.cumsum(0).to(torch.int32))
+
+
+@torch.compiler.disable  # the sizes change every step
+def _linear_per_expert(x: Tensor, weight: Tensor, tokens_per_expert: Tensor,
+                       prepacked: list[Tensor] | None = None) -> Tensor:
+    """One product per expert. The sizes are read on the host: free on a CPU, one short wait elsewhere."""
+    groups = zip(x.split(tokens_per_expert.tolist()), weight.unbind(), prepacked or [None] * len(weight), strict=True)
+    return torch.cat([linear(pad_to_multiple(tokens), *matrices)[:len(tokens)] for tokens, *matrices in groups])
+
+
+def router_stats(prob_NE: Tensor, expert_NK: Tensor, token_mask: Tensor | None) -> Tensor:
+    """[2, E]: the fraction of real tokens that chose each expert, and its mean probability over them.
+
+    `token_mask` [B, T] is 0 on padding. All K choices of a token count, so the fractions sum to K.
+    """
+    chosen_NE = torch.zeros_like(prob_NE).scatter(1, expert_NK, 1.0)
+    token_weight = torch.ones_like(chosen_NE[:, 0]) if token_mask is None else token_mask.reshape(-1).to(prob_NE.dtype)
+    token_weight = token_weight / token_weight.sum().clamp(min=1)  # a row may be all padding
+    return torch.stack((token_weight @ chosen_NE, token_weight @ prob_NE))
+
+
+def load_balancing_loss(stats: list[Tensor]) -> Tensor:
+    """E · Σ_e fraction_e · probability_e, averaged over all layers (Switch, Fedus et al. 2021, eq. 4-6; as Qwen3-MoE).
+
+    `stats`: the `router_stats` [2, E] of each layer. At perfect balance the loss is K.
+    """
+    fraction, probability = torch.stack(stats).mean(0)
+    return len(fraction) * (fraction * probability).sum()
+
+
+def stack_expert_weights(state_dict: dict, prefix: str, *_) -> None:
+    """Turn published per-expert names (`experts.3.up_proj.weight`) into the stacked ones of `Experts`, in place."""
+    matrices = {name: [] for name in ("gate_proj", "up_proj", "down_proj")}
+    while f"{prefix}experts.{len(matrices['down_proj'])}.down_proj.weight" in state_dict:
+        expert = len(matrices["down_proj"])
+        for name, weights in matrices.items():
+            weights.append(state_dict.pop(f"{prefix}experts.{expert}.{name}.weight"))
+    if matrices["down_proj"]:
+        pairs = zip(matrices["gate_proj"], matrices["up_proj"], strict=True)
+        state_dict[f"{prefix}experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        state_dict[f"{prefix}experts.down_proj"] = torch.stack(matrices["down_proj"])
+
+
+def register_expert_names() -> None:
+    """Teach transformers' loader, which does not call load_state_dict, the per-expert names: they are Qwen3-MoE's."""
+    from transformers import conversion_mapping
+
+    names = conversion_mapping.get_checkpoint_conversion_mapping("qwen3_moe")
+    conversion_mapping.register_checkpoint_conversion_mapping("minimind", names, overwrite=True)
