@@ -69,3 +69,23 @@ def fraction(text: str) -> float:
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return float(text)
+
+
+SAMPLING_ARGS = {
+    "open_thinking": {"type": int, "choices": (0, 1), "help": "let the model think first"},
+    "max_new_tokens": {"type": positive_int, "help": "longest answer, in tokens"},
+    "temperature": {"type": nonneg_float, "help": "of sampling; 0 takes the likeliest token"},
+    "top_p": {"type": fraction, "help": "sample from the likeliest tokens of this total probability"},
+    "top_k": {"type": nonneg_int, "help": "sample from this many of the likeliest tokens; 0: off"},
+    "repetition_penalty": {"type": nonneg_float, "help": "above 1: repeat less; 1: off"},
+    "seed": {"type": nonneg_int, "help": "of sampling"},
+}
+
+
+def add_sampling_args(parser: argparse.ArgumentParser, **defaults) -> None:
+    """Flags of sampling: those that `defaults` name, with these defaults; None where something else decides."""
+    for name, default in defaults.items():
+        options = SAMPLING_ARGS[name] | {"default": default}
+        if default is not None:
+            options["help"] += " (default: %(default)s)"
+        parser.add_argument(f"--{name}", **options)

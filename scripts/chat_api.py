@@ -9,98 +9,80 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-import openai
-
-from model.cli import Parser, UserError, nonneg_float, positive_int, run_main
+from model.chat import AssistantMessage
+from model.cli import Failure, Parser, add_sampling_args, run_main
+from scripts.lib.openai_client import ChatClient, arguments_text
+from scripts.lib.terminal import interact, print_event
 from trainer.rl.tools import MOCKED, SCHEMAS, call_tool
 
 
-def stream_answer(client: openai.OpenAI, messages: list[dict], args: argparse.Namespace) -> dict:
-    """Print an answer while it is written; → it as a message, to append to the conversation."""
-    given = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
-    options = {key: value for key, value in given.items() if value is not None}
-    if args.tools:
-        options["tools"] = [SCHEMAS[name] for name in args.tools]
-    said: dict[str, str] = {"reasoning_content": "", "content": ""}
-    calls: list[dict] = []
-    chunks = client.chat.completions.create(model=args.model, messages=messages, stream=True,
-                                            extra_body={"open_thinking": args.open_thinking}, **options)
-    for chunk in chunks:
-        delta = chunk.choices[0].delta
-        for part in said:
-            if text := getattr(delta, part, None):
-                dim = part == "reasoning_content" and sys.stdout.isatty()
-                print(f"\033[2m{text}\033[0m" if dim else text, end="", flush=True)
-                said[part] += text
-        for piece in delta.tool_calls or ():
-            if piece.index == len(calls):
-                function = {"name": piece.function.name, "arguments": ""}
-                calls.append({"id": piece.id, "type": "function", "function": function})
-            calls[piece.index]["function"]["arguments"] += piece.function.arguments or ""
-    print()
-    message = {"role": "assistant", **{part: text for part, text in said.items() if text or part == "content"}}
-    return message | ({"tool_calls": calls} if calls else {})
+class ApiChat:
+    """A conversation with a model behind a server; it goes on by itself as long as the model calls tools.
 
+    `options` are those of a request: temperature, max_tokens, …
+    """
 
-def chat(client: openai.OpenAI, messages: list[dict], args: argparse.Namespace, rounds: int = 5) -> None:
-    """Answer the last message, running the tools that the model calls, at most `rounds` times."""
-    for _ in range(rounds):
-        messages.append(stream_answer(client, messages, args))
-        for call in messages[-1].get("tool_calls", ()):
-            result = json.dumps(call_tool(**call["function"]), ensure_ascii=False)
-            print(f"[{call['function']['name']} {call['function']['arguments']} → {result}]")
-            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
-        if messages[-1]["role"] != "tool":
-            return
+    def __init__(self, client: ChatClient, tools: list[str], max_turns: int = 5, **options):
+        self.client, self.max_turns, self.options = client, max_turns, options
+        self.tools = [SCHEMAS[name] for name in tools]
+        self.messages: list[dict] = []
+
+    def answer(self, text: str) -> None:
+        """Print the answer to `text` while it is written, and remember both. Ctrl-C ends it early."""
+        num_messages = len(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        try:
+            for _ in range(self.max_turns):
+                calls = self._reply()
+                for call in calls:
+                    result = json.dumps(call_tool(**call), ensure_ascii=False)
+                    print(f"[{call['name']} {arguments_text(call['arguments'])} → {result}]")
+                    self.messages.append({"role": "tool", "content": result})
+                if not calls:
+                    return
+        except Failure:
+            del self.messages[num_messages:]
+            raise
+
+    def _reply(self) -> list[dict]:
+        """Print the model's next message and append it. → its tool calls"""
+        answer = AssistantMessage()
+        try:
+            for kind, value in self.client.stream(self.messages, self.tools, **self.options):
+                if kind == "tool_call":
+                    answer.tool_calls.append(value)
+                elif kind in ("content", "reasoning"):
+                    setattr(answer, kind, getattr(answer, kind) + value)
+                    print_event(kind, value)
+        except KeyboardInterrupt:
+            print(" …", end="")
+        print()
+        self.messages.append(answer.to_dict())
+        return answer.tool_calls
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_url", default="http://127.0.0.1:8998/v1", help="of the server (%(default)s)")
-    parser.add_argument("--api_key", default=os.environ.get("MINIMIND_API_KEY", "none"),
+    parser.add_argument("--api_key", default=os.environ.get("MINIMIND_API_KEY"),
                         help="if the server wants one (default: $MINIMIND_API_KEY)")
     parser.add_argument("--model", default="minimind", help="name of the model (%(default)s)")
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--tools", action="store_const", const=list(SCHEMAS), default=[],
-                        help=f"offer {', '.join(SCHEMAS)}; what {', '.join(MOCKED)} say is invented")
-    parser.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
-    parser.add_argument("--temperature", type=nonneg_float, help="0 takes the likeliest token (default: the server's)")
-    parser.add_argument("--max_new_tokens", type=positive_int, help="longest answer, in tokens (default: the server's)")
+                        help=f"offer {', '.join(SCHEMAS)}; the results of {', '.join(MOCKED)} are invented")
+    add_sampling_args(parser, open_thinking=0, temperature=None, max_new_tokens=None)
     args = parser.parse_args()
-    client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key)
-    messages: list[dict] = []
-    with friendly_errors(args.base_url):
-        while True:
-            try:
-                text = args.prompt or input("\n> ").strip()
-            except EOFError:
-                return
-            if text == "/exit":
-                return
-            if text == "/clear":
-                messages.clear()
-            elif text:
-                messages.append({"role": "user", "content": text})
-                chat(client, messages, args)
-            if args.prompt:
-                return
-
-
-@contextmanager
-def friendly_errors(base_url: str) -> Iterator[None]:
-    """What the client raises as UserError."""
-    try:
-        yield
-    except openai.APIConnectionError:
-        raise UserError(f"no server at {base_url}; start one: python scripts/serve_openai_api.py") from None
-    except openai.APIError as error:
-        raise UserError(f"the server says: {error.message}") from None
+    client = ChatClient(args.base_url, args.api_key, args.model, send_reasoning=True)
+    chat = ApiChat(client, args.tools, temperature=args.temperature, max_tokens=args.max_new_tokens,
+                   extra_body={"open_thinking": args.open_thinking})
+    if args.prompt:
+        chat.answer(args.prompt)
+    else:
+        interact(chat)
 
 
 if __name__ == "__main__":

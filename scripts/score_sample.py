@@ -31,6 +31,14 @@ def score(model, tokenizer, cases: list[dict], max_new_tokens: int = 128) -> lis
             for case, answer in zip(cases, parsed, strict=True)]
 
 
+def share_per_skill(results: list[dict]) -> dict[str, float]:
+    """Share of the results that are correct, per skill."""
+    by_skill = defaultdict(list)
+    for result in results:
+        by_skill[result["skill"]].append(result["correct"])
+    return {skill: sum(correct) / len(correct) for skill, correct in by_skill.items()}
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data_path", type=Path, nargs="+", default=[ROOT / "dataset/sample/heldout.jsonl"],
@@ -45,14 +53,11 @@ def main() -> None:
     cases = [{"skill": path.stem} | parse_row(line) for path in args.data_path for _, line in read_rows(path)]
     results = score(model, tokenizer, cases, args.max_new_tokens)
 
-    verdicts = defaultdict(list)
-    for result in results:
-        verdicts[result["skill"]].append(result["correct"])
-    scores = {skill: sum(of_skill) / len(of_skill) for skill, of_skill in verdicts.items()}
+    scores = share_per_skill(results)
     scores["all"] = sum(result["correct"] for result in results) / len(results)
-    listed = ", ".join(f"{skill} {value:.0%}" for skill, value in scores.items())
-    print(f"held-out answers of {args.weight}, exact: {listed}")
-    for skill in verdicts:
+    summary = ", ".join(f"{skill} {value:.0%}" for skill, value in scores.items())
+    print(f"held-out answers of {args.weight}, exact: {summary}")
+    for skill in list(scores)[:-1]:
         wrong = [result for result in results if result["skill"] == skill and not result["correct"]]
         for result in wrong[:args.show_wrong]:
             *context, expected = result["conversations"]

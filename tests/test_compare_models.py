@@ -49,7 +49,7 @@ def compare(tmp_path):
                  "device": "cpu", "max_new_tokens": 12, **flags}
         arguments = [f"--{name}={value}" for name, value in flags.items() if value is not None]
         with mock.patch.object(sys, "argv", ["", *arguments, "--models", *models]), \
-                mock.patch.object(compare_models, "AT_A_TIME", 1):
+                mock.patch.object(compare_models, "CONCURRENCY", 1):
             run_main(compare_models.main)
         return table(tmp_path / "all.md")
     return run
@@ -119,7 +119,7 @@ def test_what_cannot_be_compared_is_told_in_one_line(compare, endpoint, capsys, 
     fails(capsys, 2, ["nothing_*.pth"], compare, "nothing")
     fails(capsys, 2, ["none.txt"], compare, f"{endpoint.url}#m", prompts=tmp_path / "none.txt")
     fails(capsys, 2, [f"{endpoint.url}#NAME"], compare, endpoint.url)
-    fails(capsys, 1, ["http://127.0.0.1:9/v1"], compare, "http://127.0.0.1:9/v1#m")
+    fails(capsys, 2, ["no server at http://127.0.0.1:9/v1"], compare, "http://127.0.0.1:9/v1#m")
     (tmp_path / "bad.jsonl").write_text('{"conversations": []}\n')
     fails(capsys, 2, ["bad.jsonl:1:"], compare, f"{endpoint.url}#m", prompts=tmp_path / "bad.jsonl")
     assert not (tmp_path / "all.md").exists()

@@ -35,6 +35,7 @@ from model.inference.sampling import draw
 from model.linear import linear
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_weight, save_weight
+from scripts.lib.terminal import HELP
 
 KINDS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2},
          "yarn": {"inference_rope_scaling": True}}
@@ -763,7 +764,7 @@ def test_a_conversation_is_remembered_until_it_is_cleared(evaluate, prompts, end
     out = evaluate(lines=["Who are you?", " ", "And now?", "/clear", "And now?", ending])
     assert prompts == [TOKENIZER.prompt(TALK[:1]), TOKENIZER.prompt(TALK[:3]), TOKENIZER.prompt(TALK[2:3])]
     assert Counter(line for line in out.splitlines() if line) == Counter(
-        [eval_llm.HELP, TALK[1]["content"], TALK[3]["content"], TALK[3]["content"]])
+        [HELP, TALK[1]["content"], TALK[3]["content"], TALK[3]["content"]])
 
 
 def test_ctrl_c_ends_an_answer_but_not_the_program(evaluate, monkeypatch):
@@ -778,5 +779,5 @@ def test_ctrl_c_ends_an_answer_but_not_the_program(evaluate, monkeypatch):
     out = evaluate(lines=["Who are you?", KeyboardInterrupt, "/clear", "And now?", "/exit"])
     first, second = TALK[1]["content"], TALK[3]["content"]
     assert second in out and first not in out
-    assert out.split(" …")[0].removeprefix(eval_llm.HELP).strip() in first
-    assert out.count(eval_llm.HELP) == 2  # at the start, and when there was no answer to stop
+    assert out.split(" …")[0].removeprefix(HELP).strip() in first
+    assert out.count(HELP) == 2  # at the start, and when there was no answer to stop

@@ -16,7 +16,7 @@ from test_server import serving
 import eval_toolcall
 from dataset import sample_world
 from dataset.prompts import Prompt
-from eval_toolcall import wilson
+from eval_toolcall import wilson_interval
 from model.cli import run_main
 from model.weights import ROOT, save_weight
 from scripts.lib.tool_cases import held_out_tasks, is_accepted, read_cases
@@ -81,7 +81,7 @@ def test_more_tasks_than_there_are_new_ones_come_to_an_end():
 @pytest.mark.parametrize("right, of", [(0, 20), (1, 20), (12, 20), (17, 20), (20, 20), (171, 200), (1, 1)])
 def test_the_interval_ends_where_the_score_test_does(right, of):
     """At either end p, the share lies 1.96 standard deviations sqrt(p (1 - p) / n) away from p: Wilson's definition."""
-    low, high = wilson(right, of)
+    low, high = wilson_interval(right, of)
     assert 0 <= low <= right / of <= high <= 1 and low < high
     for end in (low, high):
         if 1e-9 < end < 1 - 1e-9:

@@ -17,18 +17,19 @@ from lab import ENVIRONMENT, ROOT, small_model, wait_for
 
 from benchmarks import dry_run, full_run
 from model.cli import UserError, run_main
+from scripts.lib import stages
 
 SMALL = ("--sample_scale=0.01", "--every=96", "--set", "all.max_steps=2", "all.device=cpu",
          *(f"{stage}.{change}" for stage in ("grpo", "agent") for change in (
              "num_generations=2", "accumulation_steps=1", "max_gen_len=4")))
 
 
-def run_here(*command, show: bool = True) -> str:
+def run_here(script: str, flags: dict, show: bool = True) -> str:
     """A script in this process: nothing to import again."""
-    said = io.StringIO()
-    with mock.patch.object(sys, "argv", [str(word) for word in command]), redirect_stdout(said):
-        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
-    return said.getvalue()
+    output = io.StringIO()
+    with mock.patch.object(sys, "argv", stages.command(script, flags)), redirect_stdout(output):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return output.getvalue()
 
 
 def start(folder: Path, *flags: str, preset: str = "tiny") -> None:
@@ -49,7 +50,7 @@ def lived(tmp_path_factory) -> Path:
 def test_a_toy_goes_through_all_stages_and_the_report_tells_what_each_took_and_gained(lived):
     found = json.loads((lived / "report/tiny.json").read_text("utf-8"))
     stages, text = found["stages"], (lived / "report/tiny.md").read_text("utf-8")
-    trained = [name for name in full_run.NAMES if name in full_run.ROWS and name != "cispo"]
+    trained = [name for name in full_run.STAGES if name != "cispo"]
     assert list(stages) == ["data", *trained, "evaluation"] and all(stage["done"] for stage in stages.values())
     for name in trained:
         log, = (lived / "tiny/logs").glob(f"{name}_64.jsonl")
@@ -66,14 +67,14 @@ def test_a_toy_goes_through_all_stages_and_the_report_tells_what_each_took_and_g
 
 
 def test_what_is_done_is_not_done_again_unless_it_would_become_something_else(lived, tmp_path, capsys):
-    asked, lived = [], shutil.copytree(lived, tmp_path / "carried")
-    with mock.patch.object(full_run, "run", lambda *command, **_: asked.append(command) or ""), \
+    scripts, lived = [], shutil.copytree(lived, tmp_path / "carried")
+    with mock.patch.object(full_run, "run", lambda script, *_, **__: scripts.append(script) or ""), \
             mock.patch.object(full_run, "evaluate", lambda *_: {}), mock.patch.object(full_run, "write_report"):
         start(lived, *SMALL)
-        assert asked == [] and capsys.readouterr().out.count("done before") == len(full_run.NAMES) - 1
+        assert scripts == [] and capsys.readouterr().out.count("done before") == len(full_run.NAMES) - 1
         start(lived, *SMALL, "full_sft.weight_decay=0.2")
     said = capsys.readouterr().out
-    assert [command[0] for command in asked] == [f"trainer/train_{name}.py" for name in (
+    assert scripts == [f"trainer/train_{name}.py" for name in (
         "full_sft", "lora", "dpo", "reward", "grpo", "agent")]
     assert "full_sft: begins anew: --weight_decay was None, is 0.2" in said and "pretrain: done before" in said
     assert "dpo: begins anew: what it starts from was made anew" in said
@@ -82,17 +83,17 @@ def test_what_is_done_is_not_done_again_unless_it_would_become_something_else(li
 
 @pytest.mark.parametrize("preset", ["tiny", "zero"])
 def test_with_experts_the_same_stages_make_a_model_of_its_own_beside_the_dense_one(tmp_path, preset):
-    asked, reported = {}, mock.Mock()
-    with mock.patch.object(full_run, "run", lambda script, *flags, **_: asked.update({script: flags}) or ""), \
+    ran, reported = {}, mock.Mock()
+    with mock.patch.object(full_run, "run", lambda script, flags, **_: ran.update({script: flags}) or ""), \
             mock.patch.object(full_run, "prepare", return_value={}), \
             mock.patch.object(full_run, "evaluate", return_value={}), \
             mock.patch.object(full_run, "write_report", reported):
         start(tmp_path, "--moe", preset=preset)
-    assert list(asked) == [f"trainer/train_{name}.py" for name in (
+    assert list(ran) == [f"trainer/train_{name}.py" for name in (
         "pretrain", "full_sft", "lora", "dpo", "reward", "grpo", "agent")]
-    assert [script for script, flags in asked.items() if "--use_moe=1" in flags] == ["trainer/train_pretrain.py"]
-    for flags in asked.values():  # the others take it from the weight they begin with
-        assert f"--save_dir={tmp_path / preset}_moe" in flags
+    assert [script for script, flags in ran.items() if "use_moe" in flags] == ["trainer/train_pretrain.py"]
+    assert ran["trainer/train_pretrain.py"]["use_moe"] == 1  # the others take it from the weight they begin with
+    assert {flags["save_dir"] for flags in ran.values()} == {tmp_path / f"{preset}_moe"}
     assert reported.call_args.args[:2] == (f"{preset}_moe", tmp_path / f"{preset}_moe")
     assert json.loads((tmp_path / f"{preset}_moe/run.json").read_text())["agent"]["done"]
 
@@ -131,19 +132,22 @@ class Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize("preset", ["tiny", "zero", "full"])
+@pytest.mark.parametrize("preset", ["demo", "tiny", "zero", "full"])
 def test_the_scripts_take_the_flags_of_every_preset(tmp_path, monkeypatch, preset):
-    args = mock.Mock(preset=preset, moe=True, set=["all.seed=3"])
-    for name, flags in full_run.recipe(args, tmp_path).items():
-        stage = import_module(full_run.SAMPLE[name].script.removesuffix(".py").replace("/", "."))
+    args = mock.Mock(preset=preset, moe=True, set=[("all", "seed", "3")])
+    recipe = {stage.name: stages.COMMON | stage.data_flags(tmp_path) | stage.flags for stage in stages.STAGES} \
+        if preset == "demo" else full_run.recipe(args, tmp_path)
+    for stage in (stage for stage in stages.STAGES if stage.name in recipe):
+        module = import_module(stage.script.removesuffix(".py").replace("/", "."))
         seen = mock.Mock(side_effect=Parsed)
-        monkeypatch.setattr(stage, "Run", seen)
-        with mock.patch.object(sys, "argv", ["x", *(f"--{key}={value}" for key, value in flags.items())]), \
-                pytest.raises(Parsed):
-            stage.main()
+        monkeypatch.setattr(module, "Run", seen)
+        with mock.patch.object(sys, "argv", stages.command("x", recipe[stage.name])), pytest.raises(Parsed):
+            module.main()
         parsed, = seen.call_args.args
-        assert (parsed.save_weight, parsed.seed, parsed.eval_first) == (name, 3, 1)
-        assert parsed.use_moe is (True if name == "pretrain" else None)
+        assert parsed.save_weight == stage.name
+        if preset != "demo":
+            assert (parsed.seed, parsed.eval_first) == (3, 1)
+            assert parsed.use_moe is (True if stage.name == "pretrain" else None)
 
 
 def test_published_files_come_first_and_what_is_held_out_is_not_trained_on(tmp_path):

@@ -16,7 +16,7 @@ class Teacher(JsonHandler):
     """Answers with the last message in capitals; `asked` keeps what it heard; from request `fails_at` on it refuses."""
 
     asked: list[dict] = []
-    fails_at, status = 10**9, 401
+    fails_at, status, arguments = 10**9, 401, '{"zone": "Asia/Seoul"}'
 
     def do_POST(self):
         request = self.body()
@@ -24,7 +24,7 @@ class Teacher(JsonHandler):
         said = request["messages"][-1]["content"].upper()
         message = {"role": "assistant", "content": said, "reasoning_content": "hm"}
         if request.get("tools"):
-            function = {"name": "clock", "arguments": '{"zone": "Asia/Seoul"}'}
+            function = {"name": "clock", "arguments": self.arguments}
             message = {"role": "assistant", "content": None,
                        "tool_calls": [{"id": "1", "type": "function", "function": function}]}
         if len(self.asked) > self.fails_at:
@@ -64,7 +64,7 @@ def test_the_answers_are_rows_to_fine_tune_on(ask, tmp_path, teacher):
     assert data.meta["documents"] == 2 and all(len(request["messages"]) == 1 for request in teacher.asked)
 
 
-def test_tools_go_and_calls_come(ask, teacher):
+def test_tools_go_and_calls_come(ask, teacher, capsys):
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
     call = [{"name": "clock", "arguments": {"zone": "Asia/Tokyo"}}]
     messages = [{"role": "system", "content": "", "tools": json.dumps(tools)}, {"role": "user", "content": "time?"},
@@ -72,11 +72,16 @@ def test_tools_go_and_calls_come(ask, teacher):
                 {"role": "tool", "content": "12:00"}]
     answered, = ask([{"conversations": messages}])
     heard, = teacher.asked
-    asked, = heard["messages"][2]["tool_calls"]
-    assert heard["tools"] == tools and heard["messages"][3]["tool_call_id"] == asked["id"]
+    assert [message["role"] for message in heard["messages"]] == ["user", "assistant", "tool"]
+    asked, = heard["messages"][1]["tool_calls"]
+    assert heard["tools"] == tools and heard["messages"][2]["tool_call_id"] == asked["id"]
     assert json.loads(asked["function"]["arguments"]) == call[0]["arguments"]
     assert answered["conversations"][:4] == messages
     assert answered["conversations"][4]["tool_calls"] == [{"name": "clock", "arguments": {"zone": "Asia/Seoul"}}]
+    teacher.arguments = "{"  # a call that nothing can be learned from
+    messages[1]["content"] = "And now?"
+    assert len(ask([{"conversations": messages}])) == 1
+    assert "1 answers" in (said := capsys.readouterr().out) and "1 prompts have none" in said
 
 
 def test_a_run_that_ended_early_goes_on_and_asks_nothing_twice(ask, teacher, tmp_path, capsys):
@@ -85,7 +90,7 @@ def test_a_run_that_ended_early_goes_on_and_asks_nothing_twice(ask, teacher, tmp
     with pytest.raises(SystemExit) as ended:
         ask(rows, concurrency=1)
     said = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 1 and "no such key" in said and "4 answers are kept" in said and "run again" in said
+    assert ended.value.code == 2 and "no such key" in said and "4 answers are kept" in said and "run again" in said
     with open(tmp_path / "out.jsonl", "a") as file:
         file.write('{"conversations": [{"role": "us')  # killed while it wrote
     teacher.fails_at, teacher.asked[:] = 10**9, []
@@ -98,7 +103,7 @@ def test_a_run_that_ended_early_goes_on_and_asks_nothing_twice(ask, teacher, tmp
 def test_a_refused_prompt_is_counted_and_left_out(ask, teacher, capsys):
     teacher.fails_at, teacher.status = 1, 400
     assert len(ask([row("a"), row("b")], concurrency=1)) == 1
-    assert "refused 1 prompts" in capsys.readouterr().out
+    assert "1 prompts have none" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rows, flags, words", [

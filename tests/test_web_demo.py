@@ -24,8 +24,9 @@ from model.loading import load_for_inference
 from model.model_lora import LoRA, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import find_models, load_weight, save_weight, weights_hash
+from scripts.lib.openai_client import to_openai
 from scripts.web import answers, curves, parts
-from scripts.web.answers import LocalModel, RemoteModel, Reply, openai_messages
+from scripts.web.answers import LocalModel, RemoteModel, Reply
 from scripts.web.chat import worked_out
 from trainer.rl.tools import SCHEMAS
 
@@ -152,7 +153,7 @@ def test_a_local_model_answers_thinks_and_calls(local):
 def test_two_pages_share_one_engine_and_a_stopped_answer_leaves_it(local):
     endless = Sampling(max_new_tokens=2000, temperature=0, stop_ids=())
     long = Reply(local.answer(HELLO[:1], [], False, endless))
-    while not long.tokens:
+    while not long.num_tokens:
         time.sleep(0.01)
     assert without_facts(finished(Reply(local.answer(HELLO[:1], [], False, GREEDY)))) == HELLO[1]
     assert long.running
@@ -164,11 +165,11 @@ def test_two_pages_share_one_engine_and_a_stopped_answer_leaves_it(local):
 
 
 def test_an_answer_that_nobody_watches_ends(local, monkeypatch):
-    monkeypatch.setattr(answers, "PATIENCE", -1)
+    monkeypatch.setattr(answers, "SECONDS_UNWATCHED", -1)
     reply = Reply(local.answer(HELLO[:1], [], False, Sampling(2000, temperature=0, stop_ids=())))
     while not reply.done:
         time.sleep(0.01)
-    assert reply.reason == "cancelled" and reply.tokens < 9 and not local.engine.busy
+    assert reply.reason == "cancelled" and reply.num_tokens < 9 and not local.engine.busy
 
 
 def test_what_goes_wrong_while_an_answer_is_written_is_told_in_one_line(local):
@@ -250,7 +251,7 @@ def test_a_url_answers_with_thinking_text_and_calls(endpoint):
     assert message["facts"]["tokens"] == 21 and message["facts"]["reason"] == "tool_calls"
     assert message["facts"]["malformed"] == ["broken({)"]
     body, = Endpoint.bodies
-    assert body["messages"] == openai_messages(SUM[:3]) and body["tools"] == [SCHEMAS["calculate_math"]]
+    assert body["messages"] == to_openai(SUM[:3])[0] and body["tools"] == [SCHEMAS["calculate_math"]]
     assert {"model": "tiny", "max_tokens": 33, "temperature": 0.5, "top_p": 0.9, "seed": 7, "top_k": 5,
             "repetition_penalty": 1.2, "stream": True,
             "chat_template_kwargs": {"open_thinking": True, "enable_thinking": True}}.items() <= body.items()
@@ -265,7 +266,7 @@ def test_only_what_was_asked_for_is_sent(endpoint):
 
 
 def test_calls_and_results_find_each_other_in_openai_s_messages():
-    sent = openai_messages([*SUM[:1], said("assistant", "", tool_calls=CALL + WEATHER), SUM[2], RAIN[2]])
+    sent, _ = to_openai([*SUM[:1], said("assistant", "", tool_calls=CALL + WEATHER), SUM[2], RAIN[2]])
     assert [call["id"] for call in sent[1]["tool_calls"]] == [message["tool_call_id"] for message in sent[2:]]
     assert json.loads(sent[1]["tool_calls"][0]["function"]["arguments"]) == CALL[0]["arguments"]
 

@@ -236,7 +236,7 @@ def stream_replies(replies: list[Reply], bubbles: list[Bubble]) -> None:
     while going:
         going = any(reply.running for reply in replies)
         for reply, bubble in zip(replies, bubbles, strict=True):
-            reply.watched = time.perf_counter()
+            reply.last_watched = time.perf_counter()
             bubble.show(reply.message(), reply.running)
         st.session_state.get("reply")  # lets a click in: Streamlit interrupts a page only where it talks to it
         time.sleep(0.04)

@@ -1,0 +1,156 @@
+"""A client of any OpenAI-compatible endpoint that speaks in the messages of our data files.
+
+A message's tool calls are {"name", "arguments"}. The arguments of an answer are an object, or the text that came where
+that is no JSON object: `call_tool` takes both, and tells the model what is wrong with the text.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import openai
+
+from model.chat import MessageParser, parse_json
+from model.cli import Failure, UserError, first_line
+
+Event = tuple[str, object]  # of MessageParser, or ("tokens", how many more), or ("end", finish_reason)
+
+
+class RequestRefused(UserError):
+    """The endpoint rejects this one request (HTTP 400 or 422); it may accept the next."""
+
+
+class ChatClient:
+    """One model behind a URL; without a name, the first one that the server lists.
+
+    Every call raises a Failure of one line when something goes wrong: a UserError when no server answers or it rejects
+    the request (HTTP 4xx). `send_reasoning`: send the thinking of earlier turns too, which OpenAI's schema does not
+    have and strict servers reject.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None = None, model: str = "", send_reasoning: bool = False,
+                 max_retries: int = 2, timeout: float = 600):
+        self.base_url, self.model, self.send_reasoning = base_url, model, send_reasoning
+        self._client = openai.OpenAI(base_url=base_url, api_key=api_key or "none", max_retries=max_retries,
+                                     timeout=timeout)
+
+    def complete(self, messages: list[dict], tools: list[dict] | None = None, **options) -> tuple[dict, str]:
+        """The answer to `messages`, verbatim, as a message to append to them; and its finish_reason.
+
+        `tools` default to those on the first message. `options` go to the request; those that are None do not.
+        """
+        with self._errors():
+            choice = self._create(messages, tools, options).choices[0]
+            return from_openai(choice.message), choice.finish_reason
+
+    def stream(self, messages: list[dict], tools: list[dict] | None = None, **options) -> Iterator[Event]:
+        """The same answer as events while it is written. Special tokens in its text (`<think>`, …) are parsed."""
+        options |= {"stream": True, "stream_options": {"include_usage": True}}
+        with self._errors(), self._create(messages, tools, options) as chunks:
+            yield from events_of(chunks)
+
+    def _create(self, messages: list[dict], tools: list[dict] | None, options: dict):
+        converted, first_tools = to_openai(messages, self.send_reasoning)
+        options = {key: value for key, value in options.items() if value is not None}
+        if tools := first_tools if tools is None else tools:
+            options["tools"] = tools
+        self.model = self.model or next((model.id for model in self._client.models.list()), "")
+        if not self.model:
+            raise UserError(f"{self.base_url} serves no model")
+        return self._client.chat.completions.create(model=self.model, messages=converted, **options)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn what the SDK raises into one line."""
+        try:
+            yield
+        except openai.APIConnectionError as error:
+            raise UserError(f"no server at {self.base_url} ({first_line(error).rstrip('.')}); start one: "
+                            "python scripts/serve_openai_api.py") from None
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            raise RequestRefused(f"{self.base_url}: {first_line(error)}") from None
+        except (openai.OpenAIError, IndexError, TypeError) as error:  # the last two: a reply without choices
+            kind = UserError if 400 <= getattr(error, "status_code", 0) < 500 else Failure
+            raise kind(f"{self.base_url}: {first_line(error)}") from None
+
+
+def to_openai(messages: list[dict], send_reasoning: bool = False) -> tuple[list[dict], list[dict]]:
+    """Our messages → OpenAI's messages and the tools: calls get ids, and each result names the call it answers.
+
+    A first system message that only carries tools is left out. Raises ValueError for tools that cannot be read.
+    """
+    tools = parse_json(messages[0].get("tools") or [], "tools", list)
+    converted, open_calls = [], []
+    for number, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content") or ""
+        if tools and number == 0 and role == "system" and not content:
+            continue
+        shape = {"role": role, "content": content}
+        if send_reasoning and message.get("reasoning_content"):
+            shape["reasoning_content"] = message["reasoning_content"]
+        calls = parse_json(message.get("tool_calls") or [], "tool_calls", list)
+        if calls:
+            functions = [call.get("function", call) for call in calls]
+            shape["tool_calls"] = [{"id": f"call_{number}_{i}", "type": "function", "function": {
+                "name": function["name"], "arguments": arguments_text(function.get("arguments"))}}
+                for i, function in enumerate(functions)]
+            open_calls = [call["id"] for call in shape["tool_calls"]]
+        elif role == "tool":
+            shape["tool_call_id"] = open_calls.pop(0) if open_calls else f"call_{number}"
+        converted.append(shape)
+    return converted, tools
+
+
+def arguments_text(arguments: dict | str | None) -> str:
+    """The arguments of a call as JSON text; text as it is."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+
+
+def tool_call(name: str, arguments: str | None) -> dict:
+    """{"name", "arguments"} of a call: an object, or the text where that is none."""
+    try:
+        return {"name": name, "arguments": parse_json(arguments or {}, "arguments", dict)}
+    except ValueError:
+        return {"name": name, "arguments": arguments}
+
+
+def reasoning_of(message) -> str:
+    """The thinking of an SDK message or delta, under the names that servers give it."""
+    return getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
+
+
+def from_openai(message) -> dict:
+    """The SDK's message → an assistant message of ours."""
+    answer = {"role": "assistant", "content": message.content or ""}
+    if reasoning := reasoning_of(message):
+        answer["reasoning_content"] = reasoning
+    if message.tool_calls:
+        answer["tool_calls"] = [tool_call(call.function.name, call.function.arguments) for call in message.tool_calls]
+    return answer
+
+
+def events_of(chunks: Iterator) -> Iterator[Event]:
+    """The SDK's chunks → events. A call's arguments come in parts; a chunk is about a token until the usage says more.
+    """
+    parser, calls, finish_reason, num_tokens, num_chunks = MessageParser(None), {}, None, None, 0
+    for chunk in chunks:
+        num_tokens = chunk.usage.completion_tokens if chunk.usage else num_tokens
+        for choice in chunk.choices[:1]:
+            delta, finish_reason = choice.delta, choice.finish_reason or finish_reason
+            reasoning = reasoning_of(delta)
+            if reasoning or delta.content or delta.tool_calls:
+                num_chunks += 1
+                yield "tokens", 1
+            if reasoning:
+                yield "reasoning", reasoning
+            yield from parser.feed_text(delta.content or "")
+            for part in delta.tool_calls or ():
+                call = calls.setdefault(part.index, {"name": "", "arguments": ""})
+                call["name"] += part.function.name or ""
+                call["arguments"] += part.function.arguments or ""
+    yield from parser.finish()
+    for call in calls.values():
+        yield "tool_call", tool_call(**call)
+    if num_tokens is not None:
+        yield "tokens", num_tokens - num_chunks
+    yield "end", finish_reason

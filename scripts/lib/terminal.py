@@ -1,0 +1,38 @@
+"""A conversation in the terminal: shared by eval_llm.py, eval_toolcall.py and chat_api.py."""
+
+import sys
+
+from model.cli import UserError
+
+HELP = "/clear forgets the conversation, /exit leaves, Ctrl-C stops an answer"
+
+
+def print_event(kind: str, value: str | dict) -> None:
+    """Print one event of an answer while it is written: thinking dimmed, tool calls on a line of their own."""
+    if kind == "reasoning" and sys.stdout.isatty():
+        value = f"\033[2m{value}\033[0m"
+    if kind in ("tool_call", "malformed"):
+        value = f"\n[{kind}] {value}"
+    print(value, end="", flush=True)
+
+
+def interact(chat) -> None:
+    """Read lines and let `chat.answer` each, until /exit or the end of input; /clear empties `chat.messages`."""
+    print(HELP)
+    while True:
+        try:
+            text = input("\n> ").strip()
+        except KeyboardInterrupt:
+            print(f"\n({HELP})", end="")
+            continue
+        except EOFError:
+            return
+        if text == "/exit":
+            return
+        if text == "/clear":
+            chat.messages.clear()
+        elif text:
+            try:
+                chat.answer(text)
+            except UserError as error:
+                print(f"{error}; {HELP}")
