@@ -24,9 +24,9 @@ from dataset.prompts import Prompt
 from eval_llm import Chat
 from model.chat import TOKENIZER_DIR, AssistantMessage, ChatTokenizer
 from model.cli import Parser, UserError, add_sampling_args, positive_int, run_main
+from model.files import write_atomically
 from model.inference.engine import Sampling
 from model.loading import add_loading_args, load_from_args
-from model.weights import save_atomically
 from scripts.chat_api import ApiChat
 from scripts.lib.openai_client import ChatClient
 from scripts.lib.terminal import interact
@@ -217,7 +217,7 @@ def main() -> None:
             print(f"{name} {kind}: {of['right']}/{of['of']} = {of['rate']:.1%} [{of['low']:.1%}, {of['high']:.1%}]")
     if args.json:
         settings = {key: getattr(args, key) for key in ("seed", "temperature", "top_p", "open_thinking", "backend")}
-        save_atomically(json.dumps({**settings, "weights": results}, indent=1, ensure_ascii=False), args.json)
+        write_atomically(args.json, json.dumps({**settings, "weights": results}, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

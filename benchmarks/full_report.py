@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks.machine import machine
-from model.weights import save_atomically
+from model.files import write_atomically
 from scripts.draw_curves import draw_curves, read_log
 
 SCORES = {"val_bpb": "bits a byte", "val_accuracy": "pairs right", "val_reward": "reward", "val_loss": "loss"}
@@ -92,7 +92,7 @@ def write_report(name: str, place: Path, records: dict, folder: Path, price: flo
         picture = folder / f"{name}_{number // PANELS + 1}.png"
         draw_curves(logs[number:number + PANELS], picture)
         lines += ["", f"![curves]({picture.name})"]
-    save_atomically("\n".join(lines) + "\n", folder / f"{name}.md")
-    save_atomically(json.dumps({"machine": about, "price_per_hour": price, "stages": stages}, indent=1,
-                               ensure_ascii=False) + "\n", folder / f"{name}.json")
+    write_atomically(folder / f"{name}.md", "\n".join(lines) + "\n")
+    write_atomically(folder / f"{name}.json", json.dumps(
+        {"machine": about, "price_per_hour": price, "stages": stages}, indent=1, ensure_ascii=False) + "\n")
     print(f"report: {folder / name}.md ({total / 60:.1f} minutes, {total / 3600 * price:.2f} yuan)")

@@ -24,6 +24,7 @@ import torch
 from dataset.packing import Rows, collate, cut_at_answers, pack, pack_shared_prefix, split_long
 from model.chat import BOS, EOS, ChatTokenizer, Segment, read_json, render
 from model.cli import UserError
+from model.files import open_atomically, write_atomically
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
 CHUNK_BYTES = 4 << 20  # of text tokenised at a time
@@ -81,23 +82,8 @@ def content_hash(path: Path, cache_dir: Path) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    known_at.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(known_at, json.dumps({"stamp": stamp, "hash": digest.hexdigest()}).encode())
+    write_atomically(known_at, json.dumps({"stamp": stamp, "hash": digest.hexdigest()}), shared=True)
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Whole or not at all: to a temporary file beside it, synced, renamed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class TokenDataset:
@@ -215,7 +201,7 @@ class TokenDataset:
             np.save(work / "ends.npy", np.frombuffer(ends, np.int64))
             meta = {"source": str(self.path), "documents": len(ends), "tokens": total, "bad": bad,
                     "first_bad": first_bad, "key": folder.name, "made_by": made_by}
-            write_atomically(work / "meta.json", json.dumps(meta, ensure_ascii=False).encode())
+            write_atomically(work / "meta.json", json.dumps(meta, ensure_ascii=False))
             os.rename(work, folder)
         except OSError:
             if not (folder / "meta.json").exists():  # else another process was faster, with the same result
@@ -256,11 +242,9 @@ class TokenDataset:
                 supervised = np.bincount(row_of_piece, labels, len(rows)).astype(np.int64)
             else:
                 supervised = real
-            with tempfile.TemporaryFile(dir=self.folder) as file:
+            with open_atomically(path, shared=True) as file:
                 np.savez(file, start=rows.start, length=rows.length, first=rows.row_offsets, real=real,
                          supervised=supervised, lost=np.array(json.dumps(lost)))
-                file.seek(0)
-                write_atomically(path, file.read())
         with np.load(path) as plan:
             self.rows = Rows(plan["start"], plan["length"], plan["first"])
             self.num_tokens, self.num_targets = plan["real"], plan["supervised"]

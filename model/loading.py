@@ -9,7 +9,8 @@ from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import positive_int
 from model.device import choose_device, inference_dtype
 from model.model_lora import load_lora, merge_lora
-from model.weights import OUT_DIR, find_tokenizer, find_weight, load_folder, read_metadata, read_weight
+from model.transformers_io import load_folder
+from model.weights import OUT_DIR, find_tokenizer, find_weight, read_metadata, read_weight
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:

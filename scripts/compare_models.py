@@ -24,9 +24,10 @@ from eval_llm import QUESTIONS
 from model.chat import BOS, parse_message
 from model.cli import Failure, Parser, UserError, add_sampling_args, run_main
 from model.device import choose_device
+from model.files import write_atomically
 from model.inference.engine import Sampling, generate
 from model.loading import load_for_inference
-from model.weights import OUT_DIR, find_models, save_atomically
+from model.weights import OUT_DIR, find_models
 from scripts.generate_answers import prompt_of
 from scripts.lib.openai_client import ChatClient
 
@@ -137,7 +138,7 @@ def main() -> None:
             judge_error = error  # the answers are worth keeping
     table = markdown(args.models, prompts, answers, grades)
     if args.out:
-        save_atomically(table, args.out)
+        write_atomically(args.out, table)
     else:
         print(table, end="")
     if judge_error:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import Failure, Parser, UserError, first_line, run_main
+from model.files import write_atomically
 from model.model_lora import (
     LoRA,
     find_target_modules,
@@ -41,17 +42,8 @@ from model.model_lora import (
 )
 from model.model_minimind import MiniMindForCausalLM
 from model.moe import Experts
-from model.weights import (
-    file_stem,
-    from_hf_model,
-    load_folder,
-    read_weight,
-    save_atomically,
-    save_folder,
-    save_weight,
-    weight_name,
-    weights_hash,
-)
+from model.transformers_io import from_hf_model, load_folder, save_folder
+from model.weights import file_stem, read_weight, save_weight, weight_name, weights_hash
 
 FORMATS = {"transformers": "a folder of Qwen3 or Qwen3-MoE", "minimind": "a folder of MiniMind's own class",
            "torch": "a .pth of ours", "gguf": "a file for llama.cpp, with Ollama's Modelfile",
@@ -113,7 +105,7 @@ def convert(model: MiniMindForCausalLM, tokenizer: ChatTokenizer, target: Path, 
         from scripts.lib import gguf_file  # PyPI's gguf is needed for nothing else
 
         gguf_file.write_gguf(model, target, tokenizer, dtype)
-        save_atomically(gguf_file.modelfile(target.name), target.with_suffix(".Modelfile"))
+        write_atomically(target.with_suffix(".Modelfile"), gguf_file.modelfile(target.name))
         return gguf_file.read_gguf(target, model.config)
     save_folder(model, target, tokenizer, dtype=DTYPES[dtype], as_minimind=form == "minimind")
     return load_folder(target)[0]
@@ -166,7 +158,7 @@ def export_peft(path: Path, folder: Path) -> str:
     folder.mkdir()
     file = folder / "adapter_model.safetensors"
     save_file({peft_name(name, stacks): to_peft_layout(name, value) for name, value in state.items()}, file)
-    save_atomically(json.dumps(config, indent=1), folder / "adapter_config.json")
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=1))
     written = load_file(file)
     if not all(torch.equal(from_peft_layout(name, written[peft_name(name, stacks)], lora.rank), value.float())
                for name, value in state.items()):

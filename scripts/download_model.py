@@ -22,7 +22,8 @@ import torch
 
 from model.chat import hash_tokenizer
 from model.cli import Parser, UserError, run_main
-from model.weights import OUT_DIR, infer_config, read_metadata, save_atomically
+from model.files import write_atomically
+from model.weights import OUT_DIR, infer_config, read_metadata
 from scripts.lib.download import (
     OWNERS,
     RemoteFile,
@@ -63,7 +64,7 @@ def download_weight(file: RemoteFile, folder: Path, tokenizer_hash: str, source:
     with contextlib.suppress(UserError):  # a LoRA, or a model from before QK-norm: only its tokenizer is known
         state = torch.load(path, map_location="cpu", weights_only=True)
         metadata["config"] = infer_config(state, path)
-    save_atomically(json.dumps(known | metadata, indent=1), path.with_suffix(".json"))
+    write_atomically(path.with_suffix(".json"), json.dumps(known | metadata, indent=1))
 
 
 def main() -> None:

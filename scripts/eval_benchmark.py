@@ -25,10 +25,10 @@ from torch import nn
 from dataset.lm_dataset import parse_row, read_rows
 from model.chat import BOS, ChatTokenizer
 from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
+from model.files import write_atomically
 from model.inference.likelihood import Request, likelihoods
 from model.loading import add_loading_args, load_from_args
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import save_atomically
 from scripts.lib.benchmark_formats import FORMATS, Question, read_questions
 
 NUM_POSITIONS, NUM_PREDICTED = 16, 256  # of a long text: places that are looked at, and tokens predicted at each
@@ -240,7 +240,7 @@ def main() -> None:
         if args.picture:
             draw_context(args.lengths, curves, args.picture)
     if args.json:
-        save_atomically(json.dumps(figures, indent=1, ensure_ascii=False), args.json)
+        write_atomically(args.json, json.dumps(figures, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

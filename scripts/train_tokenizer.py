@@ -24,9 +24,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset.lm_dataset import parse_row, read_rows, write_atomically
+from dataset.lm_dataset import parse_row, read_rows
 from model.chat import TOKENIZER_DIR
 from model.cli import Parser, UserError, positive_int, run_main
+from model.files import write_atomically
 
 # Position is id, and weights depend on it: append nothing, reorder nothing.
 CONTROL_TOKENS = [
@@ -117,7 +118,7 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
     }
     files = {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2)}
     for name, content in files.items():
-        write_atomically(directory / name, f"{content}\n".encode())
+        write_atomically(directory / name, f"{content}\n")
     template = TOKENIZER_DIR / "chat_template.jinja"
     if directory.resolve() != TOKENIZER_DIR:
         shutil.copyfile(template, directory / template.name)

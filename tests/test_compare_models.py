@@ -11,7 +11,8 @@ from lab import TOKENIZER, JsonHandler, serving, small_model
 
 from model.cli import run_main
 from model.inference.engine import Sampling, generate
-from model.weights import save_folder, save_weight
+from model.transformers_io import save_folder
+from model.weights import save_weight
 from scripts import compare_models
 
 

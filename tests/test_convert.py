@@ -24,7 +24,8 @@ from model.chat import ChatTokenizer
 from model.cli import run_main
 from model.model_lora import LoRA, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindForCausalLM, register
-from model.weights import load_folder, load_weight, qwen3_config, read_weight, save_folder, save_weight, weights_hash
+from model.transformers_io import load_folder, qwen3_config, save_folder
+from model.weights import load_weight, read_weight, save_weight, weights_hash
 from scripts import convert_model
 from scripts.lib import gguf_file
 

@@ -11,7 +11,8 @@ from lab import TOKENIZER, small_model
 from torch.testing import assert_close
 
 from dataset.lm_dataset import SFTDataset
-from model.weights import load_weight, save_folder
+from model.transformers_io import save_folder
+from model.weights import load_weight
 from trainer import train_distillation, train_full_sft
 from trainer.losses import TAG_TOKENS, distillation_loss, divergence, next_token_loss, teacher_logits
 

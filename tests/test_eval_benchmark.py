@@ -19,7 +19,8 @@ from model.chat import BOS
 from model.cli import run_main
 from model.inference import likelihood
 from model.inference.likelihood import Request, likelihoods
-from model.weights import save_folder, save_weight
+from model.transformers_io import save_folder
+from model.weights import save_weight
 from scripts import eval_benchmark
 from scripts.eval_benchmark import answer, measure_context, measure_texts, summarise, with_examples
 from scripts.lib.benchmark_formats import FORMATS, read_questions

@@ -24,7 +24,8 @@ from model.model_lora import (
     read_lora,
     save_lora,
 )
-from model.weights import load_weight, qwen3_config, save_weight, weights_hash
+from model.transformers_io import qwen3_config
+from model.weights import load_weight, save_weight, weights_hash
 from scripts import convert_model
 from trainer import train_lora
 from trainer import trainer as loop

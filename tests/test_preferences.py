@@ -289,7 +289,7 @@ def test_a_reward_model_learns_and_transformers_gives_the_same_rewards(lab, data
               extra_layers=1, token_weight=0.5)
     log = lab.log(stem)
     assert log[-1]["val_accuracy"] > 0.9 and log[-1]["val_loss"] < 0.5
-    ours, _ = load_weight("reward", lab.out, kind=MiniMindForSequenceClassification)
+    ours, _ = load_weight("reward", lab.out, model_class=MiniMindForSequenceClassification)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(lab.out / stem, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(lab.out / stem)
     conversations = [json.loads(line)["chosen"] for line in (data / "dpo.jsonl").read_text().splitlines()[:5]]

@@ -23,7 +23,8 @@ from model.chat import EOS, PAD, parse_message
 from model.cli import Failure, Parser, UserError
 from model.model_minimind import MiniMindConfig
 from model.model_reward import MiniMindForSequenceClassification
-from model.weights import save_folder, save_weight
+from model.transformers_io import save_folder
+from model.weights import save_weight
 from trainer.rl import reward_models
 from trainer.rl.reward_models import classify, grade_of
 from trainer.rl.rewards import Rewards, accuracy, add_reward_args, format_ok, make_rewards, repetition

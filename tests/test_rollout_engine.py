@@ -16,7 +16,8 @@ from model.chat import EOS, PAD
 from model.cli import Failure, Parser, UserError
 from model.inference.engine import Sampling, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_folder, weights_hash
+from model.transformers_io import load_folder
+from model.weights import weights_hash
 from trainer.distributed import World
 from trainer.rollout_engine import (
     LocalRolloutEngine,

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from model.cli import UserError, first_line
-from model.weights import save_atomically
+from model.files import open_atomically
 
 
 def random_state() -> dict:
@@ -25,7 +25,8 @@ def restore_random_state(state: dict) -> None:
 
 
 def save_resume(path: Path, state: dict) -> None:
-    save_atomically(state, path)
+    with open_atomically(path) as file:
+        torch.save(state, file)
 
 
 def load_resume(path: Path, settings: dict) -> dict | None:

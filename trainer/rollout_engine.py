@@ -24,7 +24,8 @@ from dataset.prompts import Prompt
 from model.chat import AssistantMessage, ChatTokenizer, parse_message
 from model.cli import Failure, UserError, first_line
 from model.inference.engine import Engine, Sampling
-from model.weights import save_folder, weights_hash
+from model.transformers_io import save_folder
+from model.weights import weights_hash
 from trainer.distributed import World
 
 FULL_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}

@@ -11,7 +11,8 @@ from torch import nn
 
 from dataset.lm_dataset import SFTDataset
 from model.cli import UserError, fraction, nonneg_float, positive_int, run_main
-from model.weights import ROOT, load_folder, load_weight, weights_hash
+from model.transformers_io import load_folder
+from model.weights import ROOT, load_weight, weights_hash
 from trainer.arguments import parse_args, stage_parser
 from trainer.losses import distillation_loss
 from trainer.trainer import Run

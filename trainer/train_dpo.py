@@ -14,7 +14,8 @@ from torch import nn
 
 from dataset.lm_dataset import DPODataset
 from model.cli import UserError, fraction, nonneg_float, run_main
-from model.weights import ROOT, save_atomically, weights_hash
+from model.files import open_atomically
+from model.weights import ROOT, weights_hash
 from trainer.arguments import parse_args, stage_parser
 from trainer.losses import PREFERENCE_LOSSES, answer_log_probs, dpo_loss
 from trainer.trainer import Run, to_device
@@ -38,7 +39,8 @@ def reference_log_probs(run: Run, model: nn.Module, base: str, data: DPODataset)
                 mine[begin] = answer_log_probs(model, to_device(data.batch(rows), run.device))[0].cpu()
         parts = {begin: part for rank in world.gather(mine) for begin, part in rank.items()}
         if world.local_rank == 0:
-            save_atomically(torch.cat([parts[begin] for begin in sorted(parts)]), path)
+            with open_atomically(path) as file:
+                torch.save(torch.cat([parts[begin] for begin in sorted(parts)]), file)
         world.gather(None)  # the others wait until it is there
         seconds = time.perf_counter() - began
         run.say(f"reference: {int(data.num_tokens.sum()):,} tokens of {data.path.name} in {seconds:.1f} s")

@@ -10,7 +10,8 @@ if __name__ == "__main__":
 from dataset.lm_dataset import DPODataset
 from model.cli import nonneg_float, nonneg_int, run_main
 from model.model_reward import MiniMindForSequenceClassification
-from model.weights import ROOT, file_stem, save_folder, weights_hash
+from model.transformers_io import save_folder
+from model.weights import ROOT, file_stem, weights_hash
 from trainer.arguments import parse_args, stage_parser
 from trainer.losses import reward_loss
 from trainer.trainer import Run

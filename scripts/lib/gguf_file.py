@@ -18,7 +18,7 @@ from torch import Tensor
 from model.chat import BOS, EOS, PAD, TOKENIZER_DIR, ChatTokenizer
 from model.cli import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import chat_template
+from model.transformers_io import chat_template
 
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}

@@ -18,7 +18,8 @@ import torch
 
 from model.cli import Failure, UserError
 from model.device import cpu_has_amx
-from model.weights import OUT_DIR, ROOT, save_atomically
+from model.files import write_atomically
+from model.weights import OUT_DIR, ROOT
 
 SAMPLE = ROOT / "dataset/sample"
 HIDDEN_SIZE = 256 if torch.cuda.is_available() or cpu_has_amx() else 128  # what learns enough in the time
@@ -166,4 +167,4 @@ class Pipeline:
         return changed + ["what it starts from was made anew"] * (record["after"] != after)
 
     def _save(self) -> None:
-        save_atomically(json.dumps(self.records, indent=1, ensure_ascii=False), self.path)
+        write_atomically(self.path, json.dumps(self.records, indent=1, ensure_ascii=False))

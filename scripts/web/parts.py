@@ -12,7 +12,8 @@ from model.device import choose_device
 from model.inference.engine import Sampling
 from model.loading import load_for_inference
 from model.model_lora import compatible_adapters
-from model.weights import OUT_DIR, find_models, load_folder, load_weight, weights_hash
+from model.transformers_io import load_folder
+from model.weights import OUT_DIR, find_models, load_weight, weights_hash
 from scripts.web.answers import LocalModel, RemoteModel, Reply
 
 ENGLISH, CHINESE = "English", "中文"

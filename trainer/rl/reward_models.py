@@ -24,7 +24,7 @@ class MiniMindRewardModel:
 
     def __init__(self, args: argparse.Namespace, tokenizer: ChatTokenizer, device: torch.device):
         model, _ = load_weight(args.reward_weight, args.save_dir, args.hidden_size, args.use_moe, tokenizer,
-                               kind=MiniMindForSequenceClassification)
+                               model_class=MiniMindForSequenceClassification)
         self.model = model.to(device).eval()
 
     def __call__(self, _: list[Prompt], trajectories: list[Trajectory]) -> Tensor:
