@@ -12,11 +12,11 @@ if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:  # Stream
 import streamlit as st
 
 from model.cli import run_main
-from scripts.web.parts import arguments, sidebar_header, tr
+from scripts.web.parts import parse_args, sidebar_header, tr
 
 
 def main() -> None:
-    """What stands around every page."""
+    """The sidebar and the navigation, which every page has."""
     st.set_page_config(page_title="MiniMind", page_icon="🌱")
     with st.sidebar:
         sidebar_header()
@@ -34,8 +34,8 @@ def launch() -> None:
     """Start Streamlit on this file."""
     from streamlit.web import cli
 
-    options = arguments()
-    sys.argv = ["streamlit", "run", __file__, "--server.address", options.host, "--server.port", str(options.port),
+    args = parse_args()
+    sys.argv = ["streamlit", "run", __file__, "--server.address", args.host, "--server.port", str(args.port),
                 "--", *sys.argv[1:]]
     cli.main()
 

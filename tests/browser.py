@@ -131,7 +131,7 @@ class Page:
         self.wait_for_css(f".st-key-tools [data-baseweb=tag], .st-key-tools [title='{name}']")
 
     def choose_url(self, url: str) -> None:
-        self.do(lambda: self.wait_for_css(".st-key-place button ~ button").click())
+        self.do(lambda: self.wait_for_css(".st-key-source button ~ button").click())
         self.type("url", url)
 
     @staticmethod

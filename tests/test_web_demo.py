@@ -27,7 +27,7 @@ from model.weights import find_models, load_weight, save_weight, weights_hash
 from scripts.lib.openai_client import to_openai
 from scripts.web import answers, curves, parts
 from scripts.web.answers import LocalModel, RemoteModel, Reply
-from scripts.web.chat import worked_out
+from scripts.web.chat import run_tool
 from trainer.rl.tools import SCHEMAS
 
 TOKENIZER = ChatTokenizer()
@@ -115,9 +115,9 @@ def test_what_is_found_can_be_loaded(save_dir):
 
 
 def test_what_would_be_invented_has_no_result_and_wrong_arguments_have_an_error():
-    assert worked_out(WEATHER[0]) is worked_out({"name": "unheard_of", "arguments": {}}) is None
-    assert json.loads(worked_out({"name": "calculate_math", "arguments": {"expression": "1 + 1"}})) == {"result": 2}
-    assert "error" in json.loads(worked_out({"name": "calculate_math", "arguments": {"sum": "1 + 1"}}))
+    assert run_tool(WEATHER[0]) is run_tool({"name": "unheard_of", "arguments": {}}) is None
+    assert json.loads(run_tool({"name": "calculate_math", "arguments": {"expression": "1 + 1"}})) == {"result": 2}
+    assert "error" in json.loads(run_tool({"name": "calculate_math", "arguments": {"sum": "1 + 1"}}))
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_what_another_tool_says_is_typed_into_its_card(page):
     assert talk_of(page) == RAIN[:2] and "Paris" in texts(page)
     submit = next(button for button in page.button if button.label == "Give the result")
     submit.click().run()
-    assert "Write first" in page.error[0].value
+    assert "result first" in page.error[0].value
     page.text_input("result_0").set_value("wet")
     next(button for button in page.button if button.label == "Give the result").click().run()
     assert talk_of(healthy(page)) == RAIN
@@ -446,7 +446,7 @@ def test_our_own_server_can_be_talked_to(page, save_dir):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             url = server.stdout.readline().split()[-1]
-            page.segmented_control("place").set_value("url").run()
+            page.segmented_control("source").set_value("url").run()
             page.text_input("url").set_value(url).run()
             page.chat_input("typed").set_value("Who are you?").run()
             assert "API key" in page.error[0].value
@@ -468,7 +468,7 @@ def test_our_own_server_can_be_talked_to(page, save_dir):
 
 def test_a_url_can_be_talked_to(page, endpoint):
     Endpoint.chunks = [chunk({"content": "Hello from afar."}, "stop")]
-    page.segmented_control("place").set_value("url").run()
+    page.segmented_control("source").set_value("url").run()
     page.text_input("url").set_value(endpoint).run()
     page.text_input("api_key").set_value("secret").run()
     page.text_input("model_name").set_value("far").run()
@@ -520,7 +520,7 @@ def test_two_weights_answer_side_by_side(page):
     assert [box.value for box in page.selectbox] == ["full_sft_64", "pretrain_64"]
     page.selectbox("weight_1").set_value("full_sft_64").run()
     page.slider("temperature").set_value(0.0).run()
-    page.chat_input("asked_both").set_value("Who are you?").run()
+    page.chat_input("typed_for_both").set_value("Who are you?").run()
     assert texts(healthy(page)).count(HELLO[1]["content"]) == 2
 
 

@@ -1,32 +1,18 @@
 """The page of the web demo to chat on: several turns, thinking folded, tool calls as cards, stop and retry."""
 
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-if (ROOT := str(Path(__file__).resolve().parents[2])) not in sys.path:  # Streamlit runs this file many times
-    sys.path.insert(0, ROOT)
 
 import streamlit as st
 
 from model.weights import find_models
+from scripts.web import parts
 from scripts.web.answers import LocalModel, RemoteModel, Reply
-from scripts.web.parts import (
-    PERSIST,
-    Bubble,
-    arguments,
-    lines,
-    model_choice,
-    no_weights_yet,
-    sampling,
-    stream_replies,
-    tr,
-)
+from scripts.web.parts import PERSIST, Bubble, tr
 from trainer.rl.tools import MOCKED, SCHEMAS, TOOLS, call_tool
 
-MAX_CALLS = 8  # rounds of tools after one question
-STALE = 24  # elements below a growing answer that are taken off the page
+MAX_ROUNDS = 8  # of tool calls after one question
+NUM_STALE = 24  # elements below a growing answer that are taken off the page
 
 
 def main() -> None:
@@ -34,14 +20,13 @@ def main() -> None:
     state = st.session_state
     state.setdefault("messages", [])
     state.setdefault("reply", None)  # the answer that is being written
-    state.setdefault("trouble", None)  # what went wrong last
+    state.setdefault("error", None)  # of the last answer
     with st.sidebar:
         model, ask = settings()
     st.chat_input(tr("Write a message", "写点什么"), key="typed", on_submit=send, disabled=model is None)
-    if model is not None and state.pop("asked", False):
-        state.trouble = None
-        state.reply = Reply(ask())
-    greeting = st.empty()  # a place of its own: the conversation would leave parts of it on the page for a while
+    if model is not None and state.pop("pending", False):
+        state.error, state.reply = None, Reply(ask())
+    greeting = st.empty()  # an element of its own: the conversation would leave parts of it on the page for a while
     if not state.messages:
         with greeting.container():
             welcome(model)
@@ -49,7 +34,7 @@ def main() -> None:
     greeting.empty()
     bubble = conversation()
     if state.reply is not None:
-        stream_replies([state.reply], [bubble])
+        parts.stream_replies([state.reply], [bubble])
         keep_reply()
         st.rerun()
 
@@ -58,25 +43,24 @@ def main() -> None:
 
 
 def end_reply() -> None:
-    """Stop the answer that is being written, if any, and keep what was said."""
-    state = st.session_state
-    if state.reply is not None:
-        state.reply.stop()
+    """Stop the answer that is being written, if any, and keep its text so far."""
+    if st.session_state.reply is not None:
+        st.session_state.reply.stop()
         keep_reply()
 
 
 def keep_reply() -> None:
-    """Put the finished answer into the conversation; where tools can be computed here, go on with their results."""
-    state, message = st.session_state, st.session_state.reply.message()
-    state.trouble, ended, state.reply = state.reply.error, state.reply.reason, None
+    """Put the finished answer into the conversation; where its tools can run here, go on with their results."""
+    state, reply = st.session_state, st.session_state.reply
+    message, state.error, state.reply = reply.message(), reply.error, None
     if message["facts"]["tokens"]:
         state.messages.append(message)
-    results = [worked_out(call) for call in message.get("tool_calls", ())]
-    if results and None not in results and ended not in (None, "cancelled"):
+    results = [run_tool(call) for call in message.get("tool_calls", ())]
+    if results and None not in results and reply.reason not in (None, "cancelled"):
         give_results(results)
 
 
-def worked_out(call: dict) -> str | None:
+def run_tool(call: dict) -> str | None:
     """The result of {"name", "arguments"} as JSON text; None where it would be invented, or the tool is not here."""
     if call["name"] not in TOOLS or call["name"] in MOCKED:
         return None
@@ -84,19 +68,18 @@ def worked_out(call: dict) -> str | None:
 
 
 def give_results(results: list[str]) -> None:
-    """Add what the tools said, and ask on, but not for ever."""
+    """Append the tools' results, and ask for the next message, but not for ever."""
     state = st.session_state
     state.messages += [{"role": "tool", "content": result} for result in results]
-    state.asked = any(message["role"] == "user" for message in state.messages[-2 * MAX_CALLS:])
+    state.pending = any(message["role"] == "user" for message in state.messages[-2 * MAX_ROUNDS:])
 
 
 def send(text: str | None = None) -> None:
     """Ask `text`, or what was typed."""
-    text = (text or st.session_state.typed or "").strip()
-    if text:
+    if text := (text or st.session_state.typed or "").strip():
         end_reply()
         st.session_state.messages.append({"role": "user", "content": text})
-        st.session_state.asked = True
+        st.session_state.pending = True
 
 
 def send_results(results: list[str | None]) -> None:
@@ -106,7 +89,7 @@ def send_results(results: list[str | None]) -> None:
     if all(results):
         give_results(results)
     else:
-        state.trouble = tr("Write first what the tool says.", "请先写下工具的结果。")
+        state.error = tr("Write the tool's result first.", "请先写下工具的结果。")
 
 
 def retry() -> None:
@@ -114,12 +97,12 @@ def retry() -> None:
     messages = st.session_state.messages
     while messages[-1]["role"] != "user":
         messages.pop()
-    st.session_state.asked = True
+    st.session_state.pending = True
 
 
 def clear() -> None:
     end_reply()
-    st.session_state.messages, st.session_state.trouble = [], None
+    st.session_state.messages, st.session_state.error = [], None
 
 
 def try_example(text: str, thinking: bool, tools: list[str]) -> None:
@@ -131,33 +114,33 @@ def try_example(text: str, thinking: bool, tools: list[str]) -> None:
 
 
 def settings() -> tuple[LocalModel | RemoteModel | None, Callable]:
-    """The settings beside the conversation. → the model, and how to ask it for the next message."""
+    """The settings beside the conversation. → the model, and a function that asks it for the next message"""
     state = st.session_state
     st.button(tr("New conversation", "新对话"), key="clear", icon=":material/edit_square:", on_click=clear,
               width="stretch", disabled=not state.messages)
-    model = model_choice()
-    chats = model is None or not model.continues_text
-    thinking = st.toggle(tr("Think first", "先思考"), key="thinking", disabled=not chats, **PERSIST)
-    tools = st.multiselect(tr("Tools it may call", "可以调用的工具"), tuple(SCHEMAS), key="tools", disabled=not chats,
+    model = parts.choose_model()
+    disabled = model is not None and model.continues_text
+    thinking = st.toggle(tr("Think first", "先思考"), key="thinking", disabled=disabled, **PERSIST)
+    tools = st.multiselect(tr("Tools it may call", "可以调用的工具"), tuple(SCHEMAS), key="tools", disabled=disabled,
                            placeholder=tr("none", "无"), **PERSIST)
-    system = st.text_area(tr("System prompt", "系统提示词"), key="system", height=68, disabled=not chats, **PERSIST)
+    system = st.text_area(tr("System prompt", "系统提示词"), key="system", height=68, disabled=disabled, **PERSIST)
     with st.expander(tr("Sampling", "采样"), icon=":material/tune:"):
-        how = sampling()
+        sampling = parts.choose_sampling()
     start = [{"role": "system", "content": system.strip()}] if system.strip() else []
-    return model, lambda: model.answer([*start, *state.messages], [SCHEMAS[name] for name in tools], thinking, how)
+    return model, lambda: model.answer([*start, *state.messages], [SCHEMAS[name] for name in tools], thinking, sampling)
 
 
 def welcome(model: LocalModel | RemoteModel | None) -> None:
-    """The empty page: what can be asked, or how to get a model."""
+    """The empty page: examples of questions, or how to get a model."""
     st.space("large")
     if model is None:
-        if st.session_state.place == "local" and not find_models(arguments().save_dir):
-            no_weights_yet()
+        if st.session_state.source == "local" and not find_models(parts.parse_args().save_dir):
+            parts.no_weights_yet()
         return
     if model.continues_text:
         st.markdown(tr("#### A text to go on with?", "#### 给它一段开头"))
         st.caption(tr("A pretrained weight does not chat yet: it continues what you write.",
-                       "预训练权重还不会聊天：它会把你写的文字接下去。"))
+                      "预训练权重还不会聊天：它会把你写的文字接下去。"))
         starts = tr("The colour of|Once upon a time", "墨猫|很久以前").split("|")
         examples = [(":material/edit:", text, False, []) for text in starts]
     else:
@@ -173,40 +156,40 @@ def welcome(model: LocalModel | RemoteModel | None) -> None:
 
 
 def conversation() -> Bubble | None:
-    """Draw the conversation. → the place of the answer that is being written."""
+    """Draw the conversation. → the bubble of the answer that is being written, or of the last one"""
     state, turn, bubble = st.session_state, None, None
     live = [state.reply.message()] if state.reply else []
     for message in state.messages + live:
         if message["role"] == "user":
             turn = None
-            st.chat_message("user", avatar=":material/person:").markdown(lines(message["content"]))
+            st.chat_message("user", avatar=":material/person:").markdown(parts.with_breaks(message["content"]))
         elif message["role"] == "tool":
-            bubble.result(message["content"])
+            bubble.show_result(message["content"])
         else:
             turn = turn or st.chat_message("assistant", avatar=":material/spa:")
             with turn:
-                bubble = Bubble(cards=bool(message.get("tool_calls")))
+                bubble = Bubble(has_cards=bool(message.get("tool_calls")))
                 bubble.show(message, running=bool(live) and message is live[0])
     with turn or st.container():
         footer(bubble)
-        for _ in range(STALE if live else 0):  # what a longer answer before a retry left there
+        for _ in range(NUM_STALE if live else 0):  # what a longer answer before a retry left there
             st.empty()
     return bubble
 
 
 def footer(bubble: Bubble | None) -> None:
-    """What stands below the last answer: results a tool must give, a mishap, stop or retry."""
-    state, last = st.session_state, st.session_state.messages[-1]
-    if state.reply is None and last.get("tool_calls"):
-        results = [worked_out(call) for call in last["tool_calls"]]
+    """Below the last answer: results that a tool must give, an error, stop or retry."""
+    state, calls = st.session_state, st.session_state.messages[-1].get("tool_calls")
+    if state.reply is None and calls:
+        results = [run_tool(call) for call in calls]
         with st.form("results", border=False):
-            for i, (call, result) in enumerate(zip(last["tool_calls"], results, strict=True)):
+            for i, (call, result) in enumerate(zip(calls, results, strict=True)):
                 if result is None:
-                    st.text_input(tr(f"What does {call['name']} say?", f"{call['name']} 的结果是？"),
+                    st.text_input(tr(f"What does {call['name']} return?", f"{call['name']} 的结果是？"),
                                   key=f"result_{i}", placeholder='{"result": …}')
             st.form_submit_button(tr("Give the result", "提交结果"), on_click=send_results, args=(results,))
-    if state.trouble:
-        st.error(state.trouble, icon=":material/error:")
+    if state.error:
+        st.error(state.error, icon=":material/error:")
     button = (bubble.action if bubble else st).button
     if state.reply is not None:
         button(tr("Stop", "停止"), key="stop", icon=":material/stop_circle:", type="tertiary", on_click=end_reply)

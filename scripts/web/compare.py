@@ -1,61 +1,53 @@
 """The same question to two weights, side by side: what did a stage of training change?"""
 
-import sys
-from pathlib import Path
-
-if (ROOT := str(Path(__file__).resolve().parents[2])) not in sys.path:  # Streamlit runs this file many times
-    sys.path.insert(0, ROOT)
-
 import streamlit as st
 
 from model.weights import find_models
+from scripts.web import parts
 from scripts.web.answers import Reply
-from scripts.web.parts import PERSIST, Bubble, arguments, local_model, no_weights_yet, sampling, stream_replies, tr
+from scripts.web.parts import PERSIST, Bubble, tr
 
 
 def main() -> None:
     st.set_page_config(layout="wide")
     state = st.session_state
-    names = list(find_models(arguments().save_dir))
+    names = list(find_models(parts.parse_args().save_dir))
     if not names:
-        no_weights_yet()
+        parts.no_weights_yet()
         return
     with st.sidebar:
         thinking = st.toggle(tr("Think first", "先思考"), key="thinking", **PERSIST)
-        how = sampling()
+        sampling = parts.choose_sampling()
     models = []
     for side, column in enumerate(st.columns(2, gap="large")):
         with column:
             name = st.selectbox(tr("Weight", "权重"), names, side * (len(names) - 1), key=f"weight_{side}",
                                 label_visibility="collapsed", **PERSIST)
-            models.append(local_model(name, str(side)))
+            models.append(parts.local_model(name, str(side)))
     ready = None not in models
-    st.chat_input(tr("Ask both", "同时问两个模型"), key="asked_both", on_submit=ask_both, disabled=not ready)
-    if ready and state.pop("pair_asked", False):
-        stop_both()
-        message = [{"role": "user", "content": state.pair_question}]
-        state.pair = [Reply(model.answer(message, [], thinking, how)) for model in models]
+    st.chat_input(tr("Ask both", "同时问两个模型"), key="typed_for_both", on_submit=send, disabled=not ready)
+    if ready and state.pop("pair_pending", False):
+        for reply in state.get("pair", ()):
+            reply.stop()
+        messages = [{"role": "user", "content": state.pair_question}]
+        state.pair = [Reply(model.answer(messages, [], thinking, sampling)) for model in models]
     if "pair" not in state:
         st.caption(tr("Ask below: both answer at once, with the same settings and the same seed.",
-                       "在下面提问：两个模型同时回答，设置与随机种子相同。"))
+                      "在下面提问：两个模型同时回答，设置与随机种子相同。"))
         return
     st.chat_message("user", avatar=":material/person:").markdown(state.pair_question)
     bubbles = []
     for column in st.columns(2, gap="large"):
         with column, st.chat_message("assistant", avatar=":material/spa:"):
             bubbles.append(Bubble())
-    stream_replies(state.pair, bubbles)
+    parts.stream_replies(state.pair, bubbles)
 
 
-def ask_both() -> None:
+def send() -> None:
+    """Ask both what was typed."""
     state = st.session_state
-    if text := (state.asked_both or "").strip():
-        state.pair_question, state.pair_asked = text, True
-
-
-def stop_both() -> None:
-    for reply in st.session_state.get("pair", ()):
-        reply.stop()
+    if text := (state.typed_for_both or "").strip():
+        state.pair_question, state.pair_pending = text, True
 
 
 if __name__ == "__main__":

@@ -1,21 +1,17 @@
-"""Training curves, drawn while the runs write them: one line a run, one chart a quantity of its log."""
+"""Training curves, drawn while the runs write them: one line per run, one chart per quantity of its log."""
 
 import json
-import sys
 import time
 from pathlib import Path
-
-if (ROOT := str(Path(__file__).resolve().parents[2])) not in sys.path:  # Streamlit runs this file many times
-    sys.path.insert(0, ROOT)
 
 import altair
 import streamlit as st
 
-from scripts.web.parts import PERSIST, arguments, tr
+from scripts.web.parts import PERSIST, parse_args, tr
 
-FIRST = ("loss", "lr", "grad_norm", "tokens_per_s")  # shown unasked, in this order; what else a stage logs, on demand
-POINTS = 800  # a line is thinned to so many
-LIVE = 90  # seconds since the last line within which a run counts as running
+DEFAULT_CHARTS = ("loss", "lr", "grad_norm", "tokens_per_s")  # in this order; what else a stage logs, on demand
+MAX_POINTS = 800  # to which a line is thinned
+LIVE_SECONDS = 90  # since the last line, within which a run counts as running
 
 
 def main() -> None:
@@ -46,8 +42,8 @@ def read_rows(path: Path) -> list[dict]:
 
 @st.fragment(run_every=2)
 def curves() -> None:
-    """The page; it looks for new lines every two seconds."""
-    folder = arguments().save_dir / "logs"
+    """The page; it reads new lines every two seconds."""
+    folder = parse_args().save_dir / "logs"
     runs = read_runs(folder)
     if not runs:
         st.markdown(tr("#### No training log yet", "#### 还没有训练日志"))
@@ -64,14 +60,14 @@ def curves() -> None:
     newest = chosen[0]
     metric_tiles(newest, runs[newest], time.time() - (folder / f"{newest}.jsonl").stat().st_mtime)
     known = {key for name in chosen for row in runs[name] for key in row if isinstance(row[key], (int, float))}
-    others = sorted(known - {*FIRST, "step", "tokens", "epoch", "val_loss"})
+    others = sorted(known - {*DEFAULT_CHARTS, "step", "tokens", "epoch", "val_loss"})
     with st.container(horizontal=True, vertical_alignment="center"):
         axis = st.segmented_control(tr("Over", "横轴"), ("step", "tokens"), default="step", required=True, key="axis",
                                     label_visibility="collapsed", **PERSIST)
         logarithmic = st.toggle(tr("Logarithmic loss", "对数损失"), key="logarithmic", **PERSIST)
         more = st.pills(tr("More", "更多"), others, selection_mode="multi", key="more", **PERSIST,
                         label_visibility="collapsed")
-    shown = [key for key in (*FIRST, *more) if key in known] or others[:1]  # online RL begins with a validation
+    shown = [key for key in (*DEFAULT_CHARTS, *more) if key in known] or others[:1]  # online RL validates first
     rows = [{"run": name, **row} for name in chosen for row in thinned(runs[name])]
     st.altair_chart(chart(rows, shown[0], axis, chosen, 320, logarithmic and shown[0] == "loss"), width="stretch",
                     key="chart_first")
@@ -83,14 +79,14 @@ def curves() -> None:
 def metric_tiles(name: str, rows: list[dict], age: float) -> None:
     """The newest run in numbers."""
     last = {key: value for row in rows for key, value in row.items()}
-    state = f":green-badge[:material/radio_button_checked: {tr('training', '训练中')}]" if age < LIVE else \
+    state = f":green-badge[:material/radio_button_checked: {tr('training', '训练中')}]" if age < LIVE_SECONDS else \
         f":gray-badge[{tr('written', '写于')} {ago(age)}]"
     st.markdown(f"**{name}** &nbsp; {state}")
-    told = [(tr("Step", "步"), f"{last['step']:,}"), (tr("Loss", "损失"), number(last.get("loss"))),
-            (tr("Validation", "验证损失"), number(last.get("val_loss"))),
-            (tr("Tokens", "Token 数"), f"{last.get('tokens', 0) / 1e6:.2f} M"),
-            (tr("Tokens/s", "Token/秒"), f"{last.get('tokens_per_s', 0):,.0f}")]
-    for column, (label, value) in zip(st.columns(len(told)), told, strict=True):
+    metrics = [(tr("Step", "步"), f"{last['step']:,}"), (tr("Loss", "损失"), number(last.get("loss"))),
+               (tr("Validation", "验证损失"), number(last.get("val_loss"))),
+               (tr("Tokens", "Token 数"), f"{last.get('tokens', 0) / 1e6:.2f} M"),
+               (tr("Tokens/s", "Token/秒"), f"{last.get('tokens_per_s', 0):,.0f}")]
+    for column, (label, value) in zip(st.columns(len(metrics)), metrics, strict=True):
         column.metric(label, value)
 
 
@@ -106,8 +102,8 @@ def ago(seconds: float) -> str:
 
 
 def thinned(rows: list[dict]) -> list[dict]:
-    """At most about POINTS rows, evenly chosen; the last, and those with a validation, always among them."""
-    stride = -(-len(rows) // POINTS)
+    """At most about MAX_POINTS rows, evenly chosen; the last, and those with a validation, always among them."""
+    stride = -(-len(rows) // MAX_POINTS)
     return [row for i, row in enumerate(reversed(rows)) if i % stride == 0 or "val_loss" in row][::-1]
 
 

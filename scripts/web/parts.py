@@ -24,7 +24,7 @@ LOCAL_SERVER = "http://127.0.0.1:8998/v1"  # scripts/serve_openai_api.py
 PERSIST = {"persist_state": "session"}  # a setting survives the visit of another page
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Chat with the models of this machine, or of any OpenAI-compatible URL, in a browser.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of weights and logs")
@@ -41,7 +41,7 @@ def tr(english: str, chinese: str) -> str:
 
 
 def sidebar_header() -> None:
-    """What stands at the top of the sidebar of every page."""
+    """The title and the choice of a language, at the top of the sidebar of every page."""
     st.html(STYLE)
     st.markdown("### MiniMind")
     if "language" not in st.session_state:
@@ -53,79 +53,74 @@ def sidebar_header() -> None:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-@st.cache_resource(max_entries=3, show_spinner=False)
-def load(name: str, modified: tuple[float, ...], save_dir: Path, tokenizer: Path | None, device: str,
-         lora: str | None) -> LocalModel:
+@st.cache_resource(max_entries=3, show_spinner=False, hash_funcs={argparse.Namespace: str})
+def load(name: str, modified: tuple[float, ...], args: argparse.Namespace, lora: str | None) -> LocalModel:
     """The model called `name`, loaded once for all pages until a file of it is written again (`modified`)."""
-    found = find_models(save_dir)[name]
-    model, chat_tokenizer = load_for_inference(**found, tokenizer_dir=tokenizer, device=choose_device(device),
-                                               lora_weight=lora)
-    continues_text = found["load_from"] == "model" and found["weight"].startswith("pretrain")
-    return LocalModel(model, chat_tokenizer, continues_text)
+    source = find_models(args.save_dir)[name]
+    model, tokenizer = load_for_inference(**source, tokenizer_dir=args.tokenizer, device=choose_device(args.device),
+                                          lora_weight=lora)
+    return LocalModel(model, tokenizer, source["load_from"] == "model" and source["weight"].startswith("pretrain"))
 
 
 @st.cache_data(show_spinner=False)
-def base_of(name: str, modified: float, save_dir: Path) -> str:
+def base_hash(name: str, modified: float, save_dir: Path) -> str:
     """The weights_hash by which LoRAs know the model called `name`."""
-    found = find_models(save_dir)[name]
-    model, _ = load_folder(found["load_from"]) if found["load_from"] != "model" else load_weight(
-        found["weight"], save_dir, found["hidden_size"], found["use_moe"])
+    source = find_models(save_dir)[name]
+    model, _ = load_folder(source["load_from"]) if source["load_from"] != "model" else load_weight(
+        source["weight"], save_dir, source["hidden_size"], source["use_moe"])
     return weights_hash(model)
 
 
 def local_model(name: str, key: str) -> LocalModel | None:
-    """The model called `name`, with a LoRA if one fits and is chosen; None and a line that says why not."""
-    options = arguments()
-    found, folder, lora = find_models(options.save_dir)[name], options.save_dir, None
-    path = Path(found["load_from"]) if found["load_from"] != "model" else folder / f"{name}.pth"
+    """The model called `name`, with a LoRA if one fits and is chosen; None, and an error on the page, if it fails."""
+    args, lora = parse_args(), None
+    source, folder = find_models(args.save_dir)[name], args.save_dir
+    path = folder / f"{name}.pth" if source["load_from"] == "model" else Path(source["load_from"])
     try:
         modified = [path.stat().st_mtime]
-        if any(folder.glob("lora_*.pth")) and (
-                fitting := compatible_adapters(folder, base_of(name, modified[0], folder))):
-            lora = st.selectbox("LoRA", (None, *fitting), key=f"lora_{key}_{name}", **PERSIST,
+        if any(folder.glob("lora_*.pth")) and (names := compatible_adapters(
+                folder, base_hash(name, modified[0], folder))):
+            lora = st.selectbox("LoRA", (None, *names), key=f"lora_{key}_{name}", **PERSIST,
                                 format_func=lambda value: value or tr("no LoRA", "不用 LoRA"))
         if lora:
             modified += [path.stat().st_mtime for path in folder.glob(f"{lora}_*.pth")]
         with st.spinner(tr(f"Loading {name}…", f"正在载入 {name}…")):
-            return load(name, tuple(modified), folder, options.tokenizer, options.device, lora)
+            return load(name, tuple(modified), args, lora)
     except (Failure, OSError) as error:
         st.error(str(error), icon=":material/error:")
         return None
 
 
-def model_choice() -> LocalModel | RemoteModel | None:
-    """Ask for a model of this machine or a URL; None where there is none yet."""
-    names = list(find_models(arguments().save_dir))
-    places = {"local": tr("This machine", "本机"), "url": tr("A URL", "网址")}
-    place = st.segmented_control(tr("Model", "模型"), tuple(places), format_func=places.get, key="place",
-                                 default="local", required=True, width="stretch", **PERSIST)
-    if place == "url":
+def choose_model() -> LocalModel | RemoteModel | None:
+    """Controls for a model of this machine or a URL. → None while there is none"""
+    sources = {"local": tr("This machine", "本机"), "url": tr("A URL", "网址")}
+    source = st.segmented_control(tr("Model", "模型"), tuple(sources), format_func=sources.get, key="source",
+                                  default="local", required=True, width="stretch", **PERSIST)
+    if source == "url":
         url = st.text_input(tr("OpenAI-compatible URL", "OpenAI 兼容网址"), LOCAL_SERVER, key="url", **PERSIST)
-        key = st.text_input(tr("API key, if it wants one", "API 密钥（如需要）"), key="api_key", type="password",
-                            **PERSIST)
+        key = st.text_input(tr("API key, if needed", "API 密钥（如需要）"), key="api_key", type="password", **PERSIST)
         name = st.text_input(tr("Model name", "模型名"), key="model_name", **PERSIST,
                              placeholder=tr("the first it serves", "服务的第一个模型"))
         return RemoteModel(url.strip(), key.strip(), name.strip()) if url.strip() else None  # no SDK default
-    if not names:
-        return None
-    name = st.selectbox(tr("Weight", "权重"), names, key="weight", label_visibility="collapsed", **PERSIST)
-    return local_model(name, "chat")
+    names = list(find_models(parse_args().save_dir))
+    name = names and st.selectbox(tr("Weight", "权重"), names, key="weight", label_visibility="collapsed", **PERSIST)
+    return local_model(name, "chat") if name else None
 
 
 def no_weights_yet() -> None:
-    """What to do when there is nothing to talk to."""
+    """What to do when there is no model yet."""
+    folder = parse_args().save_dir
     st.markdown(tr("#### No weights yet", "#### 还没有权重"))
-    folder = arguments().save_dir
-    st.markdown(tr(f"Nothing to talk to in `{folder}`. Train a small model in minutes, on two CPU cores:",
-                    f"`{folder}` 里还没有模型。用两个 CPU 核心，几分钟就能训练一个小模型："))
+    st.markdown(tr(f"There is no model in `{folder}`. Train a small one in minutes, on two CPU cores:",
+                   f"`{folder}` 里还没有模型。用两个 CPU 核心，几分钟就能训练一个小模型："))
     st.code("make demo", language="bash")
     st.markdown(tr("or put published weights there (`full_sft_768.pth`, or a folder in transformers' format). "
-                    "This page finds them when it is loaded again.",
-                    "或者把公开的权重放进去（`full_sft_768.pth`，或 transformers 格式的文件夹）。刷新页面即可找到。"))
+                   "This page finds them when it is loaded again.",
+                   "或者把公开的权重放进去（`full_sft_768.pth`，或 transformers 格式的文件夹）。刷新页面即可找到。"))
 
 
-def sampling() -> Sampling:
-    """The settings of sampling, with controls to change them."""
+def choose_sampling() -> Sampling:
+    """Controls for the settings of sampling."""
     limit = st.slider(tr("Longest answer, tokens", "最长回答（token）"), 16, 4096, 512, 16, key="max_new_tokens",
                       **PERSIST)
     temperature = st.slider(tr("Temperature", "温度"), 0.0, 2.0, 0.7, 0.05, key="temperature", **PERSIST,
@@ -143,73 +138,71 @@ def sampling() -> Sampling:
 
 
 class Bubble:
-    """An answer on the page: thinking folded, text, a card a tool call, a line of facts.
+    """An answer on the page: thinking folded, text, a card per tool call, a line of facts.
 
-    Its places are fixed and only what changed is sent, so nothing jumps while the answer grows. `cards` says that it
-    has cards from the start; a growing answer starts on an empty place, not among the cards of what stood there before.
+    Its elements are fixed and only what changed is sent, so nothing jumps while the answer grows. `has_cards`: from the
+    start; a growing answer starts on an empty element, not among the cards of what was there before.
     """
 
-    def __init__(self, cards: bool = False):
-        self._thinking, self._text, self._calls = st.empty(), st.empty(), st.container() if cards else st.empty()
-        self._cards = self._calls if cards else None
+    def __init__(self, has_cards: bool = False):
+        self._thinking, self._text = st.empty(), st.empty()
+        self._calls = st.container() if has_cards else st.empty()
+        self._cards = self._calls if has_cards else None  # made when the first card comes
         with st.container(horizontal=True, vertical_alignment="center"):
-            self._facts, self.action = st.empty(), st.empty()  # the action: a place for a button of the page
-        self._status, self._results, self._answered = None, [], 0
-        self._shown: dict[str, object] = {}
+            self._facts, self.action = st.empty(), st.empty()  # the action: for a button of the page
+        self._status, self._results, self._num_answered = None, [], 0
+        self._drawn: dict[str, object] = {}
 
     def show(self, message: dict, running: bool = False) -> None:
         """Draw the assistant's `message`; `running` while more may come."""
         facts, reasoning = message.get("facts", {}), message.get("reasoning_content") or ""
         calls = message.get("tool_calls", ())
-        waiting = running and not reasoning and not calls
-        thinking = running and bool(reasoning) and facts.get("thought") is None
         if reasoning:
-            self._show_thinking(reasoning, thinking, facts.get("thought"))
-        text = message["content"] or (":gray[…]" if waiting else "")
-        self._once("text", text, lambda text: self._text.markdown(lines(text)) if text else self._text.empty())
+            self._show_thinking(reasoning, running and facts.get("thought") is None, facts.get("thought"))
+        text = message["content"] or (":gray[…]" if running and not reasoning and not calls else "")
+        self._draw("text", text, lambda: self._text.markdown(with_breaks(text)) if text else self._text.empty())
         for call in calls[len(self._results):]:
-            self._results.append(self._card(call["name"], call["arguments"]))
+            with self._card_container().container(border=True, gap="xsmall"):
+                values = "  ".join(f":gray[{key}] {code(value)}" for key, value in call["arguments"].items())
+                st.markdown(f":material/build: **{call['name']}**&emsp;{values}")
+                self._results.append(st.empty())
         for text in facts.get("malformed", ()):
-            told = tr("A tool call that cannot be read: ", "无法读懂的工具调用：") + code(text)
-            self._once(text, told, lambda told: self._place().warning(told, icon=":material/build:"))
+            warning = tr("A tool call that cannot be read: ", "无法读懂的工具调用：") + code(text)
+            self._draw(text, warning, lambda warning=warning: self._card_container().warning(
+                warning, icon=":material/build:"))
         if not running and not calls:  # with calls, the answer is yet to come
-            self._once("facts", facts_line(facts), lambda text: self._facts.caption(text, width="content"))
+            line = facts_line(facts)
+            self._draw("facts", line, lambda: self._facts.caption(line, width="content"))
 
-    def result(self, text: str) -> None:
+    def show_result(self, text: str) -> None:
         """Write a tool's result into the next card."""
-        if self._answered < len(self._results):
-            with self._results[self._answered].container():
+        if self._num_answered < len(self._results):
+            with self._results[self._num_answered].container():
                 st.markdown(f":gray[:material/subdirectory_arrow_right:] {code(text)}")
-            self._answered += 1
+            self._num_answered += 1
 
-    def _show_thinking(self, reasoning: str, thinking: bool, seconds: float | None) -> None:
+    def _show_thinking(self, reasoning: str, running: bool, seconds: float | None) -> None:
         if self._status is None:
-            self._status = self._thinking.status("", type="compact", expanded=thinking)
+            self._status = self._thinking.status("", type="compact", expanded=running)
             self._reasoning = self._status.empty()
-        told = f" · {seconds:.1f} s" if seconds is not None else ""
-        label = tr("Thinking…", "思考中…") if thinking else tr("Thought", "思考过程") + told
-        self._once("reasoning", reasoning, lambda text: self._reasoning.markdown(lines(text)))
-        self._once("label", label, lambda text: self._status.update(
-            label=text, state="running" if thinking else "complete", expanded=thinking))
+        duration = f" · {seconds:.1f} s" if seconds is not None else ""
+        label = tr("Thinking…", "思考中…") if running else tr("Thought", "思考过程") + duration
+        self._draw("reasoning", reasoning, lambda: self._reasoning.markdown(with_breaks(reasoning)))
+        self._draw("label", label, lambda: self._status.update(
+            label=label, state="running" if running else "complete", expanded=running))
 
-    def _place(self):
-        """Where cards stand, made when the first one comes."""
+    def _card_container(self):
         self._cards = self._cards or self._calls.container()
         return self._cards
 
-    def _card(self, name: str, values: dict):
-        with self._place().container(border=True, gap="xsmall"):
-            listed = "  ".join(f":gray[{key}] {code(value)}" for key, value in values.items())
-            st.markdown(f":material/build: **{name}**&emsp;{listed}")
-            return st.empty()
-
-    def _once(self, place: str, value: object, draw: Callable) -> None:
-        if self._shown.get(place) != value:
-            self._shown[place] = value
-            draw(value)
+    def _draw(self, element: str, value: object, draw: Callable[[], object]) -> None:
+        """Draw an element, unless it already shows `value`."""
+        if self._drawn.get(element) != value:
+            self._drawn[element] = value
+            draw()
 
 
-def lines(text: str) -> str:
+def with_breaks(text: str) -> str:
     """Markdown that keeps the text's line breaks."""
     return text.replace("\n", "  \n")
 
@@ -227,17 +220,17 @@ def facts_line(facts: dict) -> str:
         parts.append(tr(f"{facts['speed']:.0f} tokens/s", f"{facts['speed']:.0f} token/秒"))
     if facts.get("wait") is not None:
         parts.append(tr(f"first after {facts['wait']:.2f} s", f"首个 {facts['wait']:.2f} 秒"))
-    ends = {"length": tr("cut at the longest answer", "到达最长回答"), "cancelled": tr("stopped", "已停止")}
-    return " · ".join([*parts, *filter(None, [ends.get(facts.get("reason"))])])
+    reasons = {"length": tr("cut at the longest answer", "到达最长回答"), "cancelled": tr("stopped", "已停止")}
+    return " · ".join([*parts, *filter(None, [reasons.get(facts.get("reason"))])])
 
 
 def stream_replies(replies: list[Reply], bubbles: list[Bubble]) -> None:
     """Draw answers while they are written, until all are done."""
-    going = True
-    while going:
-        going = any(reply.running for reply in replies)
+    running = True
+    while running:
+        running = any(reply.running for reply in replies)
         for reply, bubble in zip(replies, bubbles, strict=True):
             reply.last_watched = time.perf_counter()
             bubble.show(reply.message(), reply.running)
-        st.session_state.get("reply")  # lets a click in: Streamlit interrupts a page only where it talks to it
+        st.session_state.get("reply")  # lets a click in: Streamlit interrupts a page only where it uses its state
         time.sleep(0.04)
