@@ -1,10 +1,12 @@
 """Scaled dot-product attention for every layout of a batch: padded, packed, shared prompts, cached decoding.
 
-One name, `attention`, chooses the kernel. Shapes: B rows, T queries, S keys per row, D head dimension; N = B·T.
+`BatchLayout` says what the layout is, `attention` chooses the kernel for it.
+Shapes: B rows, T queries per row, S keys per row, D head dimension.
 """
 
 import inspect
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,38 +15,65 @@ from torch import Tensor
 from .linear import pad_to_multiple
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
-              expand_index: Tensor | None = None, gather_index: Tensor | None = None,
-              shared_prefix_len: int = 0) -> Tensor:
-    """softmax(q·kᵀ/√D)·v with shared key-value heads: q [B, T, heads, D], k, v [B, S, kv_heads, D] → as q.
+class BatchLayout(NamedTuple):
+    """Which keys each token of a batch sees, and which tokens are real: one object for all layers of a forward pass.
 
-    `mask` [B, 1, T, S] bool says which keys a query sees. `cu_seqlens` [documents + 1] int32 bounds the documents
-    of packed rows in the flattened [B*T]; repeated bounds are empty documents. With neither: plain causal, T = S.
-    With `expand_index` and `gather_index` (`dataset.packing.branched`) several documents share their first tokens.
-    With T = 1, all rows may see the first `shared_prefix_len` keys, which are then the same in each of them.
+    By default each row is one causal sequence. `mask` is for padded rows and for decoding with a cache; `cu_seqlens` is
+    for rows packed with documents (`dataset.packing.collate`). With the two indices as well, documents share a prefix
+    that is in the row once (`dataset.packing.pack_shared_prefix`): only attention repeats it, for each of them.
     """
-    if expand_index is not None:
-        return _shared_prefix_varlen(q, k, v, cu_seqlens, expand_index, gather_index)
-    if cu_seqlens is not None and mask is None:
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return _varlen_flash(q, k, v, cu_seqlens)
-        if q.device.type == "cpu":
-            return _sdpa_per_document(q, k, v, cu_seqlens)
+
+    mask: Tensor | None = None  # [B, 1, T, S] bool: the keys that each query sees
+    token_mask: Tensor | None = None  # [B, T]: 0 on padding, which the router does not count
+    cu_seqlens: Tensor | None = None  # [documents + 1] int32: bounds in the flattened [B·T]; repeated: empty documents
+    expand_index: Tensor | None = None  # [E]: for each token of the documents, its position in the row
+    gather_index: Tensor | None = None  # [B·T]: for each position of the row, its place among these E tokens
+    cache: Any = None  # with transformers' `update(k, v, layer)`: k, v [B, kv_heads, T, D] → [B, kv_heads, S, D]
+    shared_prefix_len: int = 0  # decoding (T = 1): so many first keys are visible to all rows and the same in each
+
+
+def causal_layout(input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None) -> BatchLayout:
+    """The layout of a batch as transformers describes it.
+
+    `attention_mask`: [B, S] with 0 on padding, or [B, 1, T, S] bool. S counts the keys of the cache and the T new ones.
+    """
+    if attention_mask is None:
+        if cache is None:
+            return BatchLayout()
+        num_keys = cache.get_seq_length() + input_ids.shape[1]
+        attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, num_keys)
+    if attention_mask.dim() == 4:
+        return BatchLayout(attention_mask, cache=cache, shared_prefix_len=getattr(cache, "shared_prefix_len", 0))
+    num_queries = input_ids.shape[1]
+    return BatchLayout(padding_mask(attention_mask, num_queries), attention_mask[:, -num_queries:], cache=cache)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout) -> Tensor:
+    """softmax(q·kᵀ/√D)·v with shared key-value heads: q [B, T, heads, D], k, v [B, S, kv_heads, D] → as q."""
+    mask, cu_seqlens = layout.mask, layout.cu_seqlens
+    # 1. Packed documents, each on its own.
+    if layout.expand_index is not None:
+        return _shared_prefix_varlen(q, k, v, layout)
+    if cu_seqlens is not None:
+        if q.device.type == "cpu" or _has_flash(q):
+            return _varlen(q, k, v, cu_seqlens)
         mask = document_mask(cu_seqlens, *q.shape[:2])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.shape[2] == 1:  # the heads that share keys become so many queries: the keys are read once
+    # 2. Decoding. The heads that share keys become as many queries, so the keys are read once.
+    if q.shape[2] == 1:
         q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-        out = _decode_shared_prefix(q, k, v, mask, shared_prefix_len) if shared_prefix_len else \
+        out = _decode_shared_prefix(q, k, v, mask, layout.shared_prefix_len) if layout.shared_prefix_len else \
             F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.flatten(1, 2)[:, None]
+    # 3. Whole rows.
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)
 
 
-def attention_mask_4d(attention_mask: Tensor, num_queries: int) -> Tensor:
+def padding_mask(attention_mask: Tensor, num_queries: int) -> Tensor:
     """Which keys each query sees, [B, 1, num_queries, S] bool, from `attention_mask` [B, S]: 0 is padding, 1 a token.
 
-    The queries are the last of the S positions. Padding sees only padding, so no row is empty and none is NaN.
+    The queries are the last of the S positions. Padding sees only padding, so that no query is without keys, and NaN.
     """
     num_keys = attention_mask.shape[1]
     position = torch.arange(num_keys, device=attention_mask.device)
@@ -59,6 +88,14 @@ def document_mask(cu_seqlens: Tensor, num_rows: int, length: int) -> Tensor:
     document = torch.searchsorted(cu_seqlens, index, right=True).view(num_rows, length)
     same_document = document[:, :, None] == document[:, None, :]
     return (same_document & same_document.new_ones(length, length).tril())[:, None]
+
+
+def _has_flash(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return (_varlen_flash if _has_flash(q) else _sdpa_per_document)(q, k, v, cu_seqlens)
 
 
 def _varlen_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -88,13 +125,11 @@ def _sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> T
 
 
 @torch.compiler.disable  # as many sizes as there are batches
-def _shared_prefix_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, expand_index: Tensor,
-                          gather_index: Tensor) -> Tensor:
+def _shared_prefix_varlen(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout) -> Tensor:
     """The same where documents share a prefix, which is repeated for each of them here and nowhere else."""
-    expanded = [x.flatten(0, 1).index_select(0, expand_index)[None] for x in (q, k, v)]
-    has_flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    out = (_varlen_flash if has_flash else _sdpa_per_document)(*expanded, cu_seqlens)
-    return out[0].index_select(0, gather_index).view(q.shape)
+    expanded = [x.flatten(0, 1).index_select(0, layout.expand_index)[None] for x in (q, k, v)]
+    out = _varlen(*expanded, layout.cu_seqlens)
+    return out[0].index_select(0, layout.gather_index).view(q.shape)
 
 
 def _decode_shared_prefix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix_len: int) -> Tensor:

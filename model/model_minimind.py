@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from .attention import attention, attention_mask_4d
+from .attention import BatchLayout, attention, causal_layout
 from .linear import Linear, pad_to_multiple
 from .moe import Experts, load_balancing_loss, register_expert_names, router_stats, stack_expert_weights
+
+# transformers renamed the cache in its outputs; and some keywords that it passes change nothing here
+CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+HARMLESS = ("return_dict", "use_cache", "cache_position")
 
 
 class MiniMindConfig(PretrainedConfig):
@@ -146,16 +150,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-                cache, expand_index: Tensor | None, gather_index: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: BatchLayout) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)
-        if cache is not None:
-            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_index)
+        q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)  # [B, T, heads, D]
+        if layout.cache is not None:  # T new keys → all S
+            k, v = layout.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_index)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        shared_prefix_len = getattr(cache, "shared_prefix_len", 0)
-        y = attention(q, k, v, mask, cu_seqlens, expand_index, gather_index, shared_prefix_len)
-        return self.o_proj(y.flatten(2))
+        return self.o_proj(attention(q, k, v, layout).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -203,13 +204,13 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None, cu_seqlens=None, cache=None,
-                token_mask: Tensor | None = None, expand_index=None, gather_index=None) -> tuple[Tensor, Tensor | None]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cu_seqlens, cache, expand_index, gather_index)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: BatchLayout) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, H] → the same shape, and for MoE the `router_stats` [2, E]."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
         normed = self.post_attention_layernorm(x)
         if not self.use_moe:
             return x + self.mlp(normed), None
-        y, stats = self.mlp(normed, token_mask)
+        y, stats = self.mlp(normed, layout.token_mask)
         return x + y, stats
 
 
@@ -248,38 +249,24 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                past_key_values=None, cu_seqlens: Tensor | None = None, expand_index: Tensor | None = None,
-                gather_index: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
+                past_key_values=None, layout: BatchLayout | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """[B, T] → hidden states [B, T, H] and, for MoE, the load-balancing loss (not yet times its coefficient).
 
-        `attention_mask`: [B, S] with 0 on padding, or a ready [B, 1, T, S] bool. `cu_seqlens`, `expand_index`,
-        `gather_index`: see `attention`; then `attention_mask` only says which tokens are real. `past_key_values`:
-        anything with transformers' `update`.
+        `attention_mask` [B, S] or [B, 1, T, S] and `past_key_values`, a cache, are transformers' way to describe a
+        batch (`causal_layout`); a `layout` replaces both. Raises TypeError for other keywords that ask for something.
         """
-        T = input_ids.shape[1]
-        past = past_key_values.get_seq_length() if past_key_values is not None and position_ids is None else 0
+        refuse_unknown(kwargs)
+        if layout is None:
+            layout = causal_layout(input_ids, attention_mask, past_key_values)
         if position_ids is None:
-            position_ids = torch.arange(past, past + T, device=input_ids.device)[None]
+            start = layout.cache.get_seq_length() if layout.cache is not None else 0
+            position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         angle = position_ids[..., None, None].float() * rope_frequencies(self.config, input_ids.device)
-        cos, sin = angle.cos(), angle.sin()
-
-        token_mask = attention_mask[:, -T:] if attention_mask is not None and attention_mask.dim() == 2 else None
-        if attention_mask is not None and attention_mask.dim() == 4:
-            mask = attention_mask
-        elif cu_seqlens is not None:
-            mask = None
-        elif attention_mask is not None:
-            mask = attention_mask_4d(attention_mask, T)
-        elif past_key_values is not None:
-            keys = past_key_values.get_seq_length() + T
-            mask = attention_mask_4d(torch.ones_like(input_ids[:, :1]).expand(-1, keys), T)
-        else:
-            mask = None
+        cos, sin = angle.cos(), angle.sin()  # [B, T, 1, D/2]
 
         x, stats = self.embed_tokens(input_ids), []
         for layer in self.layers:
-            x, layer_stats = layer(x, cos, sin, mask, cu_seqlens, past_key_values, token_mask, expand_index,
-                                   gather_index)
+            x, layer_stats = layer(x, cos, sin, layout)
             stats.append(layer_stats)
         return self.norm(x), load_balancing_loss(stats) if self.config.use_moe else None
 
@@ -297,16 +284,18 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values=None, labels: Tensor | None = None, use_cache: bool = False,
-                logits_to_keep: int | Tensor = 0, logits_indices: Tensor | None = None,
-                **packed) -> MoeCausalLMOutputWithPast:
+                logits_to_keep: int | Tensor = 0, logits_indices: Tensor | None = None, cache=None,
+                num_items_in_batch: int | Tensor | None = None, **kwargs) -> MoeCausalLMOutputWithPast:
         """Logits [B, T, V], or of the last `logits_to_keep` of each row, or [M, V] at the flat `logits_indices` [M].
 
-        `labels` [B, T] (-100 ignored) are the input ids; the shift happens here, and `loss` is the mean next-token
-        loss plus the load-balancing loss times its coefficient. The other arguments: `MiniMindModel.forward`.
+        `labels` [B, T] (-100 ignored) are the input ids; the shift happens here. `loss` is the mean next-token loss, or
+        the sum over `num_items_in_batch`, plus the load-balancing loss times its coefficient. `cache` is the newer name
+        of `past_key_values`. The other arguments: `MiniMindModel.forward`.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, past_key_values, **packed)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, cache, **kwargs)
         if logits_indices is not None:
             logits = self.lm_head(pad_to_multiple(hidden.flatten(0, 1)[logits_indices]))[:len(logits_indices)]
         else:
@@ -314,10 +303,21 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100,
+                                   reduction="mean" if num_items_in_batch is None else "sum")
+            if num_items_in_batch is not None:  # of all micro-batches that the Trainer accumulates
+                loss = loss / num_items_in_batch
             if aux_loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
-        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=past_key_values)
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **{CACHE: cache})
+
+
+def refuse_unknown(kwargs: dict) -> None:
+    """Raise TypeError for keywords of a forward pass that ask for something; None and False ask for nothing."""
+    unknown = [name for name, value in kwargs.items()
+               if value is not None and value is not False and name not in HARMLESS]
+    if unknown:
+        raise TypeError(f"MiniMind's forward pass does not know {', '.join(unknown)}")
 
 
 def register() -> None:

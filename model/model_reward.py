@@ -43,9 +43,9 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
         return model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                logits_indices: Tensor | None = None, **packed) -> MoeCausalLMOutputWithPast:
+                logits_indices: Tensor | None = None, **kwargs) -> MoeCausalLMOutputWithPast:
         """Rewards as `logits` [B, 1] at the last real token of each row, or [M, 1] at the flat `logits_indices`."""
-        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, None, **packed)
+        hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, **kwargs)
         if logits_indices is None:
             B, T = input_ids.shape
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask

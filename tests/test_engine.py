@@ -468,7 +468,7 @@ def test_attention_that_reads_a_common_beginning_once_is_plain_attention(kind, m
     draw_some, attention = engine._draw, model_minimind.attention
 
     def attended(*arguments):
-        shared.append(arguments[-1])
+        shared.append(arguments[-1].shared_prefix_len)
         return attention(*arguments)
 
     def drawn(rows: torch.Tensor, sequences: list[Sequence]):

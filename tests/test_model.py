@@ -18,9 +18,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dataset.packing import pack_shared_prefix
 from model import model_minimind as mm
-from model.attention import attention, document_mask
+from model.attention import BatchLayout, attention, document_mask
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.moe import _grouped_mm, _linear_per_expert
+from trainer.losses import inputs
 
 same = partial(assert_close, atol=1e-4, rtol=0)
 same_gradient = partial(assert_close, atol=1e-5, rtol=1e-4)
@@ -165,14 +166,14 @@ def packed(device: str = "cpu", lengths=LENGTHS) -> dict[str, torch.Tensor]:
     position = torch.cat([torch.arange(n) for n in first + second]).view(2, 16)
     ids = tokens(2, 16)
     labels = ids.masked_fill(position == 0, -100)
-    batch = {"input_ids": ids, "position_ids": position, "labels": labels, "cu_seqlens": cu_seqlens}
-    return {name: x.to(device) for name, x in batch.items()}
+    batch = {"input_ids": ids, "position_ids": position, "labels": labels}
+    return {name: x.to(device) for name, x in batch.items()} | {"layout": BatchLayout(cu_seqlens=cu_seqlens.to(device))}
 
 
 def masked(batch: dict) -> dict:
     """The same with a mask in place of the bounds: the path of a machine without a kernel for documents."""
-    rest = {name: x for name, x in batch.items() if name != "cu_seqlens"}
-    return rest | {"attention_mask": document_mask(batch["cu_seqlens"], *batch["input_ids"].shape)}
+    mask = document_mask(batch["layout"].cu_seqlens, *batch["input_ids"].shape)
+    return {name: x for name, x in batch.items() if name != "layout"} | {"attention_mask": mask}
 
 
 def documents(batch: dict) -> list[torch.Tensor]:
@@ -199,8 +200,9 @@ def test_packed_documents_equal_qwen3_on_each_alone(kind, bounds, device):
 def test_balancing_loss_of_packed_documents_equals_qwen3_on_a_padded_batch(kind, device):
     ours, theirs = twins(kind, device)
     batch = packed(device)
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    batch["attention_mask"][1, 9:] = 0  # the last document is padding of the packed row
+    token_mask = torch.ones_like(batch["input_ids"])
+    token_mask[1, 9:] = 0  # the last document is padding of the packed row
+    batch["layout"] = batch["layout"]._replace(token_mask=token_mask)
     batch["labels"][1, 9:] = -100
     rows = torch.nn.utils.rnn.pad_sequence(documents(batch)[:-1], batch_first=True, padding_value=-100)
     our, their = ours(**batch), theirs(rows.clamp(min=0), attention_mask=(rows >= 0).long(), labels=rows)
@@ -221,9 +223,9 @@ def test_answers_that_share_their_prompt_equal_qwen3_on_each_conversation_alone(
     (ours, theirs), trees = twins(kind, device), some_trees()
     batch = {name: x.to(device) for name, x in pack_shared_prefix(trees, 64).items()}
     assert int(batch["attention_mask"].sum()) == 7 + 12 + 1 + 3 + 12 + 6  # a prompt once, no answer's last token
-    targets = batch.pop("targets")
+    targets = batch["targets"]
     assert targets.tolist() == sum((answer for _, answers in trees for answer in answers), [])
-    log_p = -F.cross_entropy(ours(**batch).logits, targets, reduction="none")
+    log_p = -F.cross_entropy(ours(**inputs(batch)).logits, targets, reduction="none")
     alone = []
     for prompt, answers in trees:
         for answer in answers:
@@ -259,9 +261,10 @@ def heads(device: str, dtype=torch.float32):
     pytest.param("cuda", torch.bfloat16, 3e-2, marks=needs_gpu),
 ], ids=["loop", "flash"])
 def test_attention_within_bounds_equals_attention_under_the_document_mask(name, dtype, tolerance):
-    qkv, bounds = heads(name, dtype), packed(name)["cu_seqlens"]
+    qkv, layout = heads(name, dtype), packed(name)["layout"]
     direction = torch.randn_like(qkv[0])
-    by_bounds, by_mask = attention(*qkv, cu_seqlens=bounds), attention(*qkv, mask=document_mask(bounds, 2, 16))
+    by_mask = attention(*qkv, BatchLayout(document_mask(layout.cu_seqlens, 2, 16)))
+    by_bounds = attention(*qkv, layout)
     assert_close(by_bounds, by_mask, atol=tolerance, rtol=tolerance)
     ours, theirs = (torch.autograd.grad(out, qkv, direction) for out in (by_bounds, by_mask))
     assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
@@ -270,8 +273,9 @@ def test_attention_within_bounds_equals_attention_under_the_document_mask(name, 
 def test_empty_documents_change_nothing(device):
     model, batch = minimind(device=device), packed(device)
     repeated = model(**batch).logits
-    once = model(**batch | {"cu_seqlens": batch["cu_seqlens"].unique()}).logits
-    assert len(batch["cu_seqlens"]) > len(batch["cu_seqlens"].unique())
+    bounds = batch["layout"].cu_seqlens
+    once = model(**batch | {"layout": BatchLayout(cu_seqlens=bounds.unique())}).logits
+    assert len(bounds) > len(bounds.unique())
     exactly(repeated, once)
 
 

@@ -6,21 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import document_mask
+from model.attention import BatchLayout, document_mask
 from model.chat import CALL, END_CALL, END_THINK, THINK
 from model.model_minimind import MiniMindForCausalLM
 
-MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask", "cu_seqlens", "logits_indices", "expand_index",
-                "gather_index")
 TAG_TOKENS = (THINK, END_THINK, CALL, END_CALL)
 
 
 def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch the model takes."""
+    """What the model takes of a batch: ids, positions, where logits are needed, and the layout of the documents."""
     if "expand_index" in batch:  # so many documents in each batch: one graph for all
         for name in ("expand_index", "cu_seqlens"):
             torch._dynamo.maybe_mark_dynamic(batch[name], 0)
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    bounds = {name: batch[name] for name in ("cu_seqlens", "expand_index", "gather_index") if name in batch}
+    return {"layout": BatchLayout(token_mask=batch["attention_mask"], **bounds)} | \
+        {name: batch[name] for name in ("input_ids", "position_ids", "logits_indices")}
 
 
 class Loss(NamedTuple):
