@@ -55,25 +55,24 @@ SAMPLE = [{"role": "system", "content": "You answer briefly. 请简短回答。"
 
 
 def read_source(path: Path, tokenizer_dir: Path) -> tuple[nn.Module, ChatTokenizer, dict]:
-    """What --source names: model, tokenizer, and the card of a .pth."""
+    """The model and tokenizer that --source names, and the metadata of a .pth."""
     if path.is_dir():
         return *load_folder(path, "--source"), {}
     if not path.is_file():
         raise UserError(f"--source {path}: there is no such file or folder")
     tokenizer = ChatTokenizer(tokenizer_dir)
-    model, card = read_weight(path, tokenizer)
-    return model, tokenizer, card
+    model, metadata = read_weight(path, tokenizer)
+    return model, tokenizer, metadata
 
 
 def attach(model: nn.Module, text: str, base: str | None = None) -> tuple[LoRA, float]:
     """Attach a LoRA of ours or a peft adapter, "PATH" or "PATH=WEIGHT", in place. → the LoRA and its weight"""
-    path, _, weight = text.rpartition("=") if "=" in text else (text, "", "1")
+    name, _, number = text.rpartition("=") if "=" in text else (text, "", "1")
     try:
-        share = float(weight)
+        path, weight = Path(name), float(number)
     except ValueError:
-        raise UserError(f"--lora {text}: {weight} is not a number; write PATH or PATH=WEIGHT") from None
-    lora = import_peft(model, Path(path)) if Path(path).is_dir() else load_adapter_file(model, Path(path), base)
-    return lora, share
+        raise UserError(f"--lora {text}: {number} is not a number; write PATH or PATH=WEIGHT") from None
+    return (import_peft(model, path) if path.is_dir() else load_adapter_file(model, path, base)), weight
 
 
 @torch.no_grad()
@@ -81,49 +80,49 @@ def logits(model: nn.Module, ids: list[int]) -> Tensor:
     return model.eval()(torch.tensor([ids])).logits[0]
 
 
-def rounded(name: str, value: Tensor, dtype: str, form: str) -> Tensor:
-    """A parameter as it can be kept in `dtype`, in fp32. GGUF keeps norms and routers as they are."""
-    if form == "gguf" and (value.dim() == 1 or name.endswith("mlp.gate.weight")):
+def round_to(dtype: str, name: str, value: Tensor, output_format: str) -> Tensor:
+    """A parameter rounded to `dtype`, in fp32. GGUF keeps norms and routers as they are."""
+    if output_format == "gguf" and (value.dim() == 1 or name.endswith("mlp.gate.weight")):
         return value
     if dtype != "q8_0":
         return value.to(DTYPES[dtype]).float()
     if value.shape[-1] % 32:
         return value.half().float()
-    blocks = value.reshape(-1, 32)  # each of 32 weights is a whole number from -127 to 127 times the block's scale
+    blocks = value.reshape(-1, 32)  # each of 32 weights is an integer from -127 to 127 times the block's scale
     scale = blocks.abs().amax(1, keepdim=True) / 127
-    whole = torch.where(scale > 0, blocks * (1 / scale), 0)
-    return (whole.sign() * (whole.abs() + 0.5).floor() * scale.half().float()).view_as(value)
+    scaled = torch.where(scale > 0, blocks * (1 / scale), 0)
+    return (scaled.sign() * (scaled.abs() + 0.5).floor() * scale.half().float()).view_as(value)
 
 
-def convert(model: MiniMindForCausalLM, tokenizer: ChatTokenizer, target: Path, form: str, dtype: str,
-            facts: dict) -> nn.Module:
+def convert(model: MiniMindForCausalLM, tokenizer: ChatTokenizer, target: Path, output_format: str, dtype: str,
+            metadata: dict) -> nn.Module:
     """Write `model` to `target` and read it back. → what was read"""
-    if form == "torch":
-        save_weight(model, weight_name(target), target.parent, tokenizer, **facts)
+    if output_format == "torch":
+        save_weight(model, weight_name(target), target.parent, tokenizer, **metadata)
         return read_weight(target, tokenizer)[0]
-    if form == "gguf":
+    if output_format == "gguf":
         from scripts.lib import gguf_file  # PyPI's gguf is needed for nothing else
 
         gguf_file.write_gguf(model, target, tokenizer, dtype)
         write_atomically(target.with_suffix(".Modelfile"), gguf_file.modelfile(target.name))
         return gguf_file.read_gguf(target, model.config)
-    save_folder(model, target, tokenizer, dtype=DTYPES[dtype], as_minimind=form == "minimind")
+    save_folder(model, target, tokenizer, dtype=DTYPES[dtype], as_minimind=output_format == "minimind")
     return load_folder(target)[0]
 
 
-def check(name: Path, dtype: str, before: Tensor, possible: Tensor, after: Tensor) -> str:
-    """Compare logits of the source, of the source rounded to `dtype`, and of what was written. → what to say of it
+def check(name: Path, dtype: str, source: Tensor, rounded: Tensor, written: Tensor) -> str:
+    """Compare logits of the source, of the source rounded to `dtype`, and of what was written. → the result, in words
 
-    Raises UserError when the dtype cannot hold the weights, Failure when the difference is not of the dtype's making.
+    Raises UserError when the dtype cannot hold the weights, Failure when rounding does not explain the difference.
     """
-    if before.isfinite().all() and not possible.isfinite().all():
+    if source.isfinite().all() and not rounded.isfinite().all():
         raise UserError(f"--dtype {dtype} cannot hold these weights; name another")
-    error, most = (after - possible).abs().max().item(), 1e-4 * max(1, possible.abs().max().item())
-    if not error <= most:
+    error, tolerance = (written - rounded).abs().max().item(), 1e-4 * max(1, rounded.abs().max().item())
+    if not error <= tolerance:
         raise Failure(f"{name} was not written: its logits are {error:.2g} from those of the source in {dtype}, "
-                      f"more than the {most:.2g} that rounding explains")
-    difference = (after - before).abs().max().item()
-    return f"{dtype}; logits of {len(after)} tokens are within {difference:.2g} of the source's"
+                      f"more than the {tolerance:.2g} that rounding explains")
+    difference = (written - source).abs().max().item()
+    return f"{dtype}; logits of {len(written)} tokens are within {difference:.2g} of the source's"
 
 
 def peft_name(name: str, stacks: list[str]) -> str:
@@ -174,10 +173,10 @@ def import_peft(model: nn.Module, folder: Path) -> LoRA:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except Exception as error:
         raise UserError(f"--lora {folder}: not a peft adapter folder: {first_line(error)}") from None
-    refused = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or refused:
+    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         raise UserError(f"--lora {folder}: plain LoRA of one rank can be read, not one with "
-                        f"{', '.join(refused) or config.get('peft_type')}")
+                        f"{', '.join(unsupported) or config.get('peft_type')}")
     if config.get("use_rslora"):  # alpha / sqrt(rank) instead of alpha / rank
         alpha *= math.sqrt(rank)
     stacks = [name.rsplit(".", 1)[1] for name in config.get("target_parameters") or ()]
@@ -186,47 +185,47 @@ def import_peft(model: nn.Module, folder: Path) -> LoRA:
         for path, layer in layers:
             stack = f".{target}" if isinstance(layer, Experts) else ""
             for name in (f"{path}.lora_A{stack}", f"{path}.lora_B{stack}"):
-                if (theirs := peft_name(name, stacks)) in tensors and (not stack or target in stacks):
-                    state[name] = from_peft_layout(name, tensors.pop(theirs), rank)
+                if (peft_key := peft_name(name, stacks)) in tensors and (not stack or target in stacks):
+                    state[name] = from_peft_layout(name, tensors.pop(peft_key), rank)
                     targets += [target] * (target not in targets)
     if tensors:
-        raise UserError(f"--lora {folder}: this model has no place for {min(tensors)}; name its base by --source")
+        raise UserError(f"--lora {folder}: this model has no module for {min(tensors)}; name its base with --source")
     lora = LoRA(rank, alpha, float(config.get("lora_dropout") or 0), tuple(targets), weights_hash(model))
     load_adapter_state(model, lora, state, folder)
     return lora
 
 
 def write(args: argparse.Namespace, draft: Path) -> str:
-    """Convert --source to `draft`, and check. → what to say of it"""
+    """Convert --source to `draft`, and check. → the result, in words"""
     if args.format == "peft":
         return export_peft(args.source, draft)
-    source, tokenizer, card = read_source(args.source, args.tokenizer)
+    source, tokenizer, metadata = read_source(args.source, args.tokenizer)
     ids = tokenizer.encode(SAMPLE)[0]
-    model, before = from_hf_model(source), logits(source, ids)
+    model, source_logits = from_hf_model(source), logits(source, ids)
     if args.format in ("torch", "lora") and draft.name != f"{file_stem(weight_name(draft), model.config)}.pth":
         stem = file_stem("NAME", model.config)
         raise UserError(f"--target {args.target}: a weight of this size is called {stem}.pth")
-    facts = {"parent": weight_name(args.source), "tokens_seen": card.get("tokens_seen", 0)}
+    metadata = {"parent": weight_name(args.source), "tokens_seen": metadata.get("tokens_seen", 0)}
     if args.format == "lora":
         base, (lora, _) = copy.deepcopy(model), attach(model, args.lora[0])
-        before = logits(model, ids)
-        save_lora(model, weight_name(draft), draft.parent, tokenizer, lora, **facts)
+        source_logits = logits(model, ids)
+        save_lora(model, weight_name(draft), draft.parent, tokenizer, lora, **metadata)
         for value in lora_state(model).values():
             value.data = value.half().float()
         load_adapter_file(base, draft)
-        return check(args.target, args.dtype, before, logits(model, ids), logits(base, ids))
+        return check(args.target, args.dtype, source_logits, logits(model, ids), logits(base, ids))
     base = weights_hash(model) if args.lora else ""
     for text in args.lora:
         merge_lora(model, attach(model, text, base)[1])
     if args.lora:
-        before, facts = logits(model, ids), facts | {"merged": args.lora}
-    read = convert(model, tokenizer, draft, args.format, args.dtype, facts)
+        source_logits, metadata = logits(model, ids), metadata | {"merged": args.lora}
+    written = convert(model, tokenizer, draft, args.format, args.dtype, metadata)
     for name, value in model.named_parameters():
-        value.data = rounded(name, value.data, args.dtype, args.format)
-    said = check(args.target, args.dtype, before, logits(model, ids), logits(read, ids))
+        value.data = round_to(args.dtype, name, value.data, args.format)
+    result = check(args.target, args.dtype, source_logits, logits(model, ids), logits(written, ids))
     if args.format == "torch" and tokenizer.hash != ChatTokenizer().hash:
-        said += f"; its tokenizer is --tokenizer {tokenizer.folder}"
-    return said
+        result += f"; its tokenizer is --tokenizer {tokenizer.folder}"
+    return result
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -258,14 +257,14 @@ def main() -> None:
     args.target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=args.target.parent) as folder:
         draft = Path(folder) / args.target.name
-        said = write(args, draft)
+        result = write(args, draft)
         for path in Path(folder).rglob("*"):
             if path.is_file():
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
         for path in sorted(Path(folder).iterdir()):  # the .json before the .pth
             path.replace(args.target.parent / path.name)
-    print(f"{args.source} → {args.target} ({args.format}, {said})")
+    print(f"{args.source} → {args.target} ({args.format}, {result})")
 
 
 if __name__ == "__main__":

@@ -25,17 +25,22 @@ def read_log(path: Path) -> list[dict]:
         raise UserError(f"{path}: not a training log: {error}") from None
 
 
-def draw_curves(logs: list[Path], target: Path) -> None:
-    """Loss, or reward where there is one, in training and validation, one panel a stage, one colour a seed."""
+def subplots(*args, **kwargs):
+    """matplotlib's, drawn to files only."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot.subplots(*args, **kwargs)
+
+
+def draw_curves(logs: list[Path], target: Path) -> None:
+    """Loss, or reward where there is one, in training and validation; one panel per stage, one colour per seed."""
     panels: dict[str, list[Path]] = defaultdict(list)
     for log in logs:
         panels[re.sub(r"_s\d+(?=_|$)", "", log.stem)].append(log)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
+    figure, axes = subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
     for axis, (stage, seeds) in zip(axes[0], panels.items(), strict=True):
         for number, rows in enumerate(map(read_log, seeds)):
             name = "reward" if any("reward" in row for row in rows) else "loss"

@@ -1,12 +1,12 @@
-"""Measure a weight: bits a byte of texts, multiple-choice accuracy, and what a longer context is worth.
+"""Measure a weight: bits per byte of texts, multiple-choice accuracy, and what a longer context is worth.
 
     python scripts/eval_benchmark.py --weight full_sft --text book.txt.gz rows.jsonl
     python scripts/eval_benchmark.py --weight full_sft --benchmark ceval ceval/val --benchmark arc ARC-Easy-Test.jsonl
     python scripts/eval_benchmark.py --weight full_sft --long_text book.txt.gz --picture out/long.png
 
-A benchmark is answered by likelihood: the model says nothing, each option is scored as the text that follows the
-question. acc counts where the likeliest option is the right one, acc_norm where it is the likeliest one a character.
-Prompts, tokens and scores are lm-eval's (before a question stands nothing, not even <|im_start|>); so are bits a byte.
+A benchmark is answered by likelihood: nothing is sampled, each option is scored as the text that follows the question.
+acc counts where the likeliest option is the right one, acc_norm where it is the likeliest one per character. Prompts,
+tokens and scores are lm-eval's (nothing stands before a question, not even <|im_start|>); so are bits per byte.
 """
 
 import argparse
@@ -29,15 +29,16 @@ from model.files import write_atomically
 from model.inference.likelihood import Request, likelihoods
 from model.loading import add_loading_args, load_from_args
 from model.model_minimind import MiniMindForCausalLM
+from scripts.draw_curves import subplots
 from scripts.lib.benchmark_formats import FORMATS, Question, read_questions
 
-NUM_POSITIONS, NUM_PREDICTED = 16, 256  # of a long text: places that are looked at, and tokens predicted at each
+NUM_POSITIONS, NUM_PREDICTED = 16, 256  # in a long text: where it is predicted, and for how many tokens each
 
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
 def read_texts(path: Path) -> list[str]:
-    """The documents of a file: every row's `text` of .jsonl, the whole of another one; .gz of either."""
+    """The documents of a file: the `text` of every row of .jsonl, any other file as one; .gz of either."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     lines, texts = list(read_rows(path)), []
@@ -67,44 +68,39 @@ def windows(ids: list[int], length: int) -> list[Request]:
 
 
 def measure_texts(model: nn.Module, tokenizer: ChatTokenizer, texts: list[str], length: int) -> dict:
-    """Perplexity a token, and bits a byte of UTF-8, of all texts together; a token sees at most `length` others."""
+    """Perplexity per token, and bits per byte of UTF-8, of all texts; a token sees at most `length` others."""
     documents = tokenizer.encode_texts(texts)
     scores = likelihoods(model, [window for ids in documents for window in windows(ids, length)])
-    nats, tokens = -sum(score for score, in scores), sum(map(len, documents))
-    size = sum(len(text.encode()) for text in texts)
-    return {"documents": len(texts), "tokens": tokens, "bytes": size, "max_seq_len": length,
-            "perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / size}
+    nats, num_tokens = -sum(score for score, in scores), sum(map(len, documents))
+    num_bytes = sum(len(text.encode()) for text in texts)
+    return {"documents": len(texts), "tokens": num_tokens, "bytes": num_bytes, "max_seq_len": length,
+            "perplexity": math.exp(nats / num_tokens), "bits_per_byte": nats / math.log(2) / num_bytes}
 
 
 def measure_context(model: nn.Module, ids: list[int], lengths: list[int]) -> dict[str, list[float]]:
     """Perplexity of the same tokens of a text, with ever more of it before them: {"plain": [lengths], "yarn": …}.
 
-    They end the windows, at places spread over the text. With YaRN only where the class is ours.
+    They end the windows, at positions spread over the text. With YaRN only where the class is ours.
     """
-    longest = max(lengths)
-    if len(ids) < longest:
-        raise UserError(f"--long_text has {len(ids):,} tokens, fewer than the longest of --lengths, {longest:,}")
-    ends = [longest + (len(ids) - longest) * i // (NUM_POSITIONS - 1) for i in range(NUM_POSITIONS)]
+    max_length = max(lengths)
+    if len(ids) < max_length:
+        raise UserError(f"--long_text has {len(ids):,} tokens, fewer than the longest of --lengths, {max_length:,}")
+    ends = [max_length + (len(ids) - max_length) * i // (NUM_POSITIONS - 1) for i in range(NUM_POSITIONS)]
     requests = [Request(ids[end - length:end - NUM_PREDICTED], [ids[end - NUM_PREDICTED:end]])
                 for length in lengths for end in ends]
     scalings = {"plain": False, "yarn": True} if isinstance(model, MiniMindForCausalLM) else {"plain": False}
-    curves, before = {}, getattr(model.config, "inference_rope_scaling", False)
-    for name, model.config.inference_rope_scaling in scalings.items():  # the model looks there at every pass
+    curves, original = {}, getattr(model.config, "inference_rope_scaling", False)
+    for name, model.config.inference_rope_scaling in scalings.items():  # which the model reads in every forward pass
         nats = [-score for score, in likelihoods(model, requests)]
         curves[name] = [math.exp(sum(nats[i:i + NUM_POSITIONS]) / NUM_POSITIONS / NUM_PREDICTED)
                         for i in range(0, len(nats), NUM_POSITIONS)]
-    model.config.inference_rope_scaling = before
+    model.config.inference_rope_scaling = original
     return curves
 
 
 def draw_context(lengths: list[int], curves: dict[str, list[float]], path: Path) -> None:
     """The curves as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 4))
+    figure, axis = subplots(figsize=(6, 4))
     for name, values in curves.items():
         axis.plot(lengths, values, "o-", label={"plain": "as trained", "yarn": "with YaRN"}[name])
     axis.set_xscale("log", base=2)
@@ -119,34 +115,34 @@ def draw_context(lengths: list[int], curves: dict[str, list[float]], path: Path)
 
 def with_examples(questions: list[Question], examples: list[Question], shots: int) -> list[Question]:
     """The same questions, each after the first `shots` answered examples of its subject."""
-    of_subject = defaultdict(list)
+    by_subject = defaultdict(list)
     for example in examples:
-        of_subject[example.subject].append(f"{example.context} {example.options[example.gold]}\n\n")
+        by_subject[example.subject].append(f"{example.context} {example.options[example.gold]}\n\n")
     for subject in {question.subject for question in questions}:
-        if len(of_subject[subject]) < shots:
-            raise UserError(f"--fewshot {shots}: --fewshot_path has {len(of_subject[subject])} of subject {subject!r}")
-    return [question._replace(context="".join(of_subject[question.subject][:shots]) + question.context)
+        if len(by_subject[subject]) < shots:
+            raise UserError(f"--fewshot {shots}: --fewshot_path has {len(by_subject[subject])} of subject {subject!r}")
+    return [question._replace(context="".join(by_subject[question.subject][:shots]) + question.context)
             for question in questions]
 
 
 def encode(tokenizer: ChatTokenizer, question: Question) -> Request:
-    """Split as lm-eval does: what both texts together have in tokens beyond the context's own is the option's.
+    """Split as lm-eval does: encode the context, and context and option together; what is longer is the option's.
 
-    Blanks that end the context belong to the options; an empty context is <|im_start|>.
+    Spaces that end the context belong to the options; an empty context is <|im_start|>.
     """
     texts = (f"{question.context} {option}" for option in question.options)
-    context, *whole = tokenizer.encode_texts([question.context.rstrip(), *texts])
-    return Request(context or [BOS], [ids[len(context):] for ids in whole])
+    context, *with_option = tokenizer.encode_texts([question.context.rstrip(), *texts])
+    return Request(context or [BOS], [ids[len(context):] for ids in with_option])
 
 
 def answer(model: nn.Module, tokenizer: ChatTokenizer, questions: list[Question]) -> list[dict]:
-    """Of each question: `acc` and `acc_norm` (0 or 1), a guess's chance `random`, `log_p` of the options (nats)."""
+    """For each question: `acc` and `acc_norm` (0 or 1), a guess's chance `random`, `log_p` of the options (nats)."""
     scores, results = likelihoods(model, [encode(tokenizer, question) for question in questions]), []
     for question, log_p in zip(questions, scores, strict=True):
-        a_character = [value / len(option) for value, option in zip(log_p, question.options, strict=True)]
+        per_character = [value / len(option) for value, option in zip(log_p, question.options, strict=True)]
         results.append({"subject": question.subject, "log_p": log_p, "random": 1 / len(log_p),
                         "acc": float(log_p.index(max(log_p)) == question.gold),
-                        "acc_norm": float(a_character.index(max(a_character)) == question.gold)})
+                        "acc_norm": float(per_character.index(max(per_character)) == question.gold)})
     return results
 
 
@@ -185,8 +181,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not (args.text or args.benchmark or args.long_text):
         parser.error("nothing to measure: name --text, --benchmark or --long_text")
-    if wrong := [name for name, _ in args.benchmark if name not in FORMATS]:
-        parser.error(f"--benchmark {wrong[0]}: not one of {', '.join(FORMATS)}")
+    if unknown := [name for name, _ in args.benchmark if name not in FORMATS]:
+        parser.error(f"--benchmark {unknown[0]}: not one of {', '.join(FORMATS)}")
     if bool(args.fewshot) != bool(args.fewshot_path) or args.fewshot and len(args.benchmark) != 1:
         parser.error("--fewshot and --fewshot_path go together, with one --benchmark")
     if min(args.lengths) <= NUM_PREDICTED:
@@ -194,49 +190,55 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def show(*cells: object, head: bool = False) -> None:
-    """Print a row of a Markdown table, or its head."""
-    print(("\n" if head else "") + f"| {' | '.join(map(str, cells))} |" + ("\n|" + "---|" * len(cells) if head else ""),
-          flush=True)
+def print_row(*cells: object) -> None:
+    """Print a row of a Markdown table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def print_header(*cells: object) -> None:
+    print()
+    print_row(*cells)
+    print("|" + "---|" * len(cells), flush=True)
 
 
 def main() -> None:
     args = parse_arguments()
-    texts = {path: read_texts(path) for path in args.text}  # all files are good before anything is measured
+    texts = {path: read_texts(path) for path in args.text}  # read all files before anything is measured
     benchmarks = {(name, path): read_questions(name, Path(path)) for name, path in args.benchmark}
     if args.fewshot:
         examples = read_questions(args.benchmark[0][0], args.fewshot_path)
-        benchmarks = {key: with_examples(of_key, examples, args.fewshot) for key, of_key in benchmarks.items()}
+        benchmarks = {key: with_examples(questions, examples, args.fewshot) for key, questions in benchmarks.items()}
     long_text = "\n".join(read_texts(args.long_text)) if args.long_text else ""
     model, tokenizer = load_from_args(args, args.weight)
     model.to(getattr(torch, args.dtype))
     figures = {"weight": args.weight if args.load_from == "model" else args.load_from, "lora": args.lora_weight,
                "dtype": args.dtype, "texts": {}, "benchmarks": {}}
     if texts:
-        show(f"text, rows of {args.max_seq_len}", "tokens", "bytes", "perplexity a token", "bits a byte", head=True)
+        print_header(f"text, rows of {args.max_seq_len}", "tokens", "bytes", "perplexity per token", "bits per byte")
     for path, documents in texts.items():
-        figures["texts"][str(path)] = found = measure_texts(model, tokenizer, documents, args.max_seq_len)
-        show(path.name, f"{found['tokens']:,}", f"{found['bytes']:,}", f"{found['perplexity']:.2f}",
-             f"{found['bits_per_byte']:.4f}")
+        figures["texts"][str(path)] = result = measure_texts(model, tokenizer, documents, args.max_seq_len)
+        print_row(path.name, f"{result['tokens']:,}", f"{result['bytes']:,}", f"{result['perplexity']:.2f}",
+                  f"{result['bits_per_byte']:.4f}")
     if benchmarks:
-        show(f"benchmark, {args.fewshot} examples", "questions", "acc", "acc_norm", "guessing", head=True)
+        print_header(f"benchmark, {args.fewshot} examples", "questions", "acc", "acc_norm", "guessing")
     for (name, path), questions in benchmarks.items():
         results, by_subject = answer(model, tokenizer, questions), defaultdict(list)
         for result in results:
             by_subject[result["subject"]].append(result)
-        subjects = {subject: summarise(of_subject) for subject, of_subject in by_subject.items() if len(by_subject) > 1}
+        subjects = {subject: summarise(rows) for subject, rows in by_subject.items()} if len(by_subject) > 1 else {}
         figures["benchmarks"][f"{name} {path}"] = total = {"fewshot": args.fewshot, **summarise(results)}
-        for label, found in {**subjects, f"**{name}** {Path(path).name}": total}.items():
-            show(label, f"{found['questions']:,}", *(f"{found[kind]:.1%} ± {found[f'{kind}_stderr'] or math.nan:.1%}"
-                                                     for kind in ("acc", "acc_norm")), f"{found['random']:.1%}")
+        for label, summary in {**subjects, f"**{name}** {Path(path).name}": total}.items():
+            print_row(label, f"{summary['questions']:,}",
+                      *(f"{summary[metric]:.1%} ± {summary[f'{metric}_stderr'] or math.nan:.1%}"
+                        for metric in ("acc", "acc_norm")), f"{summary['random']:.1%}")
         total["subjects"] = subjects
     if long_text:
         curves = measure_context(model, tokenizer.encode_text(long_text), args.lengths)
         figures["context"] = {"text": str(args.long_text), "lengths": args.lengths, **curves}
-        show(f"perplexity of {NUM_POSITIONS * NUM_PREDICTED:,} tokens, window of",
-             *(f"{length:,}" for length in args.lengths), head=True)
+        print_header(f"perplexity of {NUM_POSITIONS * NUM_PREDICTED:,} tokens, window of",
+                     *(f"{length:,}" for length in args.lengths))
         for name, values in curves.items():
-            show(name, *(f"{value:.2f}" for value in values))
+            print_row(name, *(f"{value:.2f}" for value in values))
         if args.picture:
             draw_context(args.lengths, curves, args.picture)
     if args.json:

@@ -3,7 +3,7 @@
     python scripts/prepare_data.py --kind pretrain --data_path dataset/pretrain_t2t_mini.jsonl --out pretrain_tokens
     python trainer/train_pretrain.py --data_path pretrain_tokens        # wherever the folder was carried
 
-Two bytes a token, three where answers are marked (sft, dpo); the file itself is not needed any more.
+Two bytes per token, three where targets are marked (sft, dpo); the file itself is not needed any more.
 """
 
 import argparse
@@ -28,28 +28,28 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, required=True, help="of rows; sft: for LoRA and distillation too")
     parser.add_argument("--data_path", type=Path, required=True, help="rows, .jsonl or .jsonl.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--max_seq_len", type=positive_int,
-                        help="rows to plan ahead; others are planned when asked for")
+    parser.add_argument("--max_seq_len", type=positive_int, help="also pack rows of this length (others: on first use)")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer")
-    parser.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0, help="leave bad rows out")
+    parser.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0,
+                        help="leave bad rows out instead of stopping")
     for name, kind, default in (("seed", nonneg_int, 42), ("system_prompt_ratio", fraction, 0.2),
                                 ("empty_think_ratio", fraction, 0.2)):
         parser.add_argument(f"--{name}", type=kind, default=default, help="sft: as of the stage (default: %(default)s)")
     args = parser.parse_args()
     if args.out.exists():
-        raise UserError(f"--out {args.out}: is there already")
+        raise UserError(f"--out {args.out}: exists already; remove it or name another folder")
     if not args.data_path.is_file():
         raise UserError(f"--data_path {args.data_path}: no such file")
     extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".prepare") as cache:
         data = KINDS[args.kind](args.data_path, ChatTokenizer(args.tokenizer), args.max_seq_len or LENGTHS[args.kind],
                                 skip_bad_rows=bool(args.skip_bad_rows), cache_dir=cache,
                                 **(extras if args.kind == "sft" else {}))
         data.tokens = data.mask = None  # closes the files, which Windows wants before it renames
         os.rename(data.folder, args.out)
-    seconds, size = time.perf_counter() - began, args.data_path.stat().st_size / 1e6
+    seconds, size = time.perf_counter() - start, args.data_path.stat().st_size / 1e6
     print(f"{args.out}: {data.meta['tokens']:,} tokens in {data.meta['documents']:,} documents, from {size:,.1f} MB in "
           f"{seconds:.1f} s, {size / seconds:.1f} MB/s")
 

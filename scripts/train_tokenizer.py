@@ -36,7 +36,7 @@ CONTROL_TOKENS = [
     "<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>", "<tts_pad>",
     "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>",
 ]  # fmt: skip
-# Part of what the model says, so decoding with skip_special_tokens=True must keep them.
+# Part of the model's answers, so decoding with skip_special_tokens=True must keep them.
 VISIBLE_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 VISIBLE_TOKENS += [f"<|buffer{i}|>" for i in range(1, 10)]
 ADDED_TOKENS = CONTROL_TOKENS + VISIBLE_TOKENS
@@ -56,8 +56,7 @@ def texts_of(row: dict) -> Iterator[str]:
         for message in row.get(name) or ():
             yield from texts_of(message)
     for name in TEXT_FIELDS:
-        value = row.get(name)
-        if value:
+        if value := row.get(name):
             yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -84,17 +83,14 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     too few different pairs that occur twice.
     """
     tokenizer = Tokenizer(models.BPE())
-    cut = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False)
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=sys.stderr.isatty(),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, seen or not: any text can be spelt
-        special_tokens=[AddedToken(token, normalized=False, special=True) for token in ADDED_TOKENS],
-        show_progress=sys.stderr.isatty(),
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in ADDED_TOKENS]))
 
     state = json.loads(tokenizer.to_str())  # the trainer marks all its tokens special; only the control tokens are
     for token in state["added_tokens"]:
@@ -104,18 +100,10 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, directory: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained(directory)` understands."""
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 32768,
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
+              "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "add_bos_token": False,
+              "add_eos_token": False, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
+              "model_max_length": 32768}
     files = {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2)}
     for name, content in files.items():
         write_atomically(directory / name, f"{content}\n")
@@ -146,11 +134,10 @@ def main() -> None:
                         help="entries, added tokens and bytes included")
     parser.add_argument("--every", type=positive_int, default=1, help="take every N-th row of each training file")
     args = parser.parse_args()
-    smallest = len(ADDED_TOKENS) + 256
-    if args.vocab_size < smallest:
-        raise UserError(f"--vocab_size must be at least {smallest}: the added tokens and the bytes")
+    if args.vocab_size < (minimum := len(ADDED_TOKENS) + 256):
+        raise UserError(f"--vocab_size must be at least {minimum}: the added tokens and the bytes")
     for path in [*args.data_path, *([args.val_data_path] if args.val_data_path else [])]:
-        if not path.is_file():  # said now rather than after minutes of training
+        if not path.is_file():  # checked now rather than after minutes of training
             raise UserError(f"{path}: no such file")
     args.tokenizer_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Multiple-choice benchmark files → questions, one function a format. Prompts are worded as lm-eval words them.
+"""Multiple-choice benchmark files → questions, one function per format. Prompts are worded as lm-eval words them.
 
-A function takes a row of the file and raises KeyError, TypeError or ValueError when it is none of its own. Besides the
-layout in which a benchmark was published (and, for ARC and OpenBookQA, that of the hub) a row may be
+A function takes a row of the file and raises KeyError, TypeError or ValueError when the row is not of its format.
+Besides the layout in which a benchmark was published (and, for ARC and OpenBookQA, that of the hub) a row may be
 {"query", "choices", "gold"}.
 """
 
@@ -16,7 +16,7 @@ from model.cli import UserError
 
 
 class Question(NamedTuple):
-    """A prompt, what may follow it (after a blank), which of these is right, and the subject it belongs to."""
+    """A prompt, the options that may follow it (after a space), which of them is right, and its subject."""
 
     context: str
     options: list[str]
@@ -36,9 +36,10 @@ def stem_and_choices(row: dict) -> tuple[str, list[str], int]:
     """Question, options, and which is right, as AI2 lays them out (`question` is an object) or the hub (a text)."""
     if "query" in row:
         return row["query"].removeprefix("Question: ").strip(), row["choices"], row["gold"]
-    asked = row["question"] if isinstance(row.get("question"), dict) else row
-    stem = asked["stem"] if asked is not row else row["question_stem" if "question_stem" in row else "question"]
-    choices = asked["choices"]
+    nested = isinstance(row.get("question"), dict)
+    source = row["question"] if nested else row
+    stem = source["stem" if nested else "question_stem" if "question_stem" in row else "question"]
+    choices = source["choices"]
     if isinstance(choices, list):
         choices = {part: [choice[part] for choice in choices] for part in ("text", "label")}
     return stem, choices["text"], choices["label"].index(row["answerKey"].strip())
@@ -69,7 +70,7 @@ def siqa(row: dict) -> Question:
 
 
 def hellaswag(row: dict) -> Question:
-    """HellaSwag: activity_label, ctx_a, ctx_b, endings, label; WikiHow's marks in brackets are taken out."""
+    """HellaSwag: activity_label, ctx_a, ctx_b, endings, label; WikiHow's marks in brackets are removed."""
     def clean(text: str) -> str:
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
@@ -84,7 +85,7 @@ FORMATS: dict[str, Callable[[dict], Question]] = {
     "hellaswag": hellaswag}
 
 
-def rows_of(path: Path) -> list[tuple[int, bytes | dict]]:
+def read_table(path: Path) -> list[tuple[int, bytes | dict]]:
     """(line number, row) of a .csv, .jsonl or .jsonl.gz file. Raises UserError when it cannot be read."""
     if path.suffix != ".csv":
         return list(read_rows(path))
@@ -98,7 +99,7 @@ def rows_of(path: Path) -> list[tuple[int, bytes | dict]]:
 def read_questions(name: str, path: Path) -> list[Question]:
     """All questions of a file of benchmark `name`, or of the files of a folder. Raises UserError naming file and line.
 
-    The subject is the row's, else, of a file of lettered questions, its name. Labels may lie beside the file.
+    The subject is the row's; without one, that of a C-Eval or CMMLU file is its name. Labels may be beside it.
     """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if re.search(r"\.(csv|jsonl|jsonl\.gz)$", file.name))
@@ -106,10 +107,10 @@ def read_questions(name: str, path: Path) -> list[Question]:
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
     stem = re.sub(r"_(val|dev|test)$", "", path.name.split(".")[0]) if FORMATS[name] is lettered else ""
-    beside = path.with_name(f"{path.stem}-labels.lst")
-    labels = beside.read_text("utf-8").split() if beside.is_file() else None
+    label_path = path.with_name(f"{path.stem}-labels.lst")
+    labels = label_path.read_text("utf-8").split() if label_path.is_file() else None
     questions = []
-    for number, row in rows_of(path):
+    for number, row in read_table(path):
         try:
             row = parse_row(row) if isinstance(row, bytes) else row
             question = FORMATS[name](row if labels is None else row | {"label": labels[number - 1]})
