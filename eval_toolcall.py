@@ -35,7 +35,8 @@ from trainer.rl.agent_rewards import answer_reward
 from trainer.rl.episodes import run_calls, run_episodes
 from trainer.rl.rewards import NUMBER
 from trainer.rl.tools import SCHEMAS, call_tool
-from trainer.rollout_engine import LocalRolloutEngine, Trajectory
+from trainer.rl.trajectory import Trajectory
+from trainer.rollout_engine import LocalRolloutEngine
 
 MAX_TURNS = 5
 API_CONCURRENCY = 8  # requests

@@ -47,6 +47,7 @@ from trainer.distributed import World
 from trainer.losses import kl_k3, policy_loss
 from trainer.metrics import synchronise
 from trainer.optimizer import make_optimizers
+from trainer.rl.advantages import GroupRelative
 from trainer.rl.episodes import TURN_SEED_STRIDE, run_episodes
 from trainer.rl.rewards import add_reward_args
 from trainer.rl.rollouts import RolloutStream
@@ -157,7 +158,7 @@ def compare_steps(config: MiniMindConfig, answers: int, repeats: int, dice: rand
     prompts.prompts = [Prompt([dice.randrange(36, config.vocab_size) for _ in range(dice.randint(16, 96))], [])
                        for _ in range(answers // GENERATIONS)]
     timed = Timed(model, run.tokenizer, half())
-    rollouts = RolloutStream(run, model, prompts, timed, Lengths(), reference)
+    rollouts = RolloutStream(run, model, prompts, timed, Lengths(), GroupRelative(scale=True), reference)
     ours_optimizer, = make_optimizers(model, "adamw", 1e-6, 0.0)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, foreach=False)
     speeds = {name: [] for name in ("plain_rollout", "ours_rollout", "plain_step", "ours_step")}

@@ -28,7 +28,7 @@ from model.weights import save_weight
 from trainer.rl import reward_models
 from trainer.rl.reward_models import classify, grade_of
 from trainer.rl.rewards import Rewards, accuracy, add_reward_args, format_ok, make_rewards, repetition
-from trainer.rollout_engine import Trajectory
+from trainer.rl.trajectory import Trajectory
 
 
 def ids_of(text: str) -> list[int]:

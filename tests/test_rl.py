@@ -20,9 +20,13 @@ from scripts.draw_curves import draw_curves
 from trainer import losses, train_grpo, train_ppo
 from trainer.arguments import parse_policy_args, policy_parser
 from trainer.distributed import World
-from trainer.losses import gae, group_advantages, kl_k3, policy_losses, policy_objective, value_losses
-from trainer.rl.rollouts import RolloutStream, SPOValueTracker, colorize_advantages, group_by_prefix
-from trainer.rollout_engine import LocalRolloutEngine, Trajectory, policy_sampling_params
+from trainer.losses import kl_k3, policy_losses, policy_objective, value_losses
+from trainer.rl.advantages import GAE, GroupRelative, SPOValueTracker, gae, group_advantages
+from trainer.rl.evaluation import colorize_advantages
+from trainer.rl.packing import group_by_prefix
+from trainer.rl.rollouts import RolloutStream
+from trainer.rl.trajectory import RolloutGroup, Trajectory
+from trainer.rollout_engine import LocalRolloutEngine, policy_sampling_params
 
 # -- the losses --------------------------------------------------------------------------------------------------------
 
@@ -113,6 +117,51 @@ def test_gae_is_the_discounted_sum_of_its_deltas():
     assert_close(whole, rewards.flip(0).cumsum(0).flip(0))
 
 
+def random_rollout(lengths: list[int], rewards: list[float]) -> tuple[list[RolloutGroup], list[dict]]:
+    """One answer to each of len(lengths) prompts, in two micro-batches that hold them in another order."""
+    groups = [RolloutGroup(number, [], torch.zeros(1, 1), torch.tensor([reward]))
+              for number, reward in enumerate(rewards)]
+    batches = []
+    for members in (torch.tensor([2, 0]), torch.tensor([1])):
+        counts = torch.tensor(lengths)[members]
+        batch = {"trajectory": members.repeat_interleave(counts),
+                 "document": torch.arange(len(members)).repeat_interleave(counts)}
+        batches.append(batch | {name: torch.randn(int(counts.sum()))
+                                for name in ("old_logprobs", "ref_logprobs", "value")})
+    return groups, batches
+
+
+def test_ppo_rewards_the_last_token_and_each_ones_kl_and_whitens_the_advantages():
+    groups, batches = random_rollout([3, 1, 4], [1.0, -2.0, 0.5])
+    expected, returns = [], []
+    for batch in batches:
+        for number in batch["trajectory"].unique_consecutive().tolist():
+            inside = batch["trajectory"] == number
+            rewards = -0.3 * (batch["old_logprobs"] - batch["ref_logprobs"])[inside]
+            rewards[-1] += float(groups[number].rewards)
+            expected.append(gae(rewards, batch["value"][inside], 0.9, 0.8))
+            returns.append(expected[-1] + batch["value"][inside])
+    GAE(0.9, 0.8, kl_coef=0.3).compute_advantages(groups, batches, World())
+    expected = torch.cat(expected)
+    assert_close(torch.cat([batch["returns"] for batch in batches]), torch.cat(returns))
+    assert_close(torch.cat([batch["advantage"] for batch in batches]),
+                 (expected - expected.mean()) / expected.std(correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_spo_compares_an_answer_with_what_its_prompt_earned_before():
+    tracker = SPOValueTracker(3, half_life=0.1)
+    groups, batches = random_rollout([3, 1, 4], [1.0, -2.0, 0.5])
+    for earlier in (torch.zeros(3), torch.tensor([1.0, -2.0, 0.5])):  # v after one rollout: its rewards
+        tracker.compute_advantages(groups, batches, World())
+        raw = torch.tensor([1.0, -2.0, 0.5]) - earlier
+        expected = (raw - raw.mean()) / (raw.std() + 1e-4)
+        for batch in batches:
+            assert_close(batch["advantage"], expected[batch["trajectory"]])
+        groups, batches = random_rollout([3, 1, 4], [1.0, -2.0, 0.5])
+    tracker.before_rollout(lambda: 0.25)
+    assert tracker.drift == 0.25
+
+
 def test_values_move_no_further_than_the_clip_and_k3_estimates_the_kl():
     values, old, returns = torch.tensor([1.0, 0.1, 3.0]), torch.zeros(3), torch.tensor([2.0, 2.0, 0.0])
     assert_close(value_losses(values, old, returns, 0.2), torch.tensor([1.8**2, 1.9**2, 9.0]) / 2)
@@ -122,7 +171,7 @@ def test_values_move_no_further_than_the_clip_and_k3_estimates_the_kl():
 
 
 def test_spo_forgets_as_far_as_the_policy_has_drifted():
-    tracker = SPOValueTracker(3, half_life=0.1, smallest=0.25, largest=1.0)
+    tracker = SPOValueTracker(3, half_life=0.1, min_decay=0.25, max_decay=1.0)
     assert tracker.values([0, 1]).tolist() == [0, 0]
     tracker.update([0], torch.tensor([1.0]))
     assert tracker.values([0, 1]).tolist() == [1, 1]  # a prompt never seen is worth the mean
@@ -173,7 +222,8 @@ class Seeded:
         return scores @ self.weights
 
 
-def experience(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: tuple = (), **options) -> RolloutStream:
+def make_stream(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: tuple = (),
+                reference=None) -> RolloutStream:
     defaults = {"--batch_size": 2, "--accumulation_steps": 2, "--num_generations": 3, "--max_seq_len": 24,
                 "--max_gen_len": 24, "--beta": 0, "--device": "cpu"}
     flags = [str(part) for pair in defaults.items() for part in pair] + [str(flag) for flag in flags]
@@ -186,13 +236,14 @@ def experience(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: t
                        for i in range(10)]
     run = SimpleNamespace(args=args, world=World(rank, size), device=torch.device("cpu"), autocast=nullcontext,
                           whole=nullcontext, tokenizer=TOKENIZER)
-    return RolloutStream(run, small_model(), prompts, engine or Scripted(), rewards or Seeded(), **options)
+    estimator = GroupRelative(scale=bool(args.scale_rewards))
+    return RolloutStream(run, small_model(), prompts, engine or Scripted(), rewards or Seeded(), estimator, reference)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 def test_a_batch_trains_what_was_sampled_with_its_own_numbers(aggregation):
     engine = Scripted()
-    rollouts = experience(engine=engine, flags=("--aggregation", aggregation))
+    rollouts = make_stream(engine=engine, flags=("--aggregation", aggregation))
     with mock.patch.object(Scripted, "generate", autospec=True, side_effect=Scripted.generate) as spy:
         step = rollouts.take(0)
     answers = spy.side_effect(Scripted(), *map(list, zip(*engine.asked, strict=True)))
@@ -215,7 +266,7 @@ def test_a_batch_trains_what_was_sampled_with_its_own_numbers(aggregation):
 
 def test_each_answer_has_a_seed_of_its_own_and_each_rollout_new_ones():
     engine = Scripted()
-    rollouts = experience(engine=engine)
+    rollouts = make_stream(engine=engine)
     rollouts.take(0), rollouts.take(1)
     seeds = [sampling.seed for _, sampling in engine.asked]
     assert len(set(seeds)) == len(seeds) == 24
@@ -224,7 +275,7 @@ def test_each_answer_has_a_seed_of_its_own_and_each_rollout_new_ones():
     by_rank = []
     for rank in range(2):
         engine = Scripted()
-        alone = experience(2, rank, engine)
+        alone = make_stream(2, rank, engine)
         with mock.patch.object(World, "gather", lambda _, value: [value, value]):
             alone.take(0)
         by_rank.append({sampling.seed for _, sampling in engine.asked})
@@ -232,7 +283,7 @@ def test_each_answer_has_a_seed_of_its_own_and_each_rollout_new_ones():
 
 
 def test_what_is_known_before_the_update_is_exactly_what_the_update_starts_from():
-    rollouts = experience(flags=("--mini_batches", 2, "--update_epochs", 2), reference=small_model())
+    rollouts = make_stream(flags=("--mini_batches", 2, "--update_epochs", 2), reference=small_model())
     rollouts.reference.load_state_dict(rollouts.model.state_dict())
     for number in range(4):
         step = rollouts.take(number)
@@ -244,23 +295,23 @@ def test_what_is_known_before_the_update_is_exactly_what_the_update_starts_from(
 
 
 def test_a_prompt_is_computed_once_for_all_of_its_answers_that_fit():
-    rollouts = experience(flags=("--batch_size", 4, "--accumulation_steps", 1, "--max_gen_len", 60))
+    rollouts = make_stream(flags=("--batch_size", 4, "--accumulation_steps", 1, "--max_gen_len", 60))
     (batch,) = (step := rollouts.take(0)).batches
     prompts = {tuple(prompt.ids): prompt.ids for prompt, _ in rollouts.engine.asked}
     answers = Scripted().generate(*map(list, zip(*rollouts.engine.asked, strict=True)))
     assert len(prompts) == 4 and len(answers) == 12
     expected = sum(map(len, prompts)) + sum(len(answer.completion_ids) - 1 for answer in answers)
     assert int(batch["attention_mask"].sum()) == expected
-    assert group_by_prefix(answers[:3], 10_000)[0].answers == [0, 1, 2]
+    assert group_by_prefix(answers[:3], 10_000)[0].members == [0, 1, 2]
     size = len(answers[0].tokens) - 1
-    assert [tree.answers for tree in group_by_prefix(answers[:3], size)] == [[0], [1], [2]]  # none is too large
+    assert [group.members for group in group_by_prefix(answers[:3], size)] == [[0], [1], [2]]  # none is too large
     assert step.tokens == expected
 
 
 def test_batches_of_any_size_share_the_graphs_of_the_first():
     torch._dynamo.reset()
     counters.clear()
-    rollouts = experience(flags=("--use_compile", 1))
+    rollouts = make_stream(flags=("--use_compile", 1))
     for layer in rollouts.model.model.layers:
         layer.compile(dynamic=False, backend="aot_eager")
     graphs, sizes = [], set()
@@ -278,16 +329,16 @@ def test_groups_that_teach_nothing_are_counted_and_drawn_again():
             scores = super().score(prompts, trajectories)
             return scores * torch.tensor([[int(p.source[-1]) % 2] for p in prompts])  # half of the prompts: all 0
 
-    rollouts = experience(rewards=Often(), flags=("--batch_size", 5))
+    rollouts = make_stream(rewards=Often(), flags=("--batch_size", 5))
     assert 0.2 < rollouts.take(0).metrics["alike"] < 0.8 and rollouts.cursor == 10
-    rollouts = experience(rewards=Often(), flags=("--resample", 1))
+    rollouts = make_stream(rewards=Often(), flags=("--resample", 1))
     step = rollouts.take(0)
     assert rollouts.cursor > 4 and step.num_items == 12
     assert all(int(batch["advantage"].count_nonzero()) == len(batch["advantage"]) for batch in step.batches)
 
 
 def test_learning_from_a_rollout_ends_when_the_policy_has_moved_too_far():
-    rollouts = experience(flags=("--update_epochs", 4, "--target_kl", 0.01))
+    rollouts = make_stream(flags=("--update_epochs", 4, "--target_kl", 0.01))
     moved = rollouts.track_kl(lambda *_: losses.Loss(torch.zeros(()), metrics={"approx_kl": torch.tensor(1000.0)}))
     rollouts.take(0)
     assert not rollouts.at_boundary
@@ -308,7 +359,7 @@ def test_an_answer_is_shown_in_the_colours_of_its_advantages():
 def test_scoring_computes_logits_of_answers_only_and_of_a_few_rows_at_a_time():
     sizes = []
     for prompts in (2, 8):
-        rollouts = experience(flags=("--accumulation_steps", prompts // 2, "--mini_batches", 2))
+        rollouts = make_stream(flags=("--accumulation_steps", prompts // 2, "--mini_batches", 2))
         head = rollouts.model.lm_head
         head.register_forward_hook(lambda _, __, logits: sizes.append(logits.numel()))
         rollouts.take(0)
@@ -402,7 +453,7 @@ def test_sampling_at_another_temperature_is_scored_at_that_temperature(lab):
 
 def test_a_policy_learns_what_is_rewarded():
     """Answers that begin with an odd id: by chance a half, and nearly all after a few updates."""
-    rollouts = experience(flags=("--max_gen_len", 2, "--batch_size", 16, "--num_generations", 4))
+    rollouts = make_stream(flags=("--max_gen_len", 2, "--batch_size", 16, "--num_generations", 4))
     rollouts.model = small_model(vocab_size=64)
     rollouts.prompts.prompts = [Prompt([40, 50], []), Prompt([50, 60, 40], [])]
     rollouts.engine = LocalRolloutEngine(rollouts.model, TOKENIZER, nullcontext())
@@ -423,11 +474,11 @@ def test_a_policy_learns_what_is_rewarded():
 def test_the_critic_is_the_decoder_with_one_norm_and_starts_at_zero(lab):
     model = train_ppo.ActorCritic(small_model())
     inputs = {"input_ids": torch.randint(40, 6400, (1, 9)), "logits_indices": torch.arange(3, 9)}
-    output, values = model(**inputs)
-    assert output.logits.shape == (6, 6400) and values.tolist() == [0.0] * 6
+    output = model(**inputs)
+    assert output.logits.shape == (6, 6400) and output.value.tolist() == [0.0] * 6
     torch.nn.init.normal_(model.critic.score.weight)
     hidden = model.actor.model(inputs["input_ids"])[0][0, 3:]  # after its one norm; the blocks are still the actor's
-    assert_close(model(**inputs)[1], (hidden @ model.critic.score.weight[0]).detach(), check_stride=False)
+    assert_close(model(**inputs).value, (hidden @ model.critic.score.weight[0]).detach(), check_stride=False)
 
 
 @pytest.mark.parametrize("flags, words", [

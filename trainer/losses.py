@@ -161,27 +161,6 @@ def token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tens
     return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
 
-def group_advantages(rewards: Tensor, normalise: bool) -> Tensor:
-    """A = r - mean(r), and / std(r) if `normalise`, over the n answers to each prompt: rewards [G, n] → [G, n].
-
-    GRPO (Shao et al. 2024, section 4.1.2); without the division: Dr. GRPO (Liu et al. 2025).
-    """
-    advantages = rewards - rewards.mean(1, keepdim=True)
-    return advantages / (rewards.std(1, keepdim=True) + 1e-4) if normalise else advantages
-
-
-def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [T] of one trajectory from the rewards and values [T] of its tokens; nothing follows the last.
-
-    A_t = δ_t + γλ·A_{t+1}, δ_t = r_t + γ·V_{t+1} - V_t (Schulman et al. 2016, eq. 16).
-    """
-    deltas = (rewards + gamma * F.pad(values[1:], (0, 1)) - values).tolist()
-    after = 0.0
-    for t in reversed(range(len(deltas))):
-        deltas[t] = after = deltas[t] + gamma * lam * after
-    return values.new_tensor(deltas)
-
-
 def kl_k3(log_p: Tensor, log_q: Tensor) -> Tensor:
     """q/p - log(q/p) - 1 ≥ 0: unbiased estimate of KL(p ‖ q) from samples of p (Schulman 2020, "k3"). → [M]"""
     log_ratio = log_q - log_p
@@ -253,12 +232,12 @@ def ppo_loss(model: nn.Module, batch: dict[str, Tensor], epsilon: float, value_c
              tis_cap: float, temperature: float) -> Loss:
     """PPO of an actor and its critic (Schulman et al. 2017, eq. 9): Σ policy loss + value_coef · value loss.
 
-    `model` gives logits and values [M]; of each token `value` was the critic's before the update, `returns` its target.
-    The KL to the reference is part of the rewards, so here it is only logged.
+    Of each token [M], `model` gives logits and a value; `value` of the batch was the critic's before the update,
+    `returns` is its target. The KL to the reference is part of the rewards, so here it is only logged.
     """
-    output, values = model(**inputs(batch))
+    output = model(**inputs(batch))
     new = token_log_probs(output.logits, batch["targets"], temperature)
     objective, metrics = policy_objective(new, batch, "ppo", epsilon, epsilon, 0.0, tis_cap)
-    value_loss = (batch["weight"] * value_losses(values, batch["value"], batch["returns"], value_clip)).sum()
+    value_loss = (batch["weight"] * value_losses(output.value, batch["value"], batch["returns"], value_clip)).sum()
     metrics["value_loss"] = value_loss.detach()
     return Loss(objective + value_coef * value_loss, aux_loss_term(model, output.aux_loss), metrics)

@@ -12,10 +12,12 @@ from model.cli import positive_int, run_main
 from model.weights import ROOT
 from trainer.arguments import parse_policy_args, policy_parser, policy_settings
 from trainer.losses import policy_loss
+from trainer.rl.advantages import GroupRelative
 from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS
 from trainer.rl.episodes import EpisodeEngine
+from trainer.rl.evaluation import make_rollout_eval
 from trainer.rl.rewards import add_reward_args, make_rewards
-from trainer.rl.rollouts import RolloutStream, make_rollout_eval
+from trainer.rl.rollouts import RolloutStream
 from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
 from trainer.trainer import Run
 
@@ -36,17 +38,24 @@ def main() -> None:
         parser.error("--loss_type spo is for single answers: use train_grpo.py" if args.loss_type == "spo" else
                      f"--max_total_len {args.max_total_len} leaves no room after --max_seq_len {args.max_seq_len}")
     with Run(args) as run:
-        model = run.prepare(run.load_model())
-        reference = run.frozen(copy.deepcopy(model)) if args.beta else None
+        policy = run.prepare(run.load_model())
         prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
-        sampler = make_rollout_engine(args, model, run.tokenizer, run.autocast(), run.world)
+
+        # 1. Sample: episodes o_1 … o_n of turns ~ π_θ and the results of the tools they call, for each prompt q.
+        sampler = make_rollout_engine(args, policy, run.tokenizer, run.autocast(), run.world)
         engine = EpisodeEngine(sampler, run.tokenizer, args.max_turns, args.max_total_len, args.seed)
+        # 2. Reward: r_i = Σ_c weight_c · score_c(q, o_i), of the whole episode.
         rewards = make_rewards(args, run.tokenizer, run.device, AGENT_REWARDS)
-        rollouts = RolloutStream(run, model, prompts, engine, rewards, reference)
+        # 3. Advantage: A_i = (r_i - mean r) / std r over the episodes of q.
+        estimator = GroupRelative(scale=bool(args.scale_rewards))
+        # 4. Old and reference log-probabilities of every sampled token; observations are not trained.
+        reference = run.frozen(copy.deepcopy(policy)) if args.beta else None
+        rollouts = RolloutStream(run, policy, prompts, engine, rewards, estimator, reference)
+        # 5. Loss: CISPO's -sg(min(ρ, ε_high))·A·log π_θ + β·KL(π_θ ‖ π_ref) where ρ = π_θ / π_old, or --loss_type.
         loss = partial(policy_loss, loss_type=args.loss_type, clip_low=args.epsilon, clip_high=args.epsilon_high,
                        beta=args.beta, tis_cap=args.is_cap, temperature=args.temperature)
-        run.fit(model, rollouts, rollouts.track_kl(loss), validate=make_rollout_eval(run, val_prompts, engine, rewards),
-                max_turns=args.max_turns, max_total_len=args.max_total_len, **policy_settings(args))
+        run.fit(policy, rollouts, rollouts.track_kl(loss), **policy_settings(args), max_turns=args.max_turns,
+                max_total_len=args.max_total_len, validate=make_rollout_eval(run, val_prompts, engine, rewards))
 
 
 if __name__ == "__main__":

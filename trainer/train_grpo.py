@@ -1,4 +1,4 @@
-"""GRPO, CISPO, GSPO and SPO: learn from one's own answers; how much better than expected each was is its advantage."""
+"""GRPO, CISPO, GSPO and SPO: learn from one's own answers, each by how much better than expected it was."""
 
 import copy
 import sys
@@ -12,8 +12,10 @@ from model.cli import run_main
 from model.weights import ROOT
 from trainer.arguments import parse_policy_args, policy_parser, policy_settings
 from trainer.losses import policy_loss
+from trainer.rl.advantages import GroupRelative, SPOValueTracker
+from trainer.rl.evaluation import make_rollout_eval
 from trainer.rl.rewards import add_reward_args, make_rewards
-from trainer.rl.rollouts import RolloutStream, SPOValueTracker, make_rollout_eval
+from trainer.rl.rollouts import RolloutStream
 from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
 from trainer.trainer import Run
 
@@ -27,17 +29,24 @@ def main() -> None:
     add_rollout_engine_args(parser)
     args = parse_policy_args(parser)
     with Run(args) as run:
-        model = run.prepare(run.load_model())
-        reference = run.frozen(copy.deepcopy(model)) if args.beta else None
+        policy = run.prepare(run.load_model())
         prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
-        engine = make_rollout_engine(args, model, run.tokenizer, run.autocast(), run.world)
+
+        # 1. Sample: answers o_1 … o_n ~ π_θ(· | q) to each prompt q.
+        engine = make_rollout_engine(args, policy, run.tokenizer, run.autocast(), run.world)
+        # 2. Reward: r_i = Σ_c weight_c · score_c(q, o_i).
         rewards = make_rewards(args, run.tokenizer, run.device)
-        tracker = SPOValueTracker(len(prompts), args.spo_half_life) if args.loss_type == "spo" else None
-        rollouts = RolloutStream(run, model, prompts, engine, rewards, reference, tracker=tracker)
+        # 3. Advantage: A_i = (r_i - mean r) / std r over the answers to q; SPO: r - v(q), whitened over the rollout.
+        estimator = (SPOValueTracker(len(prompts), args.spo_half_life) if args.loss_type == "spo"
+                     else GroupRelative(scale=bool(args.scale_rewards)))
+        # 4. Old and reference log-probabilities: log π_old and log π_ref of every sampled token, before the update.
+        reference = run.frozen(copy.deepcopy(policy)) if args.beta else None
+        rollouts = RolloutStream(run, policy, prompts, engine, rewards, estimator, reference)
+        # 5. Loss: -min(ρ·A, clip(ρ, 1 - ε_low, 1 + ε_high)·A) + β·KL(π_θ ‖ π_ref), where ρ = π_θ / π_old.
         loss = partial(policy_loss, loss_type=args.loss_type, clip_low=args.epsilon, clip_high=args.epsilon_high,
                        beta=args.beta, tis_cap=args.is_cap, temperature=args.temperature)
-        run.fit(model, rollouts, rollouts.track_kl(loss), validate=make_rollout_eval(run, val_prompts, engine, rewards),
-                **policy_settings(args))
+        run.fit(policy, rollouts, rollouts.track_kl(loss), **policy_settings(args),
+                validate=make_rollout_eval(run, val_prompts, engine, rewards))
 
 
 if __name__ == "__main__":

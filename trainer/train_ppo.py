@@ -1,7 +1,8 @@
-"""PPO: an actor that answers, a critic that foresees the reward of each token, and steps that are not too large."""
+"""PPO: an actor that answers, a critic that predicts the reward still to come, and steps that are not too large."""
 
 import copy
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from model.cli import fraction, nonneg_float, run_main
 from model.model_minimind import MiniMindForCausalLM
@@ -16,26 +18,33 @@ from model.model_reward import MiniMindForSequenceClassification
 from model.weights import ROOT, save_weight
 from trainer.arguments import parse_args, rl_parser
 from trainer.losses import ppo_loss
+from trainer.rl.advantages import GAE
+from trainer.rl.evaluation import make_rollout_eval
 from trainer.rl.rewards import add_reward_args, make_rewards
-from trainer.rl.rollouts import RolloutStream, make_rollout_eval
+from trainer.rl.rollouts import RolloutStream
 from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
 from trainer.trainer import Run
 
 
+@dataclass
+class ActorCriticOutput(ModelOutput):
+    logits: Tensor | None = None  # [M, V]
+    value: Tensor | None = None  # [M], the expected sum of rewards from each of `logits_indices` on
+    aux_loss: Tensor | None = None
+
+
 class ActorCritic(nn.Module):
-    """Two networks that are trained, wrapped and resumed as one. The critic starts on the actor's blocks."""
+    """Two networks that are trained, wrapped and resumed as one. The critic starts from the actor's blocks."""
 
     def __init__(self, actor: MiniMindForCausalLM):
         super().__init__()
         self.config, self.actor = actor.config, actor
         self.critic = MiniMindForSequenceClassification.from_decoder(actor)
 
-    def forward(self, **inputs) -> tuple[object, Tensor]:
-        """The actor's output, and the value [M] of what is to come after each of `logits_indices`."""
-        output, values = self.actor(**inputs), self.critic(**inputs)
-        if output.aux_loss is not None:
-            output.aux_loss = output.aux_loss + values.aux_loss
-        return output, values.logits.float()[:, 0]
+    def forward(self, **inputs) -> ActorCriticOutput:
+        actor, critic = self.actor(**inputs), self.critic(**inputs)
+        aux_loss = None if actor.aux_loss is None else actor.aux_loss + critic.aux_loss
+        return ActorCriticOutput(actor.logits, critic.logits.float()[:, 0], aux_loss)
 
 
 def save_actor(model: ActorCritic, *where, **facts) -> Path:
@@ -70,15 +79,22 @@ def main() -> None:
         model = ActorCritic(actor)
         run.prepare(model.actor), run.prepare(model.critic)
         prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
+
+        # 1. Sample: answers o ~ π_θ(· | q) to each prompt q.
         engine = make_rollout_engine(args, actor, run.tokenizer, run.autocast(), run.world)
+        # 2. Reward: r_t = -kl_coef · log(π_old / π_ref), and for the last token Σ_c weight_c · score_c(q, o) as well.
         rewards = make_rewards(args, run.tokenizer, run.device)
-        rollouts = RolloutStream(run, model, prompts, engine, rewards, reference, critic=True)
+        # 3. Advantage: A_t = Σ_k (γλ)^k δ_{t+k} where δ_t = r_t + γ·V_{t+1} - V_t, whitened over the rollout.
+        estimator = GAE(args.gamma, args.lam, args.kl_coef)
+        # 4. Old and reference log-probabilities and values of every sampled token, before the update.
+        rollouts = RolloutStream(run, model, prompts, engine, rewards, estimator, reference)
+        # 5. Loss: -min(ρ·A, clip(ρ, 1 - ε, 1 + ε)·A) + vf_coef · ½(V - R)², where ρ = π_θ / π_old and R = A + V_old.
         settings = {"epsilon": args.clip_epsilon, "value_clip": args.cliprange_value, "value_coef": args.vf_coef}
         loss = partial(ppo_loss, **settings, tis_cap=args.is_cap, temperature=args.temperature)
-        run.fit(model, rollouts, rollouts.track_kl(loss), validate=make_rollout_eval(run, val_prompts, engine, rewards),
-                save=save_actor, lr_scales={"critic.": args.critic_learning_rate / args.learning_rate},
-                is_cap=args.is_cap, **settings,
-                **{name: getattr(args, name) for name in ("kl_coef", "gamma", "lam", "target_kl")})
+        run.fit(model, rollouts, rollouts.track_kl(loss), save=save_actor,
+                lr_scales={"critic.": args.critic_learning_rate / args.learning_rate},
+                validate=make_rollout_eval(run, val_prompts, engine, rewards), is_cap=args.is_cap, kl_coef=args.kl_coef,
+                gamma=args.gamma, lam=args.lam, target_kl=args.target_kl, **settings)
 
 
 if __name__ == "__main__":

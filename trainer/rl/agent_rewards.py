@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from dataset.prompts import Prompt
 from trainer.rl.rewards import accuracy, repetition, turn_is_whole
-from trainer.rollout_engine import Trajectory
+from trainer.rl.trajectory import Trajectory
 
 AGENT_REWARD_MIX = "truth=1,calls=0.2,form=0.2,unfinished=0.4,repetition=0.2"  # how much each counts
 

@@ -28,7 +28,8 @@ from dataset.prompts import Prompt
 from model.chat import EOS, AssistantMessage, ChatTokenizer, generation_prompt, parse_json, parse_message, render
 from model.inference.engine import Sampling
 from trainer.rl.tools import call_tool
-from trainer.rollout_engine import LocalRolloutEngine, Trajectory
+from trainer.rl.trajectory import Trajectory
+from trainer.rollout_engine import LocalRolloutEngine
 
 TURN_SEED_STRIDE = 1_000_003  # between the seeds of an episode's turns: far from those of its neighbours
 

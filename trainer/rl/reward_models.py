@@ -16,7 +16,7 @@ from model.cli import UserError, first_line
 from model.device import inference_dtype
 from model.model_reward import MiniMindForSequenceClassification, score_conversations
 from model.weights import load_weight
-from trainer.rollout_engine import Trajectory
+from trainer.rl.trajectory import Trajectory
 
 
 class MiniMindRewardModel:

@@ -18,7 +18,7 @@ from dataset.prompts import Prompt
 from model.chat import CALL, END_CALL, END_THINK, EOS, AssistantMessage, ChatTokenizer
 from model.cli import Failure, UserError, first_line
 from trainer.rl.reward_models import HFRewardModel, LLMJudge, MiniMindRewardModel
-from trainer.rollout_engine import Trajectory
+from trainer.rl.trajectory import Trajectory
 
 RewardFn = Callable[[Prompt, Trajectory], float]
 BatchRewardFn = Callable[[list[Prompt], list[Trajectory]], Tensor | list[float]]
