@@ -20,7 +20,7 @@ from trainer.trainer import Training
 
 def of_ids(_, trajectories) -> list[float]:
     """A reward that differs from answer to answer, whatever a model says."""
-    return [sum(trajectory.ids) % 97 / 97 for trajectory in trajectories]
+    return [sum(trajectory.completion_ids) % 97 / 97 for trajectory in trajectories]
 
 
 def run_all(data: Path, runs: list[dict]) -> list[dict]:

@@ -99,17 +99,27 @@ def test_a_folder_says_and_renders_the_same(tmp_path, source, kind, form, capsys
         assert ids == TOKENIZER.encode(messages, tools)[0]
 
 
+REMOTE_CODE = """
+import importlib.util, sys, torch, transformers
+assert not any(map(importlib.util.find_spec, ("model", "trainer", "dataset"))), "this repository can be imported"
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=True)
+ids = torch.tensor([[5, 6, 7, 8]])
+answer = model.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=None)
+torch.save((model(ids).logits.detach(), answer), sys.argv[2])
+"""
+
+
 def test_a_folder_of_our_class_opens_as_remote_code(tmp_path, source):
-    path = source("moe")
+    """From an empty directory, in a fresh process that finds nothing of this repository."""
+    path, empty = source("moe"), tmp_path / "empty"
+    empty.mkdir()
     convert(path, tmp_path / "folder", "minimind")
-    program = ("import sys, torch, transformers; torch.manual_seed(0)\n"
-               "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, "
-               "trust_remote_code=True)\n"
-               "torch.save(model(torch.tensor([[5, 6, 7, 8]])).logits.detach(), sys.argv[2])\n")
-    command = [sys.executable, "-c", program, str(tmp_path / "folder"), str(tmp_path / "logits")]
-    subprocess.run(command, check=True, cwd=tmp_path, env=ENVIRONMENT | {"HF_HOME": str(tmp_path)}, timeout=DEADLINE)
-    ours = read_weight(path)[0].eval()(torch.tensor([[5, 6, 7, 8]])).logits
-    assert_close(torch.load(tmp_path / "logits"), ours, rtol=0, atol=1e-5)
+    command = [sys.executable, "-I", "-c", REMOTE_CODE, str(tmp_path / "folder"), str(tmp_path / "results")]
+    subprocess.run(command, check=True, cwd=empty, env=ENVIRONMENT | {"HF_HOME": str(tmp_path)}, timeout=DEADLINE)
+    logits, answer = torch.load(tmp_path / "results")
+    ours, ids = read_weight(path)[0].eval(), torch.tensor([[5, 6, 7, 8]])
+    assert_close(logits, ours(ids).logits, rtol=0, atol=1e-5)
+    assert answer.tolist() == ours.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=None).tolist()
 
 
 @kinds

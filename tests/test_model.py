@@ -20,6 +20,7 @@ from dataset.packing import pack_shared_prefix
 from model import model_minimind as mm
 from model.attention import BatchLayout, attention, document_mask
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_reward import MiniMindForSequenceClassification
 from model.moe import _grouped_mm, _linear_per_expert
 from trainer.losses import inputs
 
@@ -151,6 +152,36 @@ def test_left_padded_cached_steps_equal_the_row_alone(device):
     steps = [model(ids[:, a:b], mask[:, :b], position[:, a:b], past_key_values=cache).logits
              for a, b in ((0, 9), (9, 11), (11, 12))]
     same(torch.cat(steps, dim=1)[:, 7:], alone)
+
+
+# --- keywords of transformers
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_accepted_under_both_names(name):
+    model, ids, cache = minimind(), tokens(2, 7), transformers.DynamicCache()
+    logits = [model(piece, **{name: cache}).logits for piece in ids.split([4, 3], dim=1)]
+    same(torch.cat(logits, dim=1), model(ids).logits)
+
+
+@dense_and_moe
+def test_a_loss_over_the_items_of_accumulated_batches_equals_qwen3(kind):
+    ours, theirs = twins(kind)
+    ids = tokens(2, 9)
+    our, their = (model(ids, labels=ids, num_items_in_batch=torch.tensor(50)).loss for model in (ours, theirs))
+    same(our, their)
+    assert our < ours(ids, labels=ids).loss / 2
+
+
+def test_keywords_that_ask_for_nothing_are_ignored_and_others_are_refused():
+    model, ids = minimind(), tokens(1, 5)
+    ignored = {"output_attentions": False, "output_hidden_states": None, "inputs_embeds": None, "return_dict": True,
+               "cache_position": torch.arange(5)}
+    exactly(model(ids, **ignored).logits, model(ids).logits)
+    for keywords in ({"output_attentions": True}, {"inputs_embeds": torch.ones(1, 5, 64)}, {"position_id": ids}):
+        for decoder in (model, model.model, MiniMindForSequenceClassification(model.config)):
+            with pytest.raises(TypeError, match=f"does not know {next(iter(keywords))}$"):
+                decoder(ids, **keywords)
 
 
 # --- packed rows
