@@ -17,7 +17,8 @@ from model.chat import AssistantMessage
 from model.cli import Failure, Parser, add_sampling_args, run_main
 from scripts.lib.openai_client import ChatClient, arguments_text
 from scripts.lib.terminal import interact, print_event
-from trainer.rl.tools import MOCKED, SCHEMAS, call_tool
+from trainer.rl.builtin_tools import MOCKED
+from trainer.rl.tools import SCHEMAS, call_tool
 
 
 class ApiChat:

@@ -9,9 +9,11 @@ import time
 
 import pytest
 
+from dataset import sample_world
 from dataset.sample_world import TOOLS as TASKS
 from dataset.sample_world import World
 from trainer.rl import tools
+from trainer.rl.builtin_tools import WEATHER
 from trainer.rl.tools import SCHEMAS, TOOLS, call_tool, tool
 
 
@@ -78,7 +80,8 @@ def test_what_can_be_computed_is_what_the_sample_world_says():
 
 def test_every_task_of_the_sample_world_has_a_result_of_its_shape():
     world = World()
-    assert list(SCHEMAS) and set(SCHEMAS) == set(TASKS) == set(TOOLS)
+    assert {name: sample_world.tool_schema(name) for name in TASKS} == SCHEMAS and set(TASKS) == set(TOOLS)
+    assert list(sample_world.WEATHER) == WEATHER
     for number, name in enumerate(list(TASKS) * 40):
         world.lang = number // len(TASKS) % 2
         _, call, result, _ = world.task(name).messages

@@ -9,7 +9,8 @@ from model.weights import find_models
 from scripts.web import parts
 from scripts.web.answers import LocalModel, RemoteModel, Reply
 from scripts.web.parts import PERSIST, Bubble, tr
-from trainer.rl.tools import MOCKED, SCHEMAS, TOOLS, call_tool
+from trainer.rl.builtin_tools import MOCKED
+from trainer.rl.tools import SCHEMAS, TOOLS, call_tool
 
 MAX_ROUNDS = 8  # of tool calls after one question
 NUM_STALE = 24  # elements below a growing answer that are taken off the page
