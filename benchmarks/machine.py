@@ -1,5 +1,6 @@
-"""What a measurement is worth nothing without: machine, versions, commit, command, date."""
+"""What the benchmarks share: flags for the size of a model, and results with machine, versions, commit, command."""
 
+import argparse
 import json
 import os
 import platform
@@ -10,7 +11,39 @@ from pathlib import Path
 
 import torch
 
+from model.cli import Parser, positive_int
+from model.device import cpu_has_bfloat16
+from model.files import write_atomically
+from model.model_minimind import MiniMindConfig
 from model.weights import ROOT
+
+
+def model_parser(description: str) -> Parser:
+    """A parser with the flags of the model that is measured, and of the device."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden_size", type=positive_int, default=768)
+    parser.add_argument("--num_hidden_layers", type=positive_int, default=8)
+    parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
+    parser.add_argument("--device", default="auto")
+    return parser
+
+
+def model_config(args: argparse.Namespace) -> MiniMindConfig:
+    return MiniMindConfig(args.hidden_size, args.num_hidden_layers, bool(args.use_moe))
+
+
+def result_name(name: str, args: argparse.Namespace) -> str:
+    """`{name}[_moe]_{hidden_size}x{num_hidden_layers}`"""
+    return f"{name}{'_moe' * args.use_moe}_{args.hidden_size}x{args.num_hidden_layers}"
+
+
+def train(command: list, flags: dict, folder: Path) -> tuple[list[dict], str]:
+    """Run a training script that saves to `folder`, in a process of its own. → the rows of its log, and its output"""
+    words = [f"--{key}={value}" for key, value in flags.items()]
+    output = subprocess.run([sys.executable, *command, *words, f"--save_dir={folder}", f"--checkpoint_dir={folder}"],
+                            check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
+    log, = (folder / "logs").glob("*.jsonl")
+    return [json.loads(line) for line in log.read_text("utf-8").splitlines()], output
 
 
 def cpu_name() -> str:
@@ -22,11 +55,11 @@ def cpu_name() -> str:
 
 
 def machine() -> dict:
+    """What a measurement is worth nothing without."""
     git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
         "date": date.today().isoformat(), "cpu": cpu_name(), "cores": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16_units": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "bf16_units": cpu_has_bfloat16(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip(),
         "command": " ".join(["python", *(argument.replace(f"{ROOT}/", "") for argument in sys.argv)]),
@@ -36,6 +69,5 @@ def machine() -> dict:
 def save_result(name: str, numbers: dict) -> None:
     """Write benchmarks/results/{name}.json."""
     path = ROOT / "benchmarks/results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), **numbers}, indent=1) + "\n", "utf-8")
+    write_atomically(path, json.dumps({"machine": machine(), **numbers}, indent=1) + "\n")
     print(f"saved {path.relative_to(ROOT)}")

@@ -21,8 +21,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.machine import save_result
-from benchmarks.train_speed import STAGES, default_flags, speed_parser
+from benchmarks.machine import result_name, save_result
+from benchmarks.train_speed import STAGES, default_flags, training_parser
 from model.cli import positive_int, run_main
 from trainer.metrics import synchronise
 from trainer.trainer import Training
@@ -33,84 +33,82 @@ KINDS = {"attention": "attention|flash|fmha",
          "fused element-wise": "cpp_fused|triton", "copies and fills": "copy|fill|zero|memcpy|memset|to_copy"}
 
 
-class Watch:
-    """Profiles the steps from `warmup` to `warmup + steps` of a Training, and times its wait for data."""
+class StepProfiler:
+    """Profiles the steps from `warmup` to `warmup + num_steps` of a Training, and times its wait for data."""
 
-    def __init__(self, warmup: int, steps: int):
-        self.warmup, self.steps, self.waited, self.seconds = warmup, steps, 0.0, 0.0
+    def __init__(self, warmup: int, num_steps: int):
+        self.warmup, self.num_steps, self.data_seconds, self.seconds = warmup, num_steps, 0.0, 0.0
         cuda = [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        self.profiler, self.take_step = profile(activities=[ProfilerActivity.CPU, *cuda]), Training._take_step
+        self.profiler, self.train_step = profile(activities=[ProfilerActivity.CPU, *cuda]), Training._take_step
 
     def step(self, training: Training) -> None:
-        """Instead of Training._take_step."""
-        cuda = training.device.type == "cuda"
+        """Replaces Training._take_step."""
+        device, stream = training.device, training.stream
         if training.step == self.warmup:
-            take = training.stream.take
-            training.stream.take = lambda step: (found := take(step))._replace(batches=self.timed(found.batches))
-            synchronise(training.device)
+            take = stream.take
+            stream.take = lambda step: (result := take(step))._replace(batches=self._timed(result.batches))
+            synchronise(device)
             self.profiler.start()
-            self.began = time.perf_counter()
-        watched = training.step >= self.warmup
-        if cuda and watched:
+            self.start = time.perf_counter()
+        if device.type == "cuda" and training.step >= self.warmup:
             torch.cuda.set_sync_debug_mode("error")
-        self.take_step(training)
-        if cuda:
+        self.train_step(training)
+        if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-        if training.step == self.warmup + self.steps:
-            synchronise(training.device)
-            self.seconds = time.perf_counter() - self.began
+        if training.step == self.warmup + self.num_steps:
+            synchronise(device)
+            self.seconds = time.perf_counter() - self.start
             self.profiler.stop()
 
-    def timed(self, batches: Iterable[dict]) -> Iterator[dict]:
+    def _timed(self, batches: Iterable[dict]) -> Iterator[dict]:
+        """The same batches; `data_seconds` counts the wait for each."""
         batches = iter(batches)
         while True:
-            began = time.perf_counter()
+            start = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - began
+            self.data_seconds += time.perf_counter() - start
             if batch is None:
                 return
             yield batch
 
 
 def kind_of(name: str) -> str:
-    return next((kind for kind, words in KINDS.items() if re.search(words, name)), "the rest")
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "the rest")
 
 
 def main() -> None:
-    parser = speed_parser(__doc__)
-    parser.add_argument("--kernels", type=positive_int, default=5, help="so many of the largest (default: 5)")
+    parser = training_parser(__doc__)
+    parser.add_argument("--kernels", type=positive_int, default=5, help="list so many of the largest (default: 5)")
     args = parser.parse_args()
     import torch._inductor.config as inductor
 
     inductor.cpp.enable_kernel_profile = True  # else the fused kernels of a CPU have no name
-    watch = Watch(args.warmup, args.steps)
-    stage = import_module(STAGES[args.stage][1].removesuffix(".py").replace("/", "."))
+    steps, stage = StepProfiler(args.warmup, args.steps), import_module(f"trainer.{STAGES[args.stage][1].stem}")
     with tempfile.TemporaryDirectory() as folder:
-        flags = default_flags(args, Path(folder), args.warmup + args.steps, args.warmup + args.steps)
-        with mock.patch.object(Training, "_take_step", lambda training: watch.step(training)), \
-                mock.patch.object(sys, "argv", [stage.__file__, *flags]):
+        num_steps = args.warmup + args.steps
+        flags = default_flags(args, Path(folder), num_steps, num_steps) | {"save_dir": folder, "checkpoint_dir": folder}
+        with mock.patch.object(Training, "_take_step", lambda training: steps.step(training)), \
+                mock.patch.object(sys, "argv", [stage.__file__, *(f"--{key}={value}" for key, value in flags.items())]):
             stage.main()
-    events = [(event.key, event.self_device_time_total or event.self_cpu_time_total, event.count)
-              for event in watch.profiler.key_averages()]
-    on_device = any(event.self_device_time_total for event in watch.profiler.key_averages())
-    if on_device:  # what the host does beside is hidden behind it
-        events = [(event.key, event.self_device_time_total, event.count) for event in watch.profiler.key_averages()]
-    total, by_kind = sum(micros for _, micros, _ in events), defaultdict(float)
-    for name, micros, _ in events:
-        by_kind[kind_of(name)] += micros / total
-    largest = sorted(events, key=lambda event: -event[1])[:args.kernels]
-    found = {"seconds_a_step": watch.seconds / args.steps, "data_wait": watch.waited / watch.seconds,
-             "device_gaps": 1 - total / 1e6 / watch.seconds if on_device else None, "kinds": dict(by_kind),
-             "largest": [{"kernel": name, "share": micros / total, "calls_a_step": count / args.steps}
-                         for name, micros, count in largest]}
-    print(f"a step: {found['seconds_a_step']:.3f} s, waiting for data {found['data_wait']:.2%}, gaps between kernels "
-          f"{'not measured' if found['device_gaps'] is None else format(found['device_gaps'], '.1%')}")
-    for kind, part in sorted(by_kind.items(), key=lambda item: -item[1]):
-        print(f"  {part:6.1%} {kind}")
-    for one in found["largest"]:
-        print(f"  {one['share']:6.1%} {one['calls_a_step']:5.0f} calls  {one['kernel'][:90]}")
-    name = f"profile_{args.stage}{'_moe' if args.use_moe else ''}_{args.hidden_size}x{args.num_hidden_layers}"
-    save_result(name, found)
+    events = steps.profiler.key_averages()
+    on_device = any(event.self_device_time_total for event in events)  # it hides what the host does meanwhile
+    kernels = [(event.key, event.self_device_time_total if on_device else event.self_cpu_time_total, event.count)
+               for event in events]
+    total, shares = sum(micros for _, micros, _ in kernels), defaultdict(float)
+    for name, micros, _ in kernels:
+        shares[kind_of(name)] += micros / total
+    result = {"seconds_a_step": steps.seconds / args.steps, "data_wait": steps.data_seconds / steps.seconds,
+              "device_gaps": 1 - total / 1e6 / steps.seconds if on_device else None, "kinds": dict(shares),
+              "largest": [{"kernel": name, "share": micros / total, "calls_a_step": count / args.steps} for
+                          name, micros, count in sorted(kernels, key=lambda kernel: -kernel[1])[:args.kernels]]}
+    gaps = f"{result['device_gaps']:.1%}" if on_device else "not measured"
+    print(f"per step: {result['seconds_a_step']:.3f} s, waiting for data {result['data_wait']:.2%}, "
+          f"gaps between kernels {gaps}")
+    for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
+        print(f"  {share:6.1%} {kind}")
+    for kernel in result["largest"]:
+        print(f"  {kernel['share']:6.1%} {kernel['calls_a_step']:5.0f} calls  {kernel['kernel'][:90]}")
+    save_result(result_name(f"profile_{args.stage}", args), result)
 
 
 if __name__ == "__main__":

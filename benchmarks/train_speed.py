@@ -1,8 +1,8 @@
-"""Useful training tokens a second: the default recipe against the plain one, same model, same file, in one run.
+"""Useful training tokens per second: the default recipe against the plain one, same model, same file, in one run.
 
-Plain: eager, fp32 on a CPU (bf16 autocast on CUDA), one document a row, cut at the row's end and padded to it, logits
-for every position, AdamW as it comes. Default: `trainer/train_*.py` with --use_compile 1. Both in processes
-of their own, in turn. Useful tokens are those of documents: padding does not count.
+Plain: eager, fp32 on a CPU (bf16 autocast on CUDA), one document per row, truncated or padded to its length, logits
+for every position, torch's AdamW. Default: `trainer/train_*.py` with --use_compile 1. Both in processes of their own,
+in turn. Useful tokens are those of documents: padding does not count.
 
     python benchmarks/train_speed.py --stage sft --data_path ../shared/data/sft.jsonl.gz
     python benchmarks/train_speed.py --stage pretrain --data_path ../shared/data/pretrain_val.jsonl.gz
@@ -27,38 +27,39 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from benchmarks.machine import save_result
+from benchmarks.machine import model_config, model_parser, result_name, save_result, train
 from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset, TokenDataset
 from dataset.packing import IGNORE
 from model.chat import ChatTokenizer
 from model.cli import Parser, positive_int, run_main
 from model.device import choose_device
 from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindForCausalLM
 from model.weights import ROOT
 from trainer.losses import preference_losses
 from trainer.metrics import flops_per_token, peak_flops, peak_memory, synchronise
 
-STAGES = {"pretrain": (PretrainDataset, "trainer/train_pretrain.py", 340),
-          "sft": (SFTDataset, "trainer/train_full_sft.py", 768),
-          "lora": (SFTDataset, "trainer/train_lora.py", 768),
-          "dpo": (DPODataset, "trainer/train_dpo.py", 1024)}
+# rows, script, row length
+STAGES = {"pretrain": (PretrainDataset, ROOT / "trainer/train_pretrain.py", 340),
+          "sft": (SFTDataset, ROOT / "trainer/train_full_sft.py", 768),
+          "lora": (SFTDataset, ROOT / "trainer/train_lora.py", 768),
+          "dpo": (DPODataset, ROOT / "trainer/train_dpo.py", 1024)}
 
 
 def padded(data: TokenDataset, documents: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Documents, one a row, cut at its end and padded to it. → ids, labels [documents, length], and useful tokens"""
+    """One document per row, truncated or padded. → ids and labels [documents, length], number of useful tokens"""
     ends = np.load(data.folder / "ends.npy")
-    starts, useful = np.concatenate(([0], ends[:-1])), 0
+    starts, num_useful = np.concatenate(([0], ends[:-1])), 0
     ids = torch.zeros(len(documents), length, dtype=torch.long)
     labels = torch.full_like(ids, IGNORE)
     for row, document in enumerate(documents % len(ends)):
         stop = min(ends[document], starts[document] + length)
         text = torch.from_numpy(data.tokens[starts[document]:stop].astype(np.int64))
-        said = data.mask[starts[document]:stop] if data.has_loss_mask else np.ones(len(text), np.uint8)
+        mask = data.mask[starts[document]:stop] if data.has_loss_mask else np.ones(len(text), np.uint8)
         ids[row, :len(text)] = text
-        labels[row, :len(text)] = text.masked_fill(torch.from_numpy(said == 0), IGNORE)
-        useful += len(text)
-    return ids, labels, useful
+        labels[row, :len(text)] = text.masked_fill(torch.from_numpy(mask == 0), IGNORE)
+        num_useful += len(text)
+    return ids, labels, num_useful
 
 
 def plain_loss(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor,
@@ -78,87 +79,81 @@ def plain_loss(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor,
 
 
 def plain_recipe(args: argparse.Namespace) -> dict:
-    """Train as the plain recipe does; → useful tokens a second, MFU and peak memory of the steps after the warm-up."""
-    kind, _, length = STAGES[args.stage]
+    """Train as the plain recipe does. → useful tokens/s, MFU and peak memory of the steps after the warm-up"""
+    dataset, _, length = STAGES[args.stage]
     device = choose_device(args.device)
-    data = kind(args.data_path, ChatTokenizer(), length, packing=False)
-    model = MiniMindForCausalLM(MiniMindConfig(args.hidden_size, args.num_hidden_layers, bool(args.use_moe))).to(device)
+    data = dataset(args.data_path, ChatTokenizer(), length, packing=False)
+    model = MiniMindForCausalLM(model_config(args)).to(device)
     reference = copy.deepcopy(model) if args.stage == "dpo" else None
     if args.stage == "lora":
         apply_lora(model, LoRA(targets=tuple(name for name in TARGETS if name in find_target_modules(model))))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-4)
-    order, useful = np.random.default_rng(0).permutation(len(data)), 0
+    order = np.random.default_rng(0).permutation(len(data))
     for step in range(args.warmup + args.steps):
         if step == args.warmup:
             synchronise(device)
-            began, useful = time.perf_counter(), 0
+            start, num_useful = time.perf_counter(), 0
         rows = order[np.arange(step * args.batch_size, (step + 1) * args.batch_size) % len(order)]
         documents = np.concatenate((2 * rows, 2 * rows + 1)) if reference else rows
-        ids, labels, tokens = padded(data, documents, length)
-        useful += tokens
+        ids, labels, num_tokens = padded(data, documents, length)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = plain_loss(model, ids.to(device), labels.to(device), reference)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if step >= args.warmup:
+            num_useful += num_tokens
     synchronise(device)
-    speed = useful / (time.perf_counter() - began)
+    speed = num_useful / (time.perf_counter() - start)
     peak = peak_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return {"tokens_per_s": speed, "mfu": speed * flops_per_token(model, length / 2) / peak,
             "memory_gb": peak_memory(device)}
 
 
-def default_flags(args: argparse.Namespace, folder: Path, steps: int, log_interval: int) -> list[str]:
-    """Of the stage's own script, from random weights, all it writes in `folder`."""
-    flags = {"data_path": args.data_path, "from_weight": "none", "save_dir": folder, "checkpoint_dir": folder,
-             "hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers, "use_moe": args.use_moe,
-             "batch_size": args.batch_size, "accumulation_steps": 1, "max_steps": steps,
-             "log_interval": log_interval, "epochs": 1000, "use_compile": 1, "device": args.device}
-    if args.stage == "dpo":
-        flags["cache_dir"] = folder  # else an earlier run's reference would be taken from there
-    return [f"--{key}={value}" for key, value in flags.items()]
+def default_flags(args: argparse.Namespace, folder: Path, num_steps: int, log_interval: int) -> dict:
+    """Flags of the stage's own script, from random weights."""
+    flags = {name: getattr(args, name) for name in ("data_path", "hidden_size", "num_hidden_layers", "use_moe",
+                                                    "batch_size", "device")}
+    flags |= {"from_weight": "none", "accumulation_steps": 1, "max_steps": num_steps, "log_interval": log_interval,
+              "epochs": 1000, "use_compile": 1}
+    # a cache of its own for DPO, which would find an earlier run's log-probabilities of the reference in the common one
+    return flags | ({"cache_dir": folder} if args.stage == "dpo" else {})
 
 
 def default_recipe(args: argparse.Namespace, folder: Path) -> dict:
-    """Run the stage's own script; → the numbers of its second log line, whose steps come after the warm-up.
+    """Run the stage's own script. → the numbers of its second log line, whose steps come after the warm-up
 
-    DPO's includes the pass of the reference over the file, as if it served one epoch only.
+    DPO's include the pass of the reference over the file, as if it served one epoch only.
     """
-    kind, script, length = STAGES[args.stage]
-    command = [sys.executable, ROOT / script, *default_flags(args, folder, 2 * args.steps, args.steps)]
-    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    log, = (folder / "logs").glob("*.jsonl")
-    row = json.loads(log.read_text("utf-8").splitlines()[-1])
+    dataset, script, length = STAGES[args.stage]
+    log, output = train([script], default_flags(args, folder, 2 * args.steps, args.steps), folder)
+    row = log[-1]
     if args.stage == "dpo":  # a prompt that both answers share is computed and logged once, the plain recipe's twice
-        data = kind(args.data_path, ChatTokenizer(), length, cache_dir=folder)
-        row["tokens_per_s"] *= (shared := data.rows.length.sum() / data.num_tokens.sum())
-    if reference := re.search(r"reference: ([\d,]+) tokens .* in ([\d.]+) s", said):
-        tokens, seconds = (float(text.replace(",", "")) for text in reference.groups())
+        data = dataset(args.data_path, ChatTokenizer(), length, cache_dir=folder)
+        row["tokens_per_s"] *= (repeated := data.rows.length.sum() / data.num_tokens.sum())
+    if reference := re.search(r"reference: ([\d,]+) tokens .* in ([\d.]+) s", output):
+        num_tokens, seconds = (float(text.replace(",", "")) for text in reference.groups())
         row["training_tokens_per_s"] = row["tokens_per_s"]
-        row["tokens_per_s"] = 1 / (1 / row["tokens_per_s"] + seconds / (tokens * shared))
+        row["tokens_per_s"] = 1 / (1 / row["tokens_per_s"] + seconds / (num_tokens * repeated))
     return {key: row[key] for key in ("tokens_per_s", "training_tokens_per_s", "mfu", "memory_gb") if key in row}
 
 
-def speed_parser(description: str) -> Parser:
-    """The flags of what trains a stage for a few steps."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def training_parser(description: str) -> Parser:
+    """A parser with the flags of a stage that is trained for a few steps."""
+    parser = model_parser(description)
     parser.add_argument("--stage", choices=STAGES, default="pretrain", help="row format and length")
     parser.add_argument("--data_path", type=Path, required=True, help="rows to train on")
-    parser.add_argument("--hidden_size", type=positive_int, default=768)
-    parser.add_argument("--num_hidden_layers", type=positive_int, default=8)
-    parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
-    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a step")
-    parser.add_argument("--warmup", type=int, default=1, help="steps that are not counted")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per step")
+    parser.add_argument("--warmup", type=int, default=1, help="steps that are not measured")
     parser.add_argument("--steps", type=positive_int, default=4, help="steps that are")
-    parser.add_argument("--device", default="auto")
     return parser
 
 
 def main() -> None:
-    parser = speed_parser(__doc__)
-    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)  # run only the plain recipe, numbers to there
+    parser = training_parser(__doc__)
+    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)  # only run the plain recipe, write its numbers
     args = parser.parse_args()
     if args.plain:
         args.plain.write_text(json.dumps(plain_recipe(args)))
@@ -168,8 +163,7 @@ def main() -> None:
         subprocess.run([sys.executable, *sys.argv, f"--plain={target}"], check=True)
         plain = json.loads(target.read_text())
         default = default_recipe(args, Path(folder))
-    ratio = default["tokens_per_s"] / plain["tokens_per_s"]
-    name = f"train_speed_{args.stage}{'_moe' if args.use_moe else ''}_{args.hidden_size}x{args.num_hidden_layers}"
+    name, ratio = result_name(f"train_speed_{args.stage}", args), default["tokens_per_s"] / plain["tokens_per_s"]
     for recipe, numbers in (("plain", plain), ("default", default)):
         print(f"{name} {recipe:8} {numbers['tokens_per_s']:9,.0f} useful tokens/s  mfu {numbers['mfu']:4.0%}  "
               f"{numbers['memory_gb']:.1f} GB")

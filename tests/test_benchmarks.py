@@ -48,7 +48,7 @@ def test_without_document_masking_training_rows_are_one_document_and_validation_
     monkeypatch.setattr(train_pretrain, "next_token_loss", watched)
     monkeypatch.setattr(loop.Training, "_text_loss", lambda _, model, batch: watched(model, batch))
     val = lab.data / "pretrain_val.jsonl"
-    quality.run_stage(lab.flags(train_pretrain, max_steps=2, val_data_path=val))
+    quality.run_unmasked(lab.flags(train_pretrain, max_steps=2, val_data_path=val))
     for training, batches in seen.items():
         for batch in batches:
             B, T = batch["input_ids"].shape
@@ -63,7 +63,7 @@ def test_choices_get_the_same_time(data, saved, tmp_path):
     with mock.patch.object(sys, "argv", [
             "quality.py", "--choices=levers", "--only", "+ 8 rows a step, 2e-3", "--seconds=1", "--seeds=1",
             "--hidden_size=64", "--num_hidden_layers=2", f"--data_path={rows}",
-            f"--val_data_path={data / 'pretrain_val.jsonl'}"]), mock.patch.object(quality, "CALIBRATION", 64):
+            f"--val_data_path={data / 'pretrain_val.jsonl'}"]), mock.patch.object(quality, "NUM_CALIBRATION_ROWS", 64):
         quality.main()
     (one,), = saved["quality_levers_1s"].values()
     assert one["val_bpb"] > 0 and one["steps"] > 1 and one["seconds"] > 0
