@@ -20,7 +20,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import torch
 
 from benchmarks.machine import save_result
-from dataset.lm_dataset import PretrainDataset, parse_row, read_rows
+from dataset.jsonl import read_rows
+from dataset.lm_dataset import PretrainDataset
 from model.chat import ChatTokenizer
 from model.cli import Parser, nonneg_float, positive_int, run_main
 from model.weights import ROOT
@@ -34,10 +35,10 @@ def write_corpus(path: Path, source: Path, size: float) -> None:
     number = 0
     with open(path, "wb") as file:
         while file.tell() < size:
-            for _, line in read_rows(source):
+            for _, row in read_rows(source):
                 number += 1
-                row = {"text": f"{number} {parse_row(line)['text']}"}
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                numbered = {"text": f"{number} {row['text']}"}
+                file.write(json.dumps(numbered, ensure_ascii=False).encode() + b"\n")
                 if file.tell() >= size:
                     break
 

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from benchmarks.full_report import write_report
-from dataset.lm_dataset import parse_row, read_rows
+from dataset.jsonl import read_lines, read_rows
 from dataset.sample_world import write as write_sample
 from model.chat import ChatTokenizer
 from model.cli import Failure, Parser, UserError, nonneg_float, positive_int, run_main
@@ -114,9 +114,9 @@ def gather(files: list[Path], target: Path) -> int:
     num_rows = num_held_out = 0
     with open(target, "wb") as train, open(target.with_name(f"{target.stem}_val.jsonl"), "wb") as val:
         for path in val_files:
-            val.writelines(line for _, line in read_rows(path))
+            val.writelines(line for _, line in read_lines(path))
         for path in files:
-            for _, line in read_rows(path):
+            for _, line in read_lines(path):
                 num_rows += 1
                 hold_out = not val_files and num_held_out < MAX_HELD_OUT and num_rows % 20 == 0
                 num_held_out += hold_out
@@ -134,7 +134,7 @@ def prepare(args: argparse.Namespace, folder: Path, flags: dict[str, dict]) -> d
         num_rows = gather(paths, data / f"{rows}.jsonl")
         result["rows"][rows] = {"files": ["/".join(path.parts[-2:]) for path in paths], "rows": num_rows}
         print(f"data: {rows}: {num_rows:,} rows of {', '.join(map(str, paths))}".replace(f"{ROOT}/", ""), flush=True)
-    tokenizer, texts = ChatTokenizer(), [parse_row(line)["text"] for _, line in read_rows(data / "pretrain_val.jsonl")]
+    tokenizer, texts = ChatTokenizer(), [row["text"] for _, row in read_rows(data / "pretrain_val.jsonl")]
     ids = tokenizer.encode_texts(texts)
     if changed := [text for text, text_ids in zip(texts, ids, strict=True) if tokenizer.decode(text_ids) != text]:
         raise Failure(f"the tokenizer in {tokenizer.folder} does not give {changed[0][:40]!r} back")
@@ -163,7 +163,7 @@ def discard_checkpoints(folder: Path, name: str) -> None:
 
 def evaluate(args: argparse.Namespace, folder: Path, finished: dict[str, float], flags: dict[str, dict]) -> dict:
     """What every weight that chats answers: the sample world's held-out cases, a few questions, tasks for tools."""
-    cases = [parse_row(line) for _, line in read_rows(folder / "data/sample/heldout.jsonl")]
+    cases = [row for _, row in read_rows(folder / "data/sample/heldout.jsonl")]
     device, result = choose_device(flags["full_sft"].get("device", "auto")), {"exam": {}, "answers": {}}
     for name in (name for name, stage in STAGES.items() if name in finished and stage.answers):
         weight, lora = ("full_sft", name) if name == "lora_identity" else (name, None)

@@ -22,7 +22,7 @@ from unittest import mock
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from benchmarks.machine import model_parser, save_result, train
-from dataset.lm_dataset import read_rows
+from dataset.jsonl import read_lines
 from model.cli import UserError, nonneg_float, positive_int, run_main
 from model.weights import ROOT
 
@@ -127,7 +127,7 @@ def train_for_seconds(choice: dict, args: argparse.Namespace, folder: Path, val:
 def front(source: Path, target: Path, num_rows: int | None = None, num_bytes: float = math.inf) -> Path:
     """Write the first rows of a file: `num_rows`, or as many as have `num_bytes`."""
     with open(target, "wb") as file:
-        for _, line in islice(read_rows(source), num_rows):
+        for _, line in islice(read_lines(source), num_rows):
             if file.tell() >= num_bytes:
                 return target
             file.write(line)

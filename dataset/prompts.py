@@ -1,73 +1,63 @@
-"""jsonl rows → prompts for online RL: the conversation without its last answer, and what is known of the right one."""
+"""Rows → prompts for online RL: a conversation without its last answer, and the known values of a right answer."""
 
 import hashlib
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dataset.lm_dataset import parse_conversation, parse_row, read_rows
+from dataset.jsonl import BadRows, read_rows
+from dataset.lm_dataset import parse_conversation
 from model.chat import ChatTokenizer
 from model.cli import UserError
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an answer is asked for. `ids` end where the answer begins: inside `<think>\n` if it shall think."""
+    """A conversation to answer. `ids` end where the answer begins: inside `<think>\n` if the model is to think."""
 
     ids: list[int]
     messages: list[dict]
     thinking: bool = False
-    ground_truth: list[str] = field(default_factory=list)  # what a right answer contains; [] where nobody knows
+    ground_truth: list[str] = field(default_factory=list)  # what a right answer contains; [] where it is unknown
     source: str = ""  # file:line
 
     @property
     def tools(self) -> list | str:
-        """What is offered to call, as it stands on the first message."""
+        """The tools on offer, from the first message."""
         return self.messages[0].get("tools") or []
 
 
 class PromptDataset:
     """The prompts of a file of rlaif rows `{"conversations": […, placeholder]}` or agent_rl rows, which add `"gt"`.
 
-    A last message of the assistant's is a placeholder and dropped. `thinking_ratio` of the prompts ask for thinking:
-    decided by the seed and the row. Prompts of more than `max_seq_len` tokens are left out and counted in `warnings`.
+    The placeholder, a last message of the assistant's, is dropped. `thinking_ratio` of the prompts ask for thinking,
+    depending on the seed and the row alone. Prompts of more than `max_seq_len` tokens are left out, with a warning.
     """
 
     def __init__(self, data_path: str | Path, tokenizer: ChatTokenizer, max_seq_len: int, skip_bad_rows: bool = False,
                  thinking_ratio: float = 0.0, seed: int = 42):
-        self.path, self.warnings = Path(data_path), []
-        self.prompts: list[Prompt] = []
-        too_long, bad = 0, []
-        for number, line in read_rows(self.path):
-            where = f"{self.path}:{number}"
-            try:
-                row = parse_row(line)
-                messages, gt = parse_conversation(row), parse_ground_truth(row)
-                messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-                thinking = random.Random(f"{seed} {messages}").random() < thinking_ratio
-                ids = tokenizer.prompt(messages, open_thinking=thinking)
-            except ValueError as error:
-                if not skip_bad_rows:
-                    raise UserError(f"{where}: {error} (--skip_bad_rows 1 leaves such rows out)") from None
-                bad.append(f"line {number}: {error}")
-                continue
-            if len(ids) > max_seq_len:
-                too_long += 1
-            else:
-                self.prompts.append(Prompt(ids, messages, thinking, gt, where))
-        if bad:
-            self.warnings.append(f"skipped {len(bad):,} bad rows of {self.path}, the first: {'; '.join(bad[:5])}")
-        if too_long:
-            self.warnings.append(f"{too_long:,} prompts of more than --max_seq_len {max_seq_len} tokens are left out")
+        path, bad_rows = Path(data_path), BadRows(Path(data_path), skip_bad_rows)
+
+        def parse(row: dict) -> Prompt:
+            messages, ground_truth = parse_conversation(row), parse_ground_truth(row)
+            messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+            thinking = random.Random(f"{seed} {messages}").random() < thinking_ratio
+            return Prompt(tokenizer.prompt(messages, open_thinking=thinking), messages, thinking, ground_truth)
+
+        prompts = [replace(prompt, source=f"{path}:{number}") for number, prompt in read_rows(path, parse, bad_rows)]
+        self.prompts = [prompt for prompt in prompts if len(prompt.ids) <= max_seq_len]
+        num_long = len(prompts) - len(self.prompts)
+        self.warnings = bad_rows.warnings() + [
+            f"{num_long:,} prompts of more than --max_seq_len {max_seq_len} tokens are left out"] * bool(num_long)
         if not self.prompts:
-            raise UserError(f"{self.path}: no usable prompt in it" + "; all are too long" * bool(too_long))
+            raise UserError(f"{path}: no usable prompt in it" + "; all are too long" * bool(num_long))
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of all prompts and what is known of their answers."""
-        told = json.dumps([[prompt.ids, prompt.ground_truth] for prompt in self.prompts])
-        return hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
+    def hash(self) -> str:
+        """Hash of all prompts and of their ground truth."""
+        content = json.dumps([[prompt.ids, prompt.ground_truth] for prompt in self.prompts])
+        return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -78,7 +68,7 @@ class PromptDataset:
 
 def parse_ground_truth(row: dict) -> list[str]:
     """The values of `gt` as text, numbers as they are written. Raises ValueError when it is not a list of values."""
-    gt = row.get("gt", [])
-    if not isinstance(gt, list) or not all(isinstance(value, (str, int, float)) for value in gt):
+    values = row.get("gt", [])
+    if not isinstance(values, list) or not all(isinstance(value, (str, int, float)) for value in values):
         raise ValueError('gt is a list of values, like ["42"]')
-    return [str(value) for value in gt]
+    return [str(value) for value in values]

@@ -20,7 +20,7 @@ class BatchLayout(NamedTuple):
 
     By default each row is one causal sequence. `mask` is for padded rows and for decoding with a cache; `cu_seqlens` is
     for rows packed with documents (`dataset.packing.collate`). With the two indices as well, documents share a prefix
-    that is in the row once (`dataset.packing.pack_shared_prefix`): only attention repeats it, for each of them.
+    that is in the row once (`dataset.prefix_sharing`): only attention repeats it, for each of them.
     """
 
     mask: Tensor | None = None  # [B, 1, T, S] bool: the keys that each query sees

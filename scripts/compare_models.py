@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from dataset.lm_dataset import parse_row, read_rows
+from dataset.jsonl import read_lines, read_rows
 from eval_llm import QUESTIONS
 from model.chat import BOS, parse_message
 from model.cli import Failure, Parser, UserError, add_sampling_args, run_main
@@ -38,15 +38,16 @@ def read_prompts(path: Path) -> list[list[dict]]:
     """Conversations that wait for an answer: of rows (.jsonl, their last answers dropped), or one question a line."""
     if not path.is_file():
         raise UserError(f"--prompts {path}: no such file")
-    prompts = []
-    for number, line in read_rows(path):
-        try:
-            if ".jsonl" in path.suffixes:
-                prompts.append(prompt_of(parse_row(line)))
-            elif text := line.decode().strip():
-                prompts.append([{"role": "user", "content": text}])
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+    if ".jsonl" in path.suffixes:
+        prompts = [prompt for _, prompt in read_rows(path, prompt_of)]
+    else:
+        prompts = []
+        for number, line in read_lines(path):
+            try:
+                if text := line.decode().strip():
+                    prompts.append([{"role": "user", "content": text}])
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
     if not prompts:
         raise UserError(f"{path}: no prompt in it")
     return prompts

@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import torch
 from torch import nn
 
-from dataset.lm_dataset import parse_row, read_rows
+from dataset.jsonl import read_lines, read_rows
 from model.chat import BOS, ChatTokenizer
 from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
 from model.files import write_atomically
@@ -41,17 +41,19 @@ def read_texts(path: Path) -> list[str]:
     """The documents of a file: the `text` of every row of .jsonl, any other file as one; .gz of either."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    lines, texts = list(read_rows(path)), []
-    if ".jsonl" not in path.suffixes:
-        lines = [(1, b"".join(line for _, line in lines))]
-    for number, line in lines:
+
+    def text_of(row: dict) -> str:
+        if not isinstance(row.get("text"), str):
+            raise ValueError('a row is {"text": …}')
+        return row["text"]
+
+    if ".jsonl" in path.suffixes:
+        texts = [text for _, text in read_rows(path, text_of)]
+    else:
         try:
-            text = parse_row(line).get("text") if ".jsonl" in path.suffixes else line.decode()
-            if not isinstance(text, str):
-                raise ValueError('a row is {"text": …}')
+            texts = [b"".join(line for _, line in read_lines(path)).decode()]
         except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        texts.append(text)
+            raise UserError(f"{path}:1: {error}") from None
     if not any(texts):
         raise UserError(f"{path}: no text in it")
     return [text for text in texts if text]

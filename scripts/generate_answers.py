@@ -22,7 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from tqdm import tqdm
 
-from dataset.lm_dataset import parse_conversation, parse_row, read_rows
+from dataset.jsonl import read_rows
+from dataset.lm_dataset import parse_conversation
 from model.chat import parse_json, parse_tool_calls
 from model.cli import Failure, Parser, UserError, add_sampling_args, first_line, nonneg_int, positive_int, run_main
 from scripts.lib.openai_client import ChatClient, RequestRefused
@@ -62,11 +63,7 @@ def resume(path: Path) -> set[str]:
 def pending_prompts(path: Path, done: set[str]) -> Iterator[tuple[str, list[dict]]]:
     """(key, prompt) of every row that is not done, each prompt once. Raises UserError for a bad row."""
     seen = set(done)
-    for number, line in read_rows(path):
-        try:
-            prompt = prompt_of(parse_row(line))
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+    for _, prompt in read_rows(path, prompt_of):
         if (key := key_of(prompt)) not in seen:
             seen.add(key)
             yield key, prompt

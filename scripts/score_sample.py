@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from dataset.lm_dataset import parse_row, read_rows
+from dataset.jsonl import read_rows
 from dataset.sample_world import is_correct
 from model.chat import parse_message
 from model.cli import Parser, positive_int, run_main
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--show_wrong", type=int, default=0, help="print so many wrong answers a skill")
     args = parser.parse_args()
     model, tokenizer = load_from_args(args, args.weight)
-    cases = [{"skill": path.stem} | parse_row(line) for path in args.data_path for _, line in read_rows(path)]
+    cases = [{"skill": path.stem} | row for path in args.data_path for _, row in read_rows(path)]
     results = score(model, tokenizer, cases, args.max_new_tokens)
 
     scores = share_per_skill(results)

@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset.lm_dataset import parse_row, read_rows
+from dataset.jsonl import parse_row, read_lines
 from model.chat import TOKENIZER_DIR
 from model.cli import Parser, UserError, positive_int, run_main
 from model.files import write_atomically
@@ -62,7 +62,7 @@ def texts_of(row: dict) -> Iterator[str]:
 
 def read_texts(path: Path, every: int = 1) -> Iterator[list[str]]:
     """Yield the strings of every `every`-th row of a .jsonl or .jsonl.gz file, holding one row at a time."""
-    for number, line in read_rows(path):
+    for number, line in read_lines(path):
         if (number - 1) % every or not line.strip():
             continue
         try:

@@ -14,8 +14,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from dataset import lm_dataset, packing
-from dataset.lm_dataset import SYSTEM_PROMPTS, PretrainDataset, SFTDataset, TokenDataset, read_rows
+from dataset import packing, token_cache
+from dataset.jsonl import read_lines
+from dataset.lm_dataset import SYSTEM_PROMPTS, PretrainDataset, SFTDataset, TokenDataset
 from model.chat import BOS, END_THINK, EOS, THINK, ChatTokenizer
 from model.cli import UserError
 from scripts import prepare_data
@@ -297,7 +298,7 @@ def test_interrupted_tokenising_leaves_nothing_half_done(make, tmp_path, monkeyp
             raise KeyboardInterrupt
         return encode(self, conversations)
 
-    monkeypatch.setattr(lm_dataset, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(token_cache, "CHUNK_CHARS", 1000)
     monkeypatch.setattr(ChatTokenizer, "encode_segments", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(PretrainDataset, rows)
@@ -413,7 +414,7 @@ def test_a_bad_row_is_named_by_file_and_line_or_left_out(make, tmp_path, name):
 
 
 def test_skipped_rows_are_counted_and_the_first_five_named(make, monkeypatch):
-    monkeypatch.setattr(lm_dataset, "CHUNK_BYTES", 20)
+    monkeypatch.setattr(token_cache, "CHUNK_CHARS", 20)
     data = make(PretrainDataset, [GOOD, b"[1]", b"", b"[1]", GOOD, b"3", b"{", b"", b"{}"], skip_bad_rows=True)
     assert data.warnings[0].startswith("skipped 7 bad rows")
     assert re.findall(r"line (\d+): ", data.warnings[0]) == ["2", "3", "4", "6", "7"]
@@ -429,7 +430,7 @@ def test_a_missing_file_is_an_error(tmp_path, tokenizer):
     with pytest.raises(UserError, match="absent.jsonl: no such file"):
         PretrainDataset(tmp_path / "absent.jsonl", tokenizer, 64, cache_dir=tmp_path)
     with pytest.raises(UserError, match="absent.jsonl: no such file"):
-        next(read_rows(tmp_path / "absent.jsonl"))
+        next(read_lines(tmp_path / "absent.jsonl"))
 
 
 def damage(content: bytes, kind: str) -> bytes:
@@ -444,7 +445,7 @@ def test_a_damaged_gz_file_is_named_with_the_line_where_reading_stopped(tmp_path
     path.write_bytes(damage(path.read_bytes(), kind))
     read = []
     with pytest.raises(UserError) as caught:
-        read.extend(read_rows(path))
+        read.extend(read_lines(path))
     assert str(caught.value).startswith(f"{path}:{len(read) + 1}: cannot be read: ") and "\n" not in str(caught.value)
     assert (len(read) == 0) == (kind == "plain")
     with pytest.raises(UserError, match="cannot be read"):
@@ -458,13 +459,12 @@ def test_gz_and_plain_give_the_same_tokens(make):
     assert plain == packed
 
 
-def test_a_long_file_is_tokenised_a_little_at_a_time(make, monkeypatch):
-    def long_file(path):
-        yield from enumerate(itertools.repeat(b'{"text": "x"}', 100_000), 1)
+def test_a_long_file_is_tokenised_a_little_at_a_time(monkeypatch):
+    def long_file(path, parse, bad_rows):
+        yield from enumerate(itertools.repeat([[("x", True)]], 100_000), 1)
         pytest.fail("read to the end")
 
-    data = make(PretrainDataset, [GOOD])
-    monkeypatch.setattr(lm_dataset, "CHUNK_BYTES", 13_000)
-    monkeypatch.setattr(lm_dataset, "read_rows", long_file)
-    for conversations, errors in itertools.islice(data._chunks(), 5):
-        assert len(conversations) == 1001 and not errors
+    monkeypatch.setattr(token_cache, "CHUNK_CHARS", 1000)
+    monkeypatch.setattr(token_cache, "read_rows", long_file)
+    for documents in itertools.islice(token_cache.read_documents(Path("rows.jsonl"), None, None), 5):
+        assert len(documents) == 1001

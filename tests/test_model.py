@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from dataset.packing import pack_shared_prefix
+from dataset.prefix_sharing import pack_shared_prefix
 from model import model_minimind as mm
 from model.attention import BatchLayout, attention, document_mask
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dataset.lm_dataset import CACHE_DIR
+from dataset.token_cache import CACHE_DIR
 from model.chat import TOKENIZER_DIR
 from model.cli import Parser, fraction, nonneg_float, nonneg_int, positive_int
 from model.loading import add_model_args

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataset.lm_dataset import TokenDataset
+from dataset.token_cache import TokenDataset
 from model.cli import UserError
 from trainer.distributed import World
 

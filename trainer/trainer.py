@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset.lm_dataset import TokenDataset
 from dataset.prompts import PromptDataset
+from dataset.token_cache import TokenDataset
 from model.chat import ChatTokenizer
 from model.cli import Failure, UserError, first_line
 from model.device import cpu_has_bfloat16

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.lm_dataset import parse_row, read_rows
+from dataset.jsonl import parse_row, read_lines
 from model.cli import UserError
 
 
@@ -88,7 +88,7 @@ FORMATS: dict[str, Callable[[dict], Question]] = {
 def read_table(path: Path) -> list[tuple[int, bytes | dict]]:
     """(line number, row) of a .csv, .jsonl or .jsonl.gz file. Raises UserError when it cannot be read."""
     if path.suffix != ".csv":
-        return list(read_rows(path))
+        return list(read_lines(path))
     try:
         reader = csv.DictReader(path.read_text("utf-8-sig").splitlines(keepends=True))
         return [(reader.line_num, row) for row in reader]

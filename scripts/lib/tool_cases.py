@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.lm_dataset import parse_row, read_rows
+from dataset.jsonl import read_rows
 from dataset.prompts import Prompt, PromptDataset
 from dataset.sample_world import World
 from model.chat import ChatTokenizer
@@ -53,7 +53,7 @@ def held_out_tasks(count: int, seed: int, prompt_of: Callable[..., Prompt]) -> l
 def read_cases(path: Path, tokenizer: ChatTokenizer, prompt_of: Callable[..., Prompt], longest: int,
                thinking: bool = False) -> list[Case]:
     """The cases of a file. Raises UserError when it is of neither kind."""
-    rows = [(f"{path}:{number}", parse_row(line)) for number, line in read_rows(path)]
+    rows = [(f"{path}:{number}", row) for number, row in read_rows(path)]
     if not rows or "function" not in rows[0][1]:
         data = PromptDataset(path, tokenizer, longest, thinking_ratio=float(thinking))
         for line in data.warnings:
@@ -62,7 +62,7 @@ def read_cases(path: Path, tokenizer: ChatTokenizer, prompt_of: Callable[..., Pr
     beside = path.with_name(f"{path.stem}_answers{path.suffix}")
     if not beside.is_file():
         raise UserError(f"{path}: its accepted calls are missing, {beside.name} beside it")
-    answers = {row["id"]: row["ground_truth"] for row in (parse_row(line) for _, line in read_rows(beside))}
+    answers = {row["id"]: row["ground_truth"] for _, row in read_rows(beside)}
     cases = []
     for where, row in rows:
         try:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.packing import best_fit, pack_shared_prefix
+from dataset.packing import best_fit
+from dataset.prefix_sharing import pack_shared_prefix
 from trainer.rl.trajectory import Trajectory
 
 

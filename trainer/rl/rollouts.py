@@ -52,7 +52,7 @@ class RolloutStream:
         self.length = getattr(args, "max_total_len", args.max_seq_len + args.max_gen_len)  # of a trajectory
         self.steps_per_rollout = args.update_epochs * args.mini_batches
         self.steps = math.ceil(args.epochs * len(prompts) / self.prompts_per_rollout) * self.steps_per_rollout
-        self.settings = {name: getattr(args, name) for name in SETTINGS} | {"prompts": prompts.fingerprint}
+        self.settings = {name: getattr(args, name) for name in SETTINGS} | {"prompts": prompts.hash}
         self.cursor = self.rollouts = 0  # prompts drawn so far, and rollouts made
         self._mini_batches: list[MiniBatch] = []  # of this rollout, each learned from several times,
         self._pending: list[MiniBatch] = []  # and what of that is still to come

@@ -1,0 +1,204 @@
+"""A data file is tokenised once; later runs map the tokens into memory.
+
+1. What the tokens depend on makes the key: the recipe (version, kind of rows, tokenizer, settings) and the content of
+   the file. `cache_dir`/key is the folder of the tokens.
+2. Where it is missing, the file is read in one pass, a few megabytes at a time, and tokenised on all cores.
+3. The folder is made under a temporary name and renamed when it is complete.
+
+It holds `tokens.bin` (uint16), `mask.bin` (uint8, 1 on targets; empty where all are), `ends.npy` (int64, where each
+document ends), `meta.json`, and for each row length which sequences make up which row. It can be carried to another
+machine without the file (`scripts/prepare_data.py` makes one), and is used there if the recipe is the same.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.jsonl import BadRows, read_rows
+from dataset.packing import Rows, collate
+from model.chat import ChatTokenizer, Segment
+from model.cli import UserError
+from model.files import open_atomically, write_atomically
+
+CACHE_DIR = Path(__file__).resolve().parent / "cache"
+CHUNK_CHARS = 2 << 20  # of text tokenised at a time
+VERSION = 2  # raise it when the same row becomes other tokens
+
+Parser = Callable[[dict], list[list[Segment]]]  # a row → its documents
+
+
+class TokenDataset:
+    """The packed rows of a data file: `len(data)` rows of `row_length` positions; `batch(row_ids)` gives their tensors.
+
+    `data_path`: a file, or a folder of its tokens. `settings`: arguments of the parser. `key` names the tokens.
+    Of each row: `num_tokens`, `num_targets`, and `loss_count`, the number of terms that its loss sums.
+    `warnings`: sentences on rows that were skipped or truncated.
+    """
+
+    has_loss_mask = False  # whether some tokens are not targets
+    docs_per_row = 1  # documents that a row of the file becomes
+
+    def __init__(self, data_path: str | Path, tokenizer: ChatTokenizer, max_seq_len: int, packing: bool = True,
+                 skip_bad_rows: bool = False, cache_dir: str | Path = CACHE_DIR, **settings):
+        self.path, self.max_seq_len, self.settings = Path(data_path), max_seq_len, settings
+        self.row_length = self.docs_per_row * max_seq_len
+        self.folder, self.meta = load_tokens(self.path, type(self).__name__, settings, self.parse, tokenizer,
+                                             self.has_loss_mask, skip_bad_rows, Path(cache_dir))
+        bad_rows = BadRows(self.path, skip_bad_rows, self.meta["bad"], self.meta["first_bad"])
+        bad_rows.check()
+        self.key = self.meta.get("key", self.folder.name)
+        self.tokens = np.memmap(self.folder / "tokens.bin", np.uint16, "r")
+        self.mask = np.memmap(self.folder / "mask.bin", np.uint8, "r") if self.has_loss_mask else None
+        self.row_index_path = self.folder / f"row_index_{max_seq_len}_{'packed' if packing else 'padded'}.npz"
+        if not self.row_index_path.exists():
+            self._save_row_index(packing)
+        with np.load(self.row_index_path) as index:
+            self.rows = Rows(index["start"], index["length"], index["row_offsets"])
+            self.num_tokens, self.num_targets = index["num_tokens"], index["num_targets"]
+            self.warnings = bad_rows.warnings() + json.loads(str(index["warnings"]))
+        self.max_sequences = int(np.diff(self.rows.row_offsets).max())
+
+    def parse(self, row: dict) -> list[list[Segment]]:
+        """A row of the file → its documents."""
+        raise NotImplementedError
+
+    def build_rows(self, start: np.ndarray, length: np.ndarray, packing: bool) -> tuple[Rows, np.ndarray, list[str]]:
+        """Documents (start in the token file, positions) → rows, tokens per row, warnings on what was truncated."""
+        raise NotImplementedError
+
+    def batch(self, row_ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """Rows → tensors, see `packing.collate`. Row -1 is empty."""
+        return collate(self.rows, row_ids, self.tokens, self.mask, self.row_length, self.max_sequences)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def loss_count(self) -> np.ndarray:
+        return self.num_targets
+
+    @property
+    def utilization(self) -> float:
+        """Share of the rows' positions that hold a token."""
+        return float(self.num_tokens.sum() / (len(self) * self.row_length))
+
+    def _save_row_index(self, packing: bool) -> None:
+        ends = np.load(self.folder / "ends.npy")
+        start = np.concatenate(([0], ends[:-1]))
+        rows, num_tokens, warnings = self.build_rows(start, ends - start - 1, packing)
+        num_targets = num_tokens
+        if self.has_loss_mask:
+            mask = np.asarray(self.mask)  # a slice of a memmap is slow to make
+            targets = [np.count_nonzero(mask[start + 1:start + length + 1])
+                       for start, length in zip(rows.start.tolist(), rows.length.tolist(), strict=True)]
+            num_targets = rows.sum_per_row(np.array(targets))
+        with open_atomically(self.row_index_path, shared=True) as file:
+            np.savez(file, start=rows.start, length=rows.length, row_offsets=rows.row_offsets, num_tokens=num_tokens,
+                     num_targets=num_targets, warnings=np.array(json.dumps(warnings)))
+
+
+def load_tokens(path: Path, kind: str, settings: dict, parse: Parser, tokenizer: ChatTokenizer, has_mask: bool,
+                skip_bad_rows: bool, cache_dir: Path) -> tuple[Path, dict]:
+    """The folder of the tokens of `path`, made where it is missing, and its meta.json. `path` may be such a folder.
+
+    Raises UserError for a missing file, a bad row on the way (unless `skip_bad_rows`), a folder of another recipe.
+    """
+    recipe = [VERSION, kind, tokenizer.hash, settings]
+    if path.is_dir():
+        folder, meta = path, load_prepared(path, recipe)
+    elif path.is_file():
+        identity = [VERSION, kind, content_hash(path, cache_dir), tokenizer.hash, settings]
+        folder = cache_dir / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+        if not (folder / "meta.json").exists():
+            tokenise(path, folder, recipe, parse, tokenizer, has_mask, skip_bad_rows)
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    else:
+        raise UserError(f"--data_path {path}: no such file")
+    return folder, meta
+
+
+def load_prepared(folder: Path, recipe: list) -> dict:
+    """The meta.json of a folder of tokens. Raises UserError unless its recipe is `recipe`."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        folder_recipe = meta["made_by"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"--data_path {folder}: a folder, but not of tokens (python scripts/prepare_data.py makes one "
+                        "of a file)") from None
+    for name, value, needed in zip(("version", "kind", "tokenizer", "settings"), folder_recipe, recipe, strict=True):
+        if value != needed:
+            raise UserError(f"--data_path {folder}: its tokens are of {name} {value}, needed is {needed}; make them "
+                            "anew with scripts/prepare_data.py")
+    return meta
+
+
+def content_hash(path: Path, cache_dir: Path) -> str:
+    """Hash of a file's content; remembered by path, size and time of change, so that the file is read once."""
+    stat = path.stat()
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    record = cache_dir / "files" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.json"
+    try:
+        known = json.loads(record.read_text())
+        if known["stamp"] == stamp:
+            return known["hash"]
+    except (OSError, ValueError, KeyError):
+        pass
+    digest = hashlib.blake2b(digest_size=12)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    write_atomically(record, json.dumps({"stamp": stamp, "hash": digest.hexdigest()}), shared=True)
+    return digest.hexdigest()
+
+
+def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, tokenizer: ChatTokenizer, has_mask: bool,
+             skip_bad_rows: bool) -> None:
+    """Write the folder of the tokens of `path`, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    ends, num_tokens = array("q"), 0  # millions of documents: a list would take 40 bytes for each
+    bad_rows = BadRows(path, skip_bad_rows)
+    try:
+        with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "mask.bin", "wb") as masks:
+            for documents in read_documents(path, parse, bad_rows):
+                for ids, mask in tokenizer.encode_segments(documents):
+                    tokens.write(np.array(ids, np.uint16).tobytes())
+                    if has_mask:
+                        masks.write(np.array(mask, np.uint8).tobytes())
+                    num_tokens += len(ids)
+                    ends.append(num_tokens)
+            for file in (tokens, masks):
+                file.flush()
+                os.fsync(file.fileno())
+        if not ends:
+            raise UserError(f"{path}: no usable row in it")
+        np.save(temporary / "ends.npy", np.frombuffer(ends, np.int64))
+        meta = {"source": str(path), "documents": len(ends), "tokens": num_tokens, "bad": bad_rows.count,
+                "first_bad": bad_rows.first, "key": folder.name, "made_by": recipe}
+        write_atomically(temporary / "meta.json", json.dumps(meta, ensure_ascii=False))
+        os.rename(temporary, folder)
+    except OSError:
+        if not (folder / "meta.json").exists():  # else another process was faster, with the same result
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_documents(path: Path, parse: Parser, bad_rows: BadRows) -> Iterator[list[list[Segment]]]:
+    """The documents of the file's rows, about `CHUNK_CHARS` at a time."""
+    documents, num_chars = [], 0
+    for _, parsed in read_rows(path, parse, bad_rows):
+        documents += parsed
+        num_chars += sum(len(segment) for document in parsed for segment, _ in document if isinstance(segment, str))
+        if num_chars > CHUNK_CHARS:
+            yield documents
+            documents, num_chars = [], 0
+    yield documents
