@@ -7,8 +7,9 @@ import sys
 from math import sqrt
 from statistics import NormalDist
 
+import lab
 import pytest
-from lab import TOKENIZER, small_model
+from lab import TOKENIZER, JsonHandler, small_model
 from reciter import Reciter
 from test_episodes import ask, calls, says, told
 from test_server import serving
@@ -204,6 +205,32 @@ def test_a_server_can_be_counted_and_talked_to(served, run, capsys):
     assert "minimind math: 3/3" in out and "minimind mixed: 1/3" in out
     said = run(*api, "--tools", "calculate_math", "--prompt=1 + 2?")
     assert said.split("\n", 1)[1] == '[calculate_math {"expression": "1 + 2"} → {"result": 3}]\nIt is 3.\n'
+
+
+class Clumsy(JsonHandler):
+    """Calls a tool with arguments that are no JSON, then thinks and answers; `requests` keeps what it was sent."""
+
+    requests: list[dict] = []
+
+    def do_POST(self):
+        self.requests.append(self.body())
+        broken = {"id": "a", "type": "function", "function": {"name": "calculate_math", "arguments": "1 + 2"}}
+        self.complete({"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [broken]}
+                      if len(self.requests) % 2 else {"role": "assistant", "content": "3"})
+
+
+def test_a_server_whose_call_cannot_be_read_is_told_so_and_goes_on(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"conversations": [OFFER, ask("1 + 2?"), says("")], "gt": ["3"]}) + "\n")
+    with lab.serving(Clumsy) as url:
+        assert "minimind rows: 1/1" in run("--backend=api", f"--api_base_url={url}", f"--cases={rows}",
+                                           f"--json={tmp_path / 'x.json'}")
+    _, call, result = Clumsy.requests[1]["messages"]  # the offer goes as tools
+    assert Clumsy.requests[1]["tools"] == OFFER["tools"] and call["reasoning_content"] == "Hm."
+    assert call["tool_calls"][0]["function"] == {"name": "calculate_math", "arguments": "1 + 2"}
+    assert result["tool_call_id"] == call["tool_calls"][0]["id"] and "error" in json.loads(result["content"])
+    case, = json.loads((tmp_path / "x.json").read_text("utf-8"))["weights"]["minimind"]["rows"]["cases"]
+    assert case["turns"][0]["malformed"] == ["1 + 2"] and not case["right_call"]
 
 
 @pytest.mark.parametrize("flags, said", [
