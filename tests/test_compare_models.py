@@ -108,7 +108,7 @@ def test_a_judge_grades_every_answer_and_sees_no_name(compare, endpoint):
 
 
 @pytest.mark.parametrize("grades, words", [
-    (["no", "11", "0 of 10"], ["'0 of 10'", "no number from 0 to 10", "without grades"]),
+    (["no", "11", "0 of 10"], ["'0 of 10'", "not a number from 0 to 10", "without grades"]),
     ([401], ["out of order", "without grades"])])
 def test_a_judge_that_fails_is_told_and_the_answers_are_kept(compare, endpoint, capsys, tmp_path, grades, words):
     endpoint.grades += grades

@@ -295,7 +295,7 @@ def test_the_judge_is_asked_once_about_each_answer_and_again_when_it_is_busy(jud
         "answer": {"role": "assistant", "content": "Four is 4."}}
 
 
-@pytest.mark.parametrize(("grade", "words"), [(400, "busy"), ("fine", "no number from 0 to 10")])
+@pytest.mark.parametrize(("grade", "words"), [(400, "busy"), ("fine", "not a number from 0 to 10")])
 def test_a_judge_that_gives_no_grade_is_a_failure_that_names_the_row(judge, grade, words):
     judge.grades = [grade]
     with pytest.raises(Failure, match=f"reward judge failed on rows.jsonl:7: .*{words}"):

@@ -1,7 +1,7 @@
-"""Trajectories → rewards: rules, reward models and a judge, each a column of its own, summed with weights.
+"""Trajectories → rewards: rules, reward models and an LLM judge, each a component of its own, summed with weights.
 
-With no flag the rules alone. A rule looks at one trajectory and returns one number; what it rewards can be had by what
-it asks for only, as far as a rule can tell: a list of all numbers is no right answer.
+With no flag only the rules score. A rule maps one trajectory to one number, and is written so that, as far as a rule
+can tell, the reward is earned only by what it asks for: an answer that lists every number is not a right answer.
 """
 
 import argparse
@@ -24,43 +24,46 @@ RewardFn = Callable[[Prompt, Trajectory], float]
 BatchRewardFn = Callable[[list[Prompt], list[Trajectory]], Tensor | list[float]]
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)\]])-)?(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?)")
 LENGTH_WINDOW = (4, 256)  # tokens of content that are neither too few nor too many
-REPEATED = 4  # tokens in a row that are a repetition when they come again
+NGRAM = 4  # tokens in a row that count as a repetition when they come again
+NUM_SPECIAL = 36  # ids below are special tokens
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
 
 def accuracy(prompt: Prompt, trajectory: Trajectory) -> float:
-    """Share of the ground truth in the answer, 0 to 1; 0 where nobody knows it. Its numbers must be the last ones said.
+    """Share of the ground truth in the answer, 0 to 1; 0 where none is known. Its numbers must be the answer's last.
 
-    A number is compared as a number, a text is looked for without regard to case, width and kind of spaces.
+    Numbers are compared as numbers; texts are searched without regard to case, width and kind of spaces.
     """
-    content, wanted = normalize(trajectory.answer.content), [normalize(text) for text in prompt.ground_truth]
-    said, count = list(NUMBER.finditer(content)), sum(len(NUMBER.findall(text)) for text in wanted)
-    last = said[max(0, len(said) - count):] if count else []
-    left = Counter(to_decimal(number.group()) for number in last)  # each can be the answer to one thing asked
+    content = normalize(trajectory.answer.content)
+    targets = [normalize(text) for text in prompt.ground_truth]
+    num_wanted = sum(len(NUMBER.findall(target)) for target in targets)
+    numbers = list(NUMBER.finditer(content))
+    last_numbers = numbers[max(0, len(numbers) - num_wanted):] if num_wanted else []
+    unmatched = Counter(to_decimal(number.group()) for number in last_numbers)  # each can match one target
     hits = 0
-    for text in wanted:
-        if NUMBER.fullmatch(text):
-            hits += left[to_decimal(text)] > 0
-            left[to_decimal(text)] -= 1
+    for target in targets:
+        if NUMBER.fullmatch(target):
+            hits += unmatched[to_decimal(target)] > 0
+            unmatched[to_decimal(target)] -= 1
         else:
-            found = [match.end() for match in re.finditer(word_pattern(text), content)] if text else []
-            hits += bool(found) and (not NUMBER.search(text) or bool(last) and found[-1] > last[0].start())
-    return hits / max(len(wanted), 1)
+            ends = [match.end() for match in re.finditer(word_pattern(target), content)] if target else []
+            has_number = NUMBER.search(target)
+            hits += bool(ends) and (not has_number or bool(last_numbers) and ends[-1] > last_numbers[0].start())
+    return hits / max(len(targets), 1)
 
 
 def format_ok(prompt: Prompt, trajectory: Trajectory) -> float:
-    """1 for an answer that ended by itself, whose thinking (if asked for) is closed and not empty and followed by
-    content or calls, with no marker out of place and no call that cannot be read; else 0."""
+    """1 for an answer that is not cut off, has content or calls, and whose last turn is well-formed; else 0."""
     answer = trajectory.answer
     return float(not trajectory.truncated and bool(answer.content.strip() or answer.tool_calls)
-                 and turn_is_whole(last_turn(trajectory), prompt.thinking, answer))
+                 and is_well_formed(last_turn(trajectory), prompt.thinking, answer))
 
 
-def turn_is_whole(ids: list[int], thinking: bool, answer: AssistantMessage) -> bool:
-    """Whether a turn ended by itself, its thinking, if asked for, is closed and not empty, its calls come last, closed
-    and readable, and no marker stands out of place. `ids` were sampled, `answer` is what they say."""
-    *markers, end = [i for i in ids if i < 36] or [None]
+def is_well_formed(ids: list[int], thinking: bool, answer: AssistantMessage) -> bool:
+    """Whether a turn ends with <|im_end|>, its thinking, if asked for, is closed and not empty, its calls come last,
+    closed and parseable, and no other marker occurs. `ids` were sampled, `answer` is parsed from them."""
+    *markers, end = [i for i in ids if i < NUM_SPECIAL] or [None]
     if thinking:
         if markers[:1] != [END_THINK] or not answer.reasoning.strip():
             return False
@@ -68,20 +71,19 @@ def turn_is_whole(ids: list[int], thinking: bool, answer: AssistantMessage) -> b
     return ids[-1:] == [EOS] == [end] and not answer.malformed and markers == [CALL, END_CALL] * (len(markers) // 2)
 
 
-def length_rule(tokenizer: ChatTokenizer) -> RewardFn:
-    """1 for content of LENGTH_WINDOW tokens; outside, how near it comes as a ratio: 0 for none, 1/2 for twice the most.
-    """
-    def length(_: Prompt, trajectory: Trajectory) -> float:
-        tokens, (low, high) = len(tokenizer.encode_text(trajectory.answer.content)), LENGTH_WINDOW
-        return min(1.0, tokens / low, high / max(tokens, 1))
-    return length
+def length_reward(tokenizer: ChatTokenizer) -> RewardFn:
+    """1 for content of LENGTH_WINDOW tokens; else the ratio to the nearer bound: 0 for none, 1/2 for twice as many."""
+    def reward(_: Prompt, trajectory: Trajectory) -> float:
+        num_tokens, (low, high) = len(tokenizer.encode_text(trajectory.answer.content)), LENGTH_WINDOW
+        return min(1.0, num_tokens / low, high / max(num_tokens, 1))
+    return reward
 
 
 def repetition(_: Prompt, trajectory: Trajectory) -> float:
-    """Minus the share of REPEATED tokens in a row that were said before in this turn, -1 to 0."""
-    said = [i for i in last_turn(trajectory) if i > 35]
-    runs = [tuple(said[i:i + REPEATED]) for i in range(len(said) - REPEATED + 1)]
-    return len(set(runs)) / len(runs) - 1 if runs else 0.0
+    """Minus the share of the last turn's NGRAM-grams that occurred before in it, -1 to 0."""
+    ids = [i for i in last_turn(trajectory) if i >= NUM_SPECIAL]
+    ngrams = [tuple(ids[i:i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
+    return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
 
 
 def last_turn(trajectory: Trajectory) -> list[int]:
@@ -91,12 +93,12 @@ def last_turn(trajectory: Trajectory) -> list[int]:
 
 
 def normalize(text: str) -> str:
-    """One spelling for what reads alike."""
+    """One spelling for what reads the same."""
     return " ".join(unicodedata.normalize("NFKC", text).replace("−", "-").casefold().split())
 
 
 def word_pattern(text: str) -> str:
-    """A pattern of `text` that is no part of a longer word or number (Chinese puts nothing between words)."""
+    """A pattern of `text` that is not part of a longer word or number (Chinese puts nothing between words)."""
     return (r"(?<![0-9a-z])" * bool(re.match(r"[0-9a-z]", text)) + re.escape(text)
             + r"(?![0-9a-z])" * bool(re.search(r"[0-9a-z]$", text)))
 
@@ -108,47 +110,47 @@ def to_decimal(number: str) -> Decimal:
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 class Rewards:
-    """The components that are in use, `names` [C], and how much each counts, `weights` [C]."""
+    """The components in use, `names` [C], and how much each counts, `weights` [C]."""
 
     def __init__(self, components: dict[str, BatchRewardFn], weights: dict[str, float]):
         self.components, self.names = components, list(components)
         self.weights = torch.tensor([weights.get(name, 1.0) for name in components])
 
     def score(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> Tensor:
-        """What each component says of each trajectory, unweighted, [n, C] fp32.
+        """The score of each trajectory by each component, unweighted, [n, C] fp32.
 
-        Raises Failure, naming component and row, when one fails or says something that is no finite number.
+        Raises Failure, naming component and row, when one fails or returns a number that is not finite.
         """
-        columns = torch.empty(len(prompts), len(self.components))
+        scores = torch.empty(len(prompts), len(self.components))
         for column, (name, component) in enumerate(self.components.items()):
             try:
-                columns[:, column] = torch.as_tensor(component(prompts, trajectories), dtype=torch.float32)
+                scores[:, column] = torch.as_tensor(component(prompts, trajectories), dtype=torch.float32)
             except Exception as error:
-                where, error = find_failing_row(component, prompts, trajectories, error)
-                raise Failure(f"reward {name} failed on {where}: {first_line(error)}") from error
-        if not columns.isfinite().all():
-            row, column = (~columns.isfinite()).nonzero()[0].tolist()
-            raise Failure(f"reward {self.names[column]} of {prompts[row].source} is {float(columns[row, column])}")
-        return columns
+                row, error = find_failing_row(component, prompts, trajectories, error)
+                raise Failure(f"reward {name} failed on {row}: {first_line(error)}") from error
+        if not scores.isfinite().all():
+            row, column = (~scores.isfinite()).nonzero()[0].tolist()
+            raise Failure(f"reward {self.names[column]} of {prompts[row].source} is {float(scores[row, column])}")
+        return scores
 
-    def total(self, components: Tensor) -> Tensor:
-        """The weighted sum [n] of `components` [n, C]."""
-        return components @ self.weights
+    def total(self, scores: Tensor) -> Tensor:
+        """The weighted sum [n] of `scores` [n, C]."""
+        return scores @ self.weights
 
 
 def find_failing_row(component: BatchRewardFn, prompts: list[Prompt], trajectories: list[Trajectory],
-            error: Exception) -> tuple[str, Exception]:
-    """Which row a component fails on when asked about each alone, and how; all, if it is none."""
+                     error: Exception) -> tuple[str, Exception]:
+    """The row that a component fails on when it is given each alone, and the error; all rows, if it is none."""
     for prompt, trajectory in zip(prompts, trajectories, strict=True):
         try:
             component([prompt], [trajectory])
-        except Exception as alone:
-            return prompt.source, alone
+        except Exception as row_error:
+            return prompt.source, row_error
     return f"{prompts[0].source} and {len(prompts) - 1} others together", error
 
 
-def batched(rule: RewardFn) -> BatchRewardFn:
-    return lambda prompts, trajectories: [rule(*pair) for pair in zip(prompts, trajectories, strict=True)]
+def batched(reward: RewardFn) -> BatchRewardFn:
+    return lambda prompts, trajectories: [reward(*pair) for pair in zip(prompts, trajectories, strict=True)]
 
 
 def add_reward_args(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +168,7 @@ def add_reward_args(parser: argparse.ArgumentParser) -> None:
 def make_rewards(args: argparse.Namespace, tokenizer: ChatTokenizer, device: torch.device,
                  rules: dict[str, RewardFn] | None = None) -> Rewards:
     """The components that the flags ask for: `rules`, and `weight`, `model`, `judge`. Raises UserError."""
-    rules = rules or {"exact": accuracy, "format": format_ok, "length": length_rule(tokenizer),
+    rules = rules or {"exact": accuracy, "format": format_ok, "length": length_reward(tokenizer),
                       "repetition": repetition}
     components = {name: batched(rule) for name, rule in rules.items()}
     if args.reward_weight:
