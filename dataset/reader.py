@@ -1,0 +1,151 @@
+"""Data files → rows, recognised by their content, not by their name.
+
+    a file begins with                 its rows are
+    1f 8b (gzip)                       those of the file packed in it
+    PAR1 (parquet)                     the rows of the table (pip install pyarrow)
+    [                                  the elements of the array, read a little at a time
+    {, alone on its line               JSON objects that span several lines each
+    a line with a field of CSV_FIELDS  those of a csv file, separated by commas, tabs or semicolons
+    anything else                      lines of JSON
+
+A UTF-8 byte order mark, CRLF and blank lines are skipped. A file without rows is called by its name, with the way out.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from model.chat import read_json
+from model.cli import UserError
+
+CSV_FIELDS = {"text", "conversations", "messages", "prompt", "instruction", "chosen", "query", "question"}
+CHUNK = 1 << 20  # characters of a JSON array read at a time
+LARGEST_VALUE = 256 << 20  # characters of one element of an array, or of one field of a csv file
+SEPARATORS, SCAN = re.compile(r"[\s,]*"), json.JSONDecoder().raw_decode
+IMAGE = "an image: this model reads text only"
+NOT_ROWS = {  # how a file begins: what it is, and the way out
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself, which `git lfs pull` fetches",
+    b"\xff\xfe": "UTF-16 text, which `iconv -f UTF-16 -t UTF-8` converts",
+    b"\xfe\xff": "UTF-16 text, which `iconv -f UTF-16 -t UTF-8` converts",
+    b"<": 'an HTML or XML page, as failed downloads leave: download the file itself (the "raw" link)',
+    b"PK\x03\x04": "a zip archive: unpack it and name the file in it",
+    b"BZh": "compressed by bzip2: unpack it with `bunzip2`",
+    b"\xfd7zXZ": "compressed by xz: unpack it with `unxz`",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it with `zstd -d`",
+    b"ARROW1": "an Arrow file: save it as .parquet or .jsonl",
+    b"%PDF": "a PDF: extract its text first",
+    b"\x89PNG": IMAGE, b"\xff\xd8\xff": IMAGE, b"GIF8": IMAGE, b"RIFF": IMAGE,
+}  # fmt: skip
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, JSON text) of each row of a data file; without lines of its own, a row is numbered itself.
+
+    Raises UserError naming the file and where reading stopped. Whether a row is good is `parse_row`'s to find out.
+    """
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in _rows(file, path):
+                yield number, line
+    except FileNotFoundError:
+        raise UserError(f"--data_path {path}: no such file") from None
+    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
+        reason = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
+        raise UserError(f"{path}:{number + 1}: cannot be read: {reason}") from None
+
+
+def parse_row(line: bytes) -> dict:
+    """The JSON text of a row → the row. Raises ValueError saying what is wrong."""
+    try:
+        row = read_json(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(not_utf8(error)) from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is a JSON object, not {type(row).__name__}")
+    return row
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: {error.reason} (`iconv -f GB18030 -t UTF-8` converts a file in GBK)"
+
+
+def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    if file.peek(2)[:2] == b"\x1f\x8b":
+        file = gzip.GzipFile(fileobj=file)
+    head = file.peek(4096)[:4096].removeprefix(codecs.BOM_UTF8)
+    if head.startswith(b"PAR1"):
+        return _parquet_rows(file, path)
+    start = head.lstrip()
+    name = next((name for magic, name in NOT_ROWS.items() if start.startswith(magic)), None)
+    if b"\0" in head and not name:
+        name = NOT_ROWS[b"\xff\xfe"] if 0 in head[:2] and any(head[:2]) else "a binary file, not text"
+    if name or not head:
+        raise UserError(f"{path}: {name or 'the file is empty'}")
+    if re.match(rb"\[|\{\s*\n", start):
+        return _json_rows(file)
+    header = [*start.decode("utf-8", "replace").splitlines(), ""][:1]
+    for separator in "" if start.startswith(b"{") else ",\t;":
+        names = next(csv.reader(header, delimiter=separator))
+        if CSV_FIELDS & {name.strip().lower() for name in names}:
+            return _csv_rows(file, separator)
+    return ((number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+            for number, line in enumerate(file, 1) if line.strip())
+
+
+def _json_rows(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The elements of an array, or objects one after the other, however they are laid out."""
+    text = io.TextIOWrapper(file, "utf-8-sig")
+    buffer, number, ended = text.read(CHUNK).lstrip(), 0, False
+    is_array = buffer.startswith("[")
+    at = int(is_array)
+    while True:
+        at = SEPARATORS.match(buffer, at).end()
+        if is_array and buffer[at:at + 1] == "]":
+            if (buffer[at + 1:] + text.read(CHUNK)).strip():
+                raise ValueError("text after the end of the array")
+            return
+        if ended and at == len(buffer) and not is_array:
+            return
+        try:
+            value, end = SCAN(buffer, at)
+            whole = ended or end < len(buffer)  # else what follows may belong to it
+        except ValueError as error:
+            if ended or len(buffer) - at > LARGEST_VALUE:
+                raise ValueError(f"not JSON, or cut off: {error}") from None
+            whole = False
+        if whole:
+            number, at = number + 1, end
+            yield number, _dump(value)
+        else:
+            more = text.read(max(CHUNK, len(buffer) - at))
+            buffer, at, ended = buffer[at:] + more, 0, not more
+
+
+def _csv_rows(file: BinaryIO, separator: str) -> Iterator[tuple[int, bytes]]:
+    csv.field_size_limit(LARGEST_VALUE)
+    rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=separator)
+    for row in rows:
+        if None in row:
+            raise ValueError(f"more cells than the header names; a text with {separator!r} in it is quoted")
+        yield rows.line_num, _dump(row)
+
+
+def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path}: a parquet file, which needs pyarrow: pip install pyarrow") from None
+    rows = (row for batch in ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
+    return ((number, _dump(row)) for number, row in enumerate(rows, 1))
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value, default=str).encode() + b"\n"
