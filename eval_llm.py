@@ -9,7 +9,7 @@ import torch
 
 from model.chat import BOS, AssistantMessage, ChatTokenizer, MessageParser
 from model.cli import Parser, UserError, add_sampling_args, run_main
-from model.inference.engine import Engine, Sampling
+from model.inference.engine import Engine, SamplingParams
 from model.loading import add_loading_args, load_from_args
 from scripts.lib.terminal import interact, print_event
 
@@ -52,7 +52,7 @@ class Chat:
         args, thinking = self.args, bool(self.args.open_thinking) and not self.continues_text
         seed = args.seed if args.seed is not None else time.time_ns() % 2**31  # another one each time
         try:
-            sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=seed,
+            sampling = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=seed,
                                 repetition_penalty=args.repetition_penalty)
             sequence = self.engine.add(prompt, sampling)
         except ValueError as error:
@@ -62,15 +62,15 @@ class Chat:
         try:
             while self.engine.busy:
                 self.engine.step()
-                for event in parser.feed(sequence.said[num_shown:]):
+                for event in parser.feed(sequence.output_pieces[num_shown:]):
                     print_event(*event)
-                num_shown = len(sequence.said)
+                num_shown = len(sequence.output_pieces)
         except KeyboardInterrupt:
             self.engine = self.new_engine()  # the old one may have stopped in the middle of a step
             print(" …", end="")
         for event in parser.finish():
             print_event(*event)
-        num_tokens = len(sequence.ids)
+        num_tokens = len(sequence.completion_ids)
         speed = num_tokens / (time.perf_counter() - start)
         print(f"\n[{num_tokens} tokens, {speed:.1f} tokens/s]" if sys.stdout.isatty() else "")
         if not self.continues_text:

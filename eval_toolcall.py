@@ -25,7 +25,7 @@ from eval_llm import Chat
 from model.chat import TOKENIZER_DIR, AssistantMessage, ChatTokenizer
 from model.cli import Parser, UserError, add_sampling_args, positive_int, run_main
 from model.files import write_atomically
-from model.inference.engine import Sampling
+from model.inference.engine import SamplingParams
 from model.loading import add_loading_args, load_from_args
 from scripts.chat_api import ApiChat
 from scripts.lib.openai_client import ChatClient
@@ -52,7 +52,7 @@ def local_rollouts(model, tokenizer: ChatTokenizer, args: argparse.Namespace) ->
 
     def rollout(prompts: list[Prompt], max_turns: int) -> list[Trajectory]:
         fitting = [prompt for prompt in prompts if len(prompt.ids) < max_len]
-        samplings = [Sampling(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed + number)
+        samplings = [SamplingParams(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed + number)
                      for number in range(len(fitting))]
         episodes = iter(run_episodes(LocalRolloutEngine(model, tokenizer), fitting, samplings, tokenizer, max_turns,
                                      max_len, partial(call_tool, seed=args.seed)))

@@ -31,7 +31,7 @@ from benchmarks.machine import save_result
 from model import model_minimind
 from model.cli import Parser, positive_int, run_main
 from model.device import choose_device, inference_dtype
-from model.inference.engine import Engine, Sampling
+from model.inference.engine import Engine, SamplingParams
 from model.inference.prepacked import use_prepacked
 from model.linear import linear
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -79,7 +79,7 @@ def engine_run(engine: Engine, requests: list[tuple[list[int], int]], every: int
     while waiting or engine.busy:
         while waiting and steps >= every * (len(requests) - len(waiting)):
             prompt, tokens = waiting.pop(0)
-            engine.add(prompt, Sampling(tokens, TEMPERATURE, TOP_P, seed=len(waiting), stop_ids=()))
+            engine.add(prompt, SamplingParams(tokens, TEMPERATURE, TOP_P, seed=len(waiting), stop_ids=()))
         engine.step()
         steps += 1
 
@@ -98,7 +98,7 @@ def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, 
                 chosen = [(prompt, 4) for prompt, _ in chosen]
             began = time.perf_counter()
             if kind == "engine":
-                engine.forget()
+                engine.reset_prefix_cache()
                 engine_run(engine, chosen, 0 if together else 2)
             elif together:
                 plain_loop(plain, [prompt for prompt, _ in chosen], chosen[0][1])
@@ -148,7 +148,7 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
     """Milliseconds of a decoding step with so many sequences, after about 100 tokens, and the least it could take."""
     engine, drawing = Engine(model, max_batch=32, compile=compile), []
     for number, prompt in enumerate(prompts):
-        engine.add(prompt, Sampling(200, TEMPERATURE, TOP_P, seed=number, stop_ids=()))
+        engine.add(prompt, SamplingParams(200, TEMPERATURE, TOP_P, seed=number, stop_ids=()))
     for _ in range(30):
         engine.step()
     result, draw = {"step": seconds_of(engine.step)}, engine._draw
@@ -207,7 +207,7 @@ def profile_arriving(model: nn.Module, requests: list[tuple[list[int], int]], ev
     def forward(places: list[int]) -> tuple:
         nonlocal phase
         sequences = [engine._places[place] for place in places]
-        lengths = [min(len(s._tokens) - s._computed, engine.prefill_chunk) for s in sequences]
+        lengths = [min(len(s._token_ids) - s._num_computed, engine.prefill_chunk) for s in sequences]
         phase = "reading" if max(lengths) > 1 else "answering"
         here, before = found[phase], found[phase]["TFLOP"]
         here.update(passes=1, tokens=sum(lengths), rows=len(lengths) * max(lengths))

@@ -29,7 +29,7 @@ from dataset.sample_world import write as write_sample
 from model.chat import ChatTokenizer
 from model.cli import Failure, Parser, UserError, nonneg_float, positive_int, run_main
 from model.device import choose_device
-from model.inference.engine import Sampling, generate
+from model.inference.engine import SamplingParams, generate
 from model.loading import load_for_inference
 from model.weights import OUT_DIR, ROOT
 from scripts.lib import stages
@@ -170,8 +170,8 @@ def evaluate(args: argparse.Namespace, folder: Path, finished: dict[str, float],
         model, tokenizer = load_for_inference("model", weight, folder, None, device, lora_weight=lora)
         result["exam"][name] = share_per_skill(score(model, tokenizer, cases[::args.every]))
         prompts = [tokenizer.prompt([{"role": "user", "content": question}]) for question in CHAT]
-        sequences = generate(model, prompts, Sampling(96, temperature=0))
-        result["answers"][name] = {question: tokenizer.decode(sequence.ids)
+        sequences = generate(model, prompts, SamplingParams(96, temperature=0))
+        result["answers"][name] = {question: tokenizer.decode(sequence.completion_ids)
                                    for question, sequence in zip(CHAT, sequences, strict=True)}
         print(f"evaluation: {name}", *(f"{skill} {right:.0%}" for skill, right in result["exam"][name].items()))
     run("eval_toolcall.py", {

@@ -40,7 +40,7 @@ from dataset.prompts import Prompt, PromptDataset
 from model.chat import CALL, END_CALL, EOS, ChatTokenizer
 from model.cli import Parser, positive_int, run_main
 from model.device import choose_device, cpu_has_bfloat16
-from model.inference.engine import Engine, Sampling
+from model.inference.engine import Engine, SamplingParams
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.arguments import parse_policy_args, policy_parser
 from trainer.distributed import World
@@ -197,7 +197,7 @@ class Reciting(Engine):
 
     def _draw(self, logits, sequences):
         _, *rest = super()._draw(logits, sequences)
-        asked = [(divmod(s.sampling.seed, TURN_SEED_STRIDE), len(s.ids)) for s in sequences]
+        asked = [(divmod(s.params.seed, TURN_SEED_STRIDE), len(s.completion_ids)) for s in sequences]
         return [self.scripts[episode][turn][place] for (turn, episode), place in asked], *rest
 
 
@@ -229,7 +229,7 @@ def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: 
             scripts.append([*turns, [*answer, EOS]])
         Reciting.scripts = scripts
         began = now(device)
-        samplings = [Sampling(64, 1.0, 1.0, seed=number) for number in range(episodes)]
+        samplings = [SamplingParams(64, 1.0, 1.0, seed=number) for number in range(episodes)]
         played = run_episodes(RecitingEngine(model, tokenizer, half_where_fast(device)), prompts, samplings, tokenizer)
         speeds["ours"].append(sum(sum(episode.action_mask) for episode in played) / (now(device) - began))
         assert all(len(episode.turns) == 3 for episode in played), "an episode did not go as written"

@@ -33,7 +33,7 @@ from benchmarks.machine import save_result
 from model.chat import ChatTokenizer
 from model.cli import Failure, Parser, positive_int, run_main
 from model.device import choose_device
-from model.inference.engine import Sampling, generate
+from model.inference.engine import SamplingParams, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, load_weight, save_weight
 
@@ -87,7 +87,7 @@ async def load(url: str, prompts: list[list[int]], clients: int, tokens: int) ->
 def engine_alone(model: nn.Module, prompts: list[list[int]], clients: int, tokens: int) -> float:
     """Seconds that the same requests take without a server, as many of them together."""
     began = time.perf_counter()
-    generate(model, prompts, Sampling(tokens), ChatTokenizer(), max_batch=clients)
+    generate(model, prompts, SamplingParams(tokens), ChatTokenizer(), max_batch=clients)
     return time.perf_counter() - began
 
 

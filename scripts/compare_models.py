@@ -25,7 +25,7 @@ from model.chat import BOS, parse_message
 from model.cli import Failure, Parser, UserError, add_sampling_args, run_main
 from model.device import choose_device
 from model.files import write_atomically
-from model.inference.engine import Sampling, generate
+from model.inference.engine import SamplingParams, generate
 from model.loading import load_for_inference
 from model.weights import OUT_DIR, find_models
 from scripts.generate_answers import prompt_of
@@ -78,8 +78,8 @@ def answers_of(spec: str, prompts: list[list[dict]], args: argparse.Namespace) -
         prompt_ids = [[BOS, *tokenizer.encode_text(prompt[-1]["content"])] for prompt in prompts]
     else:
         prompt_ids = [tokenizer.prompt(prompt) for prompt in prompts]
-    sampling = Sampling(args.max_new_tokens, args.temperature, seed=args.seed)
-    return [parse_message(tokenizer, sequence.ids).to_dict()
+    sampling = SamplingParams(args.max_new_tokens, args.temperature, seed=args.seed)
+    return [parse_message(tokenizer, sequence.completion_ids).to_dict()
             for sequence in generate(model, prompt_ids, sampling, tokenizer)]
 
 

@@ -12,7 +12,7 @@ from dataset.jsonl import read_rows
 from dataset.sample_world import is_correct
 from model.chat import parse_message
 from model.cli import Parser, positive_int, run_main
-from model.inference.engine import Sampling, generate
+from model.inference.engine import SamplingParams, generate
 from model.loading import add_loading_args, load_from_args
 from model.weights import ROOT
 
@@ -24,8 +24,8 @@ def score(model, tokenizer, cases: list[dict], max_new_tokens: int = 128) -> lis
         *context, expected = case["conversations"]
         thinking.append(bool(expected.get("reasoning_content")))
         prompts.append(tokenizer.prompt(context, open_thinking=thinking[-1]))
-    answers = generate(model, prompts, Sampling(max_new_tokens, temperature=0))
-    parsed = [parse_message(tokenizer, answer.ids, thinks).to_dict()
+    answers = generate(model, prompts, SamplingParams(max_new_tokens, temperature=0))
+    parsed = [parse_message(tokenizer, answer.completion_ids, thinks).to_dict()
               for answer, thinks in zip(answers, thinking, strict=True)]
     return [case | {"answer": answer, "correct": is_correct(case["conversations"][-1], answer)}
             for case, answer in zip(cases, parsed, strict=True)]

@@ -199,7 +199,8 @@ class Progression:
                 open_choices -= 1
                 self.completion_tokens += progress.sampled
                 prompt = id(self.job.prompts[progress.number])
-                self._cached[prompt] = min(progress.reused, self._cached.get(prompt, progress.reused))
+                num_cached = progress.num_cached_tokens
+                self._cached[prompt] = min(num_cached, self._cached.get(prompt, num_cached))
 
     @property
     def usage(self) -> dict:

@@ -7,7 +7,7 @@ from test_episodes import OFFER, PRODUCT, SUM, ask, calls, says, told
 
 from dataset.prompts import Prompt
 from model.chat import END_CALL, END_THINK, EOS
-from model.inference.engine import Sampling
+from model.inference.engine import SamplingParams
 from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS
 from trainer.rl.episodes import run_episodes
 from trainer.rollout_engine import LocalRolloutEngine
@@ -25,7 +25,7 @@ def scores(*talk: dict, raw: list[int] | None = None, gt: tuple = ("3",), thinki
         row = (TOKENIZER.prompt([*QUESTION, *talk], open_thinking=thinking)) + raw
     prompt = Prompt(TOKENIZER.prompt(QUESTION, open_thinking=thinking), QUESTION, thinking, list(gt))
     engine = LocalRolloutEngine(Reciter([row]), TOKENIZER)
-    episode, = run_episodes(engine, [prompt], [Sampling(300, temperature=0)], TOKENIZER, max_turns)
+    episode, = run_episodes(engine, [prompt], [SamplingParams(300, temperature=0)], TOKENIZER, max_turns)
     return {name: rule(prompt, episode) for name, rule in AGENT_REWARDS.items()}
 
 

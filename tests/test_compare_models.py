@@ -10,7 +10,7 @@ import torch
 from lab import TOKENIZER, JsonHandler, serving, small_model
 
 from model.cli import run_main
-from model.inference.engine import Sampling, generate
+from model.inference.engine import SamplingParams, generate
 from model.transformers_io import save_folder
 from model.weights import save_weight
 from scripts import compare_models
@@ -80,7 +80,7 @@ def test_weights_folders_and_endpoints_stand_side_by_side(compare, endpoint, tmp
     assert first[0] == "Who are you?" and first[4] == first[5] == "?uoy era ohW"
     assert second[0] == "1\\|2 &lt;b>" and second[4] == ">b&lt; 2\\|1"
     prompt = TOKENIZER.prompt([{"role": "user", "content": "Who are you?"}])
-    greedy, = generate(model, [prompt], Sampling(12, temperature=0.0), TOKENIZER)
+    greedy, = generate(model, [prompt], SamplingParams(12, temperature=0.0), TOKENIZER)
     assert first[1] == first[2] == first[3] == compare_models.cell(greedy.text) > " "
     assert [request["model"] for request in endpoint.heard] == ["first", "first", "other", "other"]
     assert all(request["max_tokens"] == 12 and request["temperature"] == 0 for request in endpoint.heard)

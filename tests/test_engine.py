@@ -28,10 +28,10 @@ from model.cli import run_main
 from model.device import inference_dtype
 from model.inference import cuda_graphs as decode_graphs
 from model.inference import engine as engine_module
-from model.inference.cuda_graphs import DecodeGraphs, capturable
-from model.inference.engine import Engine, Sampling, Sequence, generate, stream
+from model.inference.cuda_graphs import DecodeGraphs, can_capture
+from model.inference.engine import Engine, SamplingParams, Sequence, generate, stream
 from model.inference.prepacked import prepack, use_prepacked
-from model.inference.sampling import draw
+from model.inference.sampling import sample
 from model.linear import linear
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_weight, save_weight
@@ -40,8 +40,8 @@ from scripts.lib.terminal import HELP
 KINDS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2},
          "yarn": {"inference_rope_scaling": True}}
 every_kind = pytest.mark.parametrize("kind", KINDS)
-greedy = partial(Sampling, temperature=0, stop_ids=())
-free = partial(Sampling, temperature=1.0, top_p=1.0, stop_ids=())
+greedy = partial(SamplingParams, temperature=0, stop_ids=())
+free = partial(SamplingParams, temperature=1.0, top_p=1.0, stop_ids=())
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 TOKENIZER = ChatTokenizer()
 
@@ -68,13 +68,13 @@ def plainly(model: MiniMindForCausalLM, prompt: list[int], tokens: int) -> list[
 
 
 def answers(*request, **options) -> list[list[int]]:
-    return [sequence.ids for sequence in generate(*request, **options)]
+    return [sequence.completion_ids for sequence in generate(*request, **options)]
 
 
 @pytest.fixture
 def short_places(monkeypatch):
     """The cache starts with places of 8 tokens, so that it grows, shrinks and runs out."""
-    monkeypatch.setattr(engine_module, "SMALLEST_LENGTH", 8)
+    monkeypatch.setattr(engine_module, "MIN_SLOT_LEN", 8)
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_greedy_answers_of_mixed_batches_are_those_of_one_by_one_decoding_withou
             engine.step()
     while engine.busy:
         engine.step()
-    assert [sequence.ids for sequence in sequences] == expected
+    assert [sequence.completion_ids for sequence in sequences] == expected
     assert {sequence.finish_reason for sequence in sequences} == {"length"}
 
 
@@ -106,9 +106,9 @@ def test_a_stop_token_ends_its_row_and_no_other():
     ended = generate(model, prompts, greedy(12, stop_ids=(stop,)))
     for sequence, answer in zip(ended, whole, strict=True):
         end = answer.index(stop) if stop in answer else 12
-        assert sequence.ids == answer[:end + 1] and sequence.answer_ids == answer[:end]
+        assert sequence.completion_ids == answer[:end + 1] and sequence.answer_ids == answer[:end]
         assert sequence.finish_reason == ("stop" if stop in answer else "length")
-    assert len(ended[1].answer_ids) <= 3 and max(len(sequence.ids) for sequence in ended) == 12
+    assert len(ended[1].answer_ids) <= 3 and max(len(sequence.completion_ids) for sequence in ended) == 12
 
 
 def test_a_long_prompt_is_read_in_chunks_and_stalls_nobody():
@@ -117,14 +117,14 @@ def test_a_long_prompt_is_read_in_chunks_and_stalls_nobody():
     running = engine.add(short, greedy(40))
     engine.step()
     sequence, steps = engine.add(long, greedy(4)), 0
-    while not sequence.ids:
-        before, steps = len(running.ids), steps + 1
+    while not sequence.completion_ids:
+        before, steps = len(running.completion_ids), steps + 1
         engine.step()
-        assert len(running.ids) == before + 1
+        assert len(running.completion_ids) == before + 1
     assert steps == 8
     while engine.busy:
         engine.step()
-    assert sequence.ids == plainly(model, long, 4) and running.ids == plainly(model, short, 40)
+    assert sequence.completion_ids == plainly(model, long, 4) and running.completion_ids == plainly(model, short, 40)
 
 
 def test_a_model_in_transformers_format_answers_as_transformers_does():
@@ -200,7 +200,7 @@ def test_weights_that_are_elsewhere_are_not_packed():
 def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    monkeypatch.setattr(engine_module, "SMALLEST_LENGTH", 16)  # the cache grows on the way
+    monkeypatch.setattr(engine_module, "MIN_SLOT_LEN", 16)  # the cache grows on the way
     torch._dynamo.reset()
     model, prompts = lively_model(), some_prompts(15, 13, 19, 14, 12, 17, 16)
     expected = [plainly(model, prompt, 6 + number) for number, prompt in enumerate(prompts)]
@@ -210,7 +210,7 @@ def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
         if len(sequences) < len(prompts):
             sequences.append(engine.add(prompts[len(sequences)], greedy(6 + len(sequences))))
         engine.step()
-    assert [sequence.ids for sequence in sequences] == expected
+    assert [sequence.completion_ids for sequence in sequences] == expected
     assert counter.frame_count == 2  # for one row, and for more
 
 
@@ -272,8 +272,8 @@ def captured(request, monkeypatch) -> tuple[str, list, list]:
         return result, lambda: replays.append(replay())
 
     monkeypatch.setattr(DecodeGraphs, "_capture", noted)
-    monkeypatch.setattr(decode_graphs, "STEPS_BEFORE", 2)
-    monkeypatch.setattr(engine_module, "SMALLEST_LENGTH", 16)  # the cache grows on the way
+    monkeypatch.setattr(decode_graphs, "WARMUP_STEPS", 2)
+    monkeypatch.setattr(engine_module, "MIN_SLOT_LEN", 16)  # the cache grows on the way
     if request.param == "recorded":  # as on a GPU: experts are not counted on the host, no weight is packed
         monkeypatch.setattr(moe, "can_use_grouped_mm", lambda *_: True)
         monkeypatch.setattr(engine_module, "prepack", lambda *_: [])
@@ -293,7 +293,7 @@ def test_steps_replayed_from_graphs_answer_alike_while_others_come_and_go(kind, 
             if len(sequences) < len(prompts):
                 sequences.append(engine.add(prompts[len(sequences)], greedy(lengths[len(sequences)])))
             engine.step()
-        assert [sequence.ids for sequence in sequences] == expected
+        assert [sequence.completion_ids for sequence in sequences] == expected
     assert 4 <= len(captures) < len(replays) and len(set(captures)) >= 3
 
 
@@ -305,8 +305,8 @@ def test_a_graph_reads_the_weights_as_they_are(captured):
         sequence = engine.add(prompts[0], greedy(8))
         while engine.busy:
             engine.step()
-        assert sequence.ids == answers(model, prompts, greedy(8), graphs=False)[0] and len(captures) == 1
-        engine.forget()
+        assert sequence.completion_ids == answers(model, prompts, greedy(8), graphs=False)[0] and len(captures) == 1
+        engine.reset_prefix_cache()
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
@@ -315,16 +315,16 @@ def test_graphs_are_for_what_is_all_on_a_gpu():
     model = lively_model("moe").to("meta")
     with mock.patch.object(type(model), "device", torch.device("cuda")), \
             mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)) as capability:
-        assert capturable(model, torch.bfloat16) and not capturable(model, torch.float16)
+        assert can_capture(model, torch.bfloat16) and not can_capture(model, torch.float16)
         capability.return_value = (8, 6)  # there grouped_mm is a loop that asks the device
-        assert not capturable(model, torch.bfloat16) and capturable(lively_model().to("meta"), torch.float16)
+        assert not can_capture(model, torch.bfloat16) and can_capture(lively_model().to("meta"), torch.float16)
         capability.return_value = (9, 0)
         model.model.register_forward_pre_hook(lambda *_: None)  # as FSDP does
-        assert not capturable(model, torch.bfloat16)
-    assert not capturable(lively_model(), torch.bfloat16) and Engine(lively_model())._graphs is None
+        assert not can_capture(model, torch.bfloat16)
+    assert not can_capture(lively_model(), torch.bfloat16) and Engine(lively_model())._graphs is None
     with torch.device("meta"), mock.patch.object(Qwen3ForCausalLM, "device", torch.device("cuda")):
         theirs = Qwen3ForCausalLM(Qwen3Config(vocab_size=97, hidden_size=64, num_hidden_layers=1))
-        assert not capturable(theirs, torch.bfloat16)
+        assert not can_capture(theirs, torch.bfloat16)
 
 
 def test_a_device_that_refuses_a_capture_is_told_once_and_decoded_on_without(captured, monkeypatch):
@@ -361,12 +361,12 @@ def test_after_the_weights_changed_the_engine_forgets():
     answer()
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    engine.forget()
+    engine.reset_prefix_cache()
     again = answer()
-    assert again.ids == plainly(model, prompt, 5) and again.reused == 0
+    assert again.completion_ids == plainly(model, prompt, 5) and again.num_cached_tokens == 0
     engine.add(prompt, greedy(5))
     with pytest.raises(RuntimeError, match="being answered"):
-        engine.forget()
+        engine.reset_prefix_cache()
 
 
 def test_no_prompts_have_no_answers():
@@ -387,8 +387,8 @@ def test_a_prompt_without_room_for_an_answer_is_a_mistake_of_its_request_alone()
             engine.add(wrong)
     while engine.busy:
         engine.step()
-    assert sequence.ids == plainly(model, fits, 2)  # what the last two positions predict
-    assert sequence.finish_reason == "length" and engine.free == engine.capacity
+    assert sequence.completion_ids == plainly(model, fits, 2)  # what the last two positions predict
+    assert sequence.finish_reason == "length" and engine.num_running == 0
     with pytest.raises(ValueError, match="8 tokens .* cache's 8 positions"):
         Engine(model, max_tokens=8).add(fits[:8])
 
@@ -400,10 +400,10 @@ def test_sequences_that_outgrow_the_cache_take_turns(short_places):
     seen = set()
     while engine.busy:
         engine.step()
-        seen.add(engine.running)
+        seen.add(engine.num_running)
         assert engine._cache.places * engine._cache.length <= 48
     assert seen >= {3, 1}
-    assert [sequence.ids for sequence in sequences] == [plainly(model, prompt, 30) for prompt in prompts]
+    assert [sequence.completion_ids for sequence in sequences] == [plainly(model, prompt, 30) for prompt in prompts]
 
 
 # -- events ------------------------------------------------------------------------------------------------------------
@@ -429,16 +429,16 @@ def test_a_thousand_events_leak_no_place_and_survivors_answer_as_if_alone(short_
         else:
             engine.step()
         unfinished = sum(sequence.finish_reason is None for _, sequence in added)
-        assert engine.waiting + engine.running == unfinished and engine.running + engine.free == 4
+        assert engine.num_waiting + engine.num_running == unfinished and engine.num_running <= 4
     while engine.busy:
         engine.step()
-    assert engine.free == engine.capacity and engine.waiting == 0 and cancelled > 20
+    assert engine.num_running == 0 and engine.num_waiting == 0 and cancelled > 20
     survivors = [(number, sequence) for number, sequence in added if sequence.finish_reason != "cancelled"]
-    assert len(survivors) > 100 and any(sequence.reused for _, sequence in survivors)
+    assert len(survivors) > 100 and any(sequence.num_cached_tokens for _, sequence in survivors)
     for number, sequence in survivors:
-        assert sequence.ids == alone[number]
+        assert sequence.completion_ids == alone[number]
     for number, sequence in added:
-        assert sequence.ids == alone[number][:len(sequence.ids)]
+        assert sequence.completion_ids == alone[number][:len(sequence.completion_ids)]
 
 
 def test_a_prompt_shared_by_many_samples_is_computed_once():
@@ -453,15 +453,15 @@ def test_a_prompt_shared_by_many_samples_is_computed_once():
 
     with mock.patch.object(model.model, "forward", counting):
         sequences = generate(model, [prompt] * 6, sampling)
-    assert [sequence.ids for sequence in sequences] == alone and len(set(map(tuple, alone))) == 6
-    assert [sequence.reused for sequence in sequences] == [0] + [29] * 5
+    assert [sequence.completion_ids for sequence in sequences] == alone and len(set(map(tuple, alone))) == 6
+    assert [sequence.num_cached_tokens for sequence in sequences] == [0] + [29] * 5
     assert sum(read) == 30 + 11 + 5 * 12
 
 
 @every_kind
 def test_attention_that_reads_a_common_beginning_once_is_plain_attention(kind, monkeypatch):
     """Groups of one system prompt and several questions, of many lengths; for a while one that begins otherwise."""
-    monkeypatch.setattr(engine_module, "WORTH_SHARING", 1)
+    monkeypatch.setattr(engine_module, "MIN_PREFIX_SHARE", 1)
     model, (system, stranger, *questions) = lively_model(kind), some_prompts(40, 13, 3, 9, 1)
     prompts = [system + question + own for question in questions for own in ([], *some_prompts(1, 5), [])]
     engine, shared, logits = Engine(model), [], {}
@@ -472,7 +472,7 @@ def test_attention_that_reads_a_common_beginning_once_is_plain_attention(kind, m
         return attention(*arguments)
 
     def drawn(rows: torch.Tensor, sequences: list[Sequence]):
-        logits.update({(*s.prompt, *s.ids): row for s, row in zip(sequences, rows.clone(), strict=True)})
+        logits.update({(*s.prompt_ids, *s.completion_ids): row for s, row in zip(sequences, rows.clone(), strict=True)})
         return draw_some(rows, sequences)
 
     monkeypatch.setattr(model_minimind, "attention", attended)
@@ -481,11 +481,11 @@ def test_attention_that_reads_a_common_beginning_once_is_plain_attention(kind, m
     sequences = [engine.add(*request) for request in zip(prompts, map(greedy, lengths), strict=True)]
     while engine.busy:
         engine.step()
-        if len(sequences[0].ids) == 2:
+        if len(sequences[0].completion_ids) == 2:
             engine.add(stranger, greedy(3))
     assert {0, 40, 41} <= set(shared) and max(shared) > 60  # all groups, one, at last the same prompt twice
     for sequence, tokens in zip(sequences, lengths, strict=True):
-        assert sequence.ids == plainly(model, sequence.prompt, tokens)
+        assert sequence.completion_ids == plainly(model, sequence.prompt_ids, tokens)
     for text, row in logits.items():
         assert_close(row, model(torch.tensor([text])).logits[0, -1], rtol=0, atol=1e-5)
 
@@ -499,15 +499,15 @@ def test_earlier_turns_are_not_computed_again(max_batch):
         sequence = engine.add(prompt, greedy(10))
         while engine.busy:
             engine.step()
-        assert sequence.ids == plainly(model, prompt, 10)
+        assert sequence.completion_ids == plainly(model, prompt, 10)
         return sequence
 
     turn = ask(first)
-    again = ask(first + turn.ids + second)
-    assert (turn.reused, again.reused) == (0, 29)  # the last token of the first answer was never read
-    assert ask(other).reused == 0
-    assert ask(first + turn.ids + second).reused == (38 if max_batch == 4 else 0)
-    assert engine.reused_tokens == 29 + (38 if max_batch == 4 else 0)
+    again = ask(first + turn.completion_ids + second)
+    assert (turn.num_cached_tokens, again.num_cached_tokens) == (0, 29)  # the first answer's last token was never read
+    assert ask(other).num_cached_tokens == 0
+    assert ask(first + turn.completion_ids + second).num_cached_tokens == (38 if max_batch == 4 else 0)
+    assert engine.num_cached_tokens == 29 + (38 if max_batch == 4 else 0)
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
@@ -520,7 +520,7 @@ REQUESTS = [
 ]
 
 
-def processed(logits: torch.Tensor, sampling: Sampling, prompt: list[int], ids: list[int]) -> torch.Tensor:
+def processed(logits: torch.Tensor, sampling: SamplingParams, prompt: list[int], ids: list[int]) -> torch.Tensor:
     """log p [V] of the next token by transformers' processors; presence and frequency as OpenAI's manual gives them."""
     scores, text = logits[None].float(), torch.tensor([prompt + ids])
     if sampling.repetition_penalty != 1:
@@ -539,7 +539,7 @@ def processed(logits: torch.Tensor, sampling: Sampling, prompt: list[int], ids: 
     return scores[0].log_softmax(-1)
 
 
-@pytest.mark.parametrize("wanted", [request for request in REQUESTS if not free(1, **request).penalises], ids=str)
+@pytest.mark.parametrize("wanted", [request for request in REQUESTS if not free(1, **request).has_penalties], ids=str)
 def test_draws_follow_the_distribution_of_transformers(wanted):
     """Evenly spaced numbers instead of random ones: then each share is the probability, to within one draw."""
     logits, sampling, draws = 2 * torch.randn(60), free(1, **wanted), 4000
@@ -547,7 +547,7 @@ def test_draws_follow_the_distribution_of_transformers(wanted):
     numbers = [(i + 0.5) / draws for i in range(draws)]
     # rows of other kinds between them must not matter
     others = [free(1), greedy(1), free(1, top_k=3, temperature=0.5)]
-    tokens, logprobs, _ = draw(logits.expand(draws + 3, -1), [sampling] * draws + others, numbers + [0.5] * 3)
+    tokens, logprobs, _ = sample(logits.expand(draws + 3, -1), [sampling] * draws + others, numbers + [0.5] * 3)
     share = torch.tensor(tokens[:draws]).bincount(minlength=60) / draws
     assert_close(share, expected.exp(), rtol=0, atol=1.01 / draws)
     assert (share[expected.exp() == 0] == 0).all()
@@ -557,7 +557,7 @@ def test_draws_follow_the_distribution_of_transformers(wanted):
 
 def test_the_extremes_of_the_unit_interval_draw_tokens_that_can_be_drawn():
     logits = torch.tensor([[-torch.inf, 1.0, 1.0, -torch.inf]]).expand(2, -1)
-    assert draw(logits, [free(1)] * 2, [0.0, 1 - 2**-53])[0] == [1, 2]
+    assert sample(logits, [free(1)] * 2, [0.0, 1 - 2**-53])[0] == [1, 2]
 
 
 def test_wild_numbers_harm_nobody():
@@ -566,8 +566,8 @@ def test_wild_numbers_harm_nobody():
     wild = [free(5, **{name: value}) for name in ("temperature", "repetition_penalty") for value in (1e-38, 1e38)]
     wild += [free(5, presence_penalty=1e38, frequency_penalty=-1e38), free(5, top_k=2**62, top_p=1e-300)]
     sequences = generate(model, [prompt] * 7, [*wild, greedy(5)])
-    assert sequences[-1].ids == expected and all(len(sequence.ids) == 5 for sequence in sequences)
-    assert draw(torch.full((2, 9), torch.nan), [free(1), greedy(1)], [0.5, 0.5])[0]
+    assert sequences[-1].completion_ids == expected and all(len(sequence.completion_ids) == 5 for sequence in sequences)
+    assert sample(torch.full((2, 9), torch.nan), [free(1), greedy(1)], [0.5, 0.5])[0]
 
 
 @pytest.mark.parametrize("wanted", [*REQUESTS, {"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.5}],
@@ -576,15 +576,15 @@ def test_the_log_probability_of_each_token_is_that_of_a_full_forward_under_the_s
     model, prompts = lively_model(), some_prompts(6, 15)
     sampling = free(10, top_logprobs=4, **wanted)
     for sequence in generate(model, prompts + [[40, 41]] * 2, [sampling] * 2 + [greedy(10), free(8)])[:2]:
-        assert len(sequence.ids) == len(sequence.logprobs) == len(sequence.top) == 10
-        for i, token in enumerate(sequence.ids):
-            logits = model(torch.tensor([sequence.prompt + sequence.ids[:i]])).logits[0, -1]
-            expected = processed(logits, sampling, sequence.prompt, sequence.ids[:i])
+        assert len(sequence.completion_ids) == len(sequence.logprobs) == len(sequence.top_logprobs) == 10
+        for i, token in enumerate(sequence.completion_ids):
+            logits = model(torch.tensor([sequence.prompt_ids + sequence.completion_ids[:i]])).logits[0, -1]
+            expected = processed(logits, sampling, sequence.prompt_ids, sequence.completion_ids[:i])
             assert sequence.logprobs[i] == pytest.approx(float(expected[token]), abs=2e-4)
             best = expected.topk(4)
             possible = int((best.values > -torch.inf).sum())
-            assert [token for token, _ in sequence.top[i]] == best.indices.tolist()[:possible]
-            assert [p for _, p in sequence.top[i]] == pytest.approx(best.values.tolist()[:possible], abs=2e-4)
+            assert [token for token, _ in sequence.top_logprobs[i]] == best.indices.tolist()[:possible]
+            assert [p for _, p in sequence.top_logprobs[i]] == pytest.approx(best.values.tolist()[:possible], abs=2e-4)
 
 
 def test_the_same_seed_draws_the_same_whatever_the_neighbours():
@@ -606,7 +606,7 @@ def test_the_same_seed_draws_the_same_whatever_the_neighbours():
 def test_a_value_out_of_range_is_named(wrong):
     (name, value), = wrong.items()
     with pytest.raises(ValueError, match=name) as error:
-        Sampling(**wrong)
+        SamplingParams(**wrong)
     assert repr(value) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -621,34 +621,35 @@ def test_text_never_shows_half_a_character_nor_part_of_a_stop_string():
         whole = min((text.split(stop)[0] for stop in stops), key=len, default=text)
         whole_tokens = TOKENIZER.encode_text(text)
         byte_by_byte = [byte_token[bytes([byte])] for byte in text.encode()]
-        sequence = Sequence([1], Sampling(100, stop=stops), TOKENIZER)
+        sequence = Sequence([1], SamplingParams(100, stop=stops), TOKENIZER)
         for token in dice.choice([whole_tokens, byte_by_byte]):
-            sequence._take(token, 0.0, [])
+            sequence._append_token(token, 0.0, [])
             assert whole.startswith(sequence.text)
-            held = len(TOKENIZER.decode(sequence.ids).rstrip("\N{REPLACEMENT CHARACTER}")) - len(sequence.text)
+            whole_characters = TOKENIZER.decode(sequence.completion_ids).rstrip("\N{REPLACEMENT CHARACTER}")
+            held = len(whole_characters) - len(sequence.text)
             assert held < max(map(len, stops), default=1) or sequence.finish_reason  # no longer than it must
             if sequence.finish_reason:
                 break
         else:
-            sequence._take(EOS, 0.0, [])
+            sequence._append_token(EOS, 0.0, [])
         assert sequence.text == whole and sequence.finish_reason == "stop"
 
 
 def test_half_a_character_at_the_end_is_left_out_and_markers_stand_between_texts():
     first_byte = TOKENIZER.token_bytes.index("好".encode()[:1])
-    sequence = Sequence([1], Sampling(4, stop=("</think>",)), TOKENIZER)
+    sequence = Sequence([1], SamplingParams(4, stop=("</think>",)), TOKENIZER)
     for token in (*TOKENIZER.encode_text("a"), SPECIAL_TOKENS["<tool_call>"], *TOKENIZER.encode_text("b"), first_byte):
-        sequence._take(token, 0.0, [])
-    assert sequence.said == ["a", SPECIAL_TOKENS["<tool_call>"], "b"] and sequence.text == "ab"
+        sequence._append_token(token, 0.0, [])
+    assert sequence.output_pieces == ["a", SPECIAL_TOKENS["<tool_call>"], "b"] and sequence.text == "ab"
     assert sequence.finish_reason == "length"
-    sequence = Sequence([1], Sampling(4, stop=("</think>",)), TOKENIZER)
-    sequence._take(SPECIAL_TOKENS["</think>"], 0.0, [])
-    assert (sequence.finish_reason, sequence.said) == ("stop", [])
+    sequence = Sequence([1], SamplingParams(4, stop=("</think>",)), TOKENIZER)
+    sequence._append_token(SPECIAL_TOKENS["</think>"], 0.0, [])
+    assert (sequence.finish_reason, sequence.output_pieces) == ("stop", [])
 
 
 def test_stop_strings_need_a_tokenizer():
     with pytest.raises(ValueError, match="tokenizer"):
-        Engine(lively_model()).add([5], Sampling(stop=("x",)))
+        Engine(lively_model()).add([5], SamplingParams(stop=("x",)))
 
 
 # -- the terminal chat -------------------------------------------------------------------------------------------------
@@ -730,7 +731,7 @@ def test_a_stop_string_ends_the_answer_before_it(folder):
     model, _ = load_weight("full_sft", folder)
     prompt = TOKENIZER.prompt(TALK[:1])
     states = [(each.text, each.finish_reason)
-              for each in stream(model.eval(), prompt, Sampling(40, temperature=0, stop=("l model",)), TOKENIZER)]
+              for each in stream(model.eval(), prompt, SamplingParams(40, temperature=0, stop=("l model",)), TOKENIZER)]
     assert states[-1] == ("A very smal", "stop")
     assert all("A very smal".startswith(text) and reason is None for text, reason in states[:-1])
 

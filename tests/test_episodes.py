@@ -12,13 +12,13 @@ from reciter import Reciter
 
 from dataset.prompts import Prompt
 from model.chat import CALL, END_CALL, EOS, PAD, generation_prompt, render
-from model.inference.engine import Sampling
+from model.inference.engine import SamplingParams
 from trainer.rl.episodes import observation, run_episodes
 from trainer.rl.tools import SCHEMAS, call_tool
 from trainer.rollout_engine import LocalRolloutEngine
 
 OFFER = {"role": "system", "content": "", "tools": [SCHEMAS["calculate_math"], SCHEMAS["text_length"]]}
-GREEDY = Sampling(128, temperature=0)
+GREEDY = SamplingParams(128, temperature=0)
 
 
 def ask(text: str) -> dict:
@@ -86,7 +86,7 @@ def prompt(text: str, thinking: bool = False) -> Prompt:
     return Prompt(TOKENIZER.prompt(messages, open_thinking=thinking), messages, thinking)
 
 
-def play(engine, *texts: str, thinking: bool = False, sampling: Sampling = GREEDY, **options) -> list:
+def play(engine, *texts: str, thinking: bool = False, sampling: SamplingParams = GREEDY, **options) -> list:
     prompts = [prompt(text, thinking) for text in texts]
     return run_episodes(engine, prompts, [sampling] * len(prompts), TOKENIZER, **options)
 
@@ -114,7 +114,7 @@ def test_a_canonical_episode_has_the_ids_of_the_whole_conversation(engine, name,
 def test_log_probabilities_are_those_of_the_whole_distribution():
     model = small_model().eval().requires_grad_(False)
     engine = LocalRolloutEngine(model, TOKENIZER)
-    episode, = run_episodes(engine, [prompt("sum")], [Sampling(20, 1.0, top_p=1.0)], TOKENIZER)
+    episode, = run_episodes(engine, [prompt("sum")], [SamplingParams(20, 1.0, top_p=1.0)], TOKENIZER)
     logits = model(torch.tensor([episode.tokens])).logits[0].log_softmax(-1)
     start = len(episode.prompt.ids)
     assert episode.logprobs == pytest.approx(
@@ -143,7 +143,7 @@ def test_episodes_advance_together_and_read_nothing_twice(engine, max_batch):
 
 def test_sampled_episodes_depend_on_their_own_seed_alone(engine):
     engine.model.sure = 5.0
-    wild = [Sampling(12, 1.0, top_p=1.0, seed=seed) for seed in (1, 2, 1)]
+    wild = [SamplingParams(12, 1.0, top_p=1.0, seed=seed) for seed in (1, 2, 1)]
     prompts = [prompt("sum")] * 3
     one, two, three = run_episodes(engine, prompts, wild, TOKENIZER)
     assert one.completion_ids == three.completion_ids != two.completion_ids
@@ -187,7 +187,7 @@ def test_an_answer_that_ends_without_its_end_token_is_unfinished(engine):
 
 def test_a_call_that_is_cut_off_ends_the_episode(engine):
     for most in (3, len(TOKENIZER.encode([OFFER, *CANONICAL["one"][:2]])[0]) - len(prompt("sum").ids) - 2):
-        episode, = play(engine, "sum", sampling=Sampling(most, temperature=0))
+        episode, = play(engine, "sum", sampling=SamplingParams(most, temperature=0))
         assert len(episode.completion_ids) == most and all(episode.action_mask) and not episode.calls
         assert episode.finish_reason == "length" and episode.truncated
 

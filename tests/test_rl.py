@@ -271,7 +271,7 @@ def test_each_answer_has_a_seed_of_its_own_and_each_rollout_new_ones():
     seeds = [sampling.seed for _, sampling in engine.asked]
     assert len(set(seeds)) == len(seeds) == 24
     for _, how in engine.asked:  # the policy is the whole distribution
-        assert (how.top_p, how.top_k, how.min_p, how.penalises, how.temperature) == (1, 0, 0, False, 1)
+        assert (how.top_p, how.top_k, how.min_p, how.has_penalties, how.temperature) == (1, 0, 0, False, 1)
     by_rank = []
     for rank in range(2):
         engine = Scripted()

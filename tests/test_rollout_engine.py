@@ -14,7 +14,7 @@ from lab import SMALL, TOKENIZER
 from dataset.prompts import Prompt
 from model.chat import EOS, PAD
 from model.cli import Failure, Parser, UserError
-from model.inference.engine import Sampling, generate
+from model.inference.engine import SamplingParams, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.transformers_io import load_folder
 from model.weights import weights_hash
@@ -40,7 +40,7 @@ def policy() -> MiniMindForCausalLM:
     return model
 
 
-def how(temperature: float = 0.8, most: int = 24, seed: int = 5) -> list[Sampling]:
+def how(temperature: float = 0.8, most: int = 24, seed: int = 5) -> list[SamplingParams]:
     return [policy_sampling_params(most, temperature, seed + i) for i in range(len(PROMPTS))]
 
 
@@ -76,7 +76,7 @@ def test_the_stop_token_is_the_last_sampled_id_of_those_that_stopped(policy):
 
 
 def test_an_answer_depends_on_its_seed_and_not_on_the_batch(policy):
-    def completions(prompts: list[Prompt], samplings: list[Sampling], **options) -> list[list[int]]:
+    def completions(prompts: list[Prompt], samplings: list[SamplingParams], **options) -> list[list[int]]:
         engine = LocalRolloutEngine(policy, TOKENIZER, **options)
         return [t.completion_ids for t in engine.generate(prompts, samplings)]
 
@@ -128,11 +128,12 @@ class StandIn(BaseHTTPRequestHandler):
         whole = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
         assert body.items() >= whole.items() and body["stop_token_ids"] == [EOS, PAD]
         T = body["temperature"]
-        sequence, = generate(self.model, [ids], Sampling(body[most], T, 1.0, seed=body[seed], top_logprobs=1))
+        sequence, = generate(self.model, [ids], SamplingParams(body[most], T, 1.0, seed=body[seed], top_logprobs=1))
         if self.raw:
-            logits = self.model(torch.tensor([ids + sequence.ids])).logits[0, len(ids) - 1:-1].detach().log_softmax(-1)
-            sequence.logprobs = logits[torch.arange(len(sequence.ids)), sequence.ids].tolist()
-            sequence.top = [[(int(step.argmax()), float(step.max()))] for step in logits]
+            logits = self.model(torch.tensor([ids + sequence.completion_ids])).logits[0, len(ids) - 1:-1]
+            logits = logits.detach().log_softmax(-1)
+            sequence.logprobs = logits[torch.arange(len(sequence.completion_ids)), sequence.completion_ids].tolist()
+            sequence.top_logprobs = [[(int(step.argmax()), float(step.max()))] for step in logits]
         return sequence
 
     # SGLang
@@ -148,8 +149,9 @@ class StandIn(BaseHTTPRequestHandler):
         assert body["return_logprob"] is True
         return {"text": "", "meta_info": {
             "finish_reason": {"type": sequence.finish_reason}, "weight_version": self.version,
-            "output_token_logprobs": [[p, i, None] for p, i in zip(sequence.logprobs, sequence.ids, strict=True)],
-            "output_top_logprobs": [[[p, i, None] for i, p in step] for step in sequence.top]}}
+            "output_token_logprobs": [
+                [p, i, None] for p, i in zip(sequence.logprobs, sequence.completion_ids, strict=True)],
+            "output_top_logprobs": [[[p, i, None] for i, p in step] for step in sequence.top_logprobs]}}
 
     # vLLM
 
@@ -171,9 +173,10 @@ class StandIn(BaseHTTPRequestHandler):
     def v1_completions(self, body: dict) -> dict:
         assert body["return_token_ids"] is True and body["logprobs"] == 1
         sequence = self.draw(body["prompt"], body, "max_tokens", "seed")
-        return {"choices": [{"finish_reason": sequence.finish_reason, "token_ids": sequence.ids, "logprobs": {
-            "token_logprobs": sequence.logprobs, "top_logprobs": [{str(i): p for i, p in step}
-                                                                  for step in sequence.top]}}]}
+        return {"choices": [{
+            "finish_reason": sequence.finish_reason, "token_ids": sequence.completion_ids,
+            "logprobs": {"token_logprobs": sequence.logprobs, "top_logprobs": [
+                {str(i): p for i, p in step} for step in sequence.top_logprobs]}}]}
 
     def log_message(self, *_):
         pass
@@ -220,7 +223,7 @@ def test_a_server_gives_the_very_trajectories_that_this_process_would(remote, po
 
 def test_greedy_answers_come_from_a_server_too(remote, policy):
     remote.update()
-    greedy = [Sampling(8, temperature=0)] * len(PROMPTS)
+    greedy = [SamplingParams(8, temperature=0)] * len(PROMPTS)
     assert [t.completion_ids for t in remote.generate(PROMPTS, greedy)] == [
         t.completion_ids for t in LocalRolloutEngine(policy, TOKENIZER).generate(PROMPTS, greedy)]
 
@@ -294,24 +297,25 @@ def test_a_server_that_is_not_there_is_a_failure(remote):
 
 
 @pytest.mark.parametrize("broken", [
-    {"ids": []}, {"ids": [40, 41]}, {"ids": [EOS, 40, 41]}, {"finish_reason": "abort"}, {"logprobs": [-1.0]},
-    {"logprobs": [None, -1.0, -1.0]}, {"ids": [40, 41, EOS], "finish_reason": "length"}])
+    {"completion_ids": []}, {"completion_ids": [40, 41]}, {"completion_ids": [EOS, 40, 41]}, {"finish_reason": "abort"},
+    {"logprobs": [-1.0]}, {"logprobs": [None, -1.0, -1.0]},
+    {"completion_ids": [40, 41, EOS], "finish_reason": "length"}])
 def test_an_answer_that_is_not_whole_is_a_failure(remote, server, broken):
     remote.update()
 
     @dataclass
     class Broken:
-        ids: list
+        completion_ids: list
         logprobs: list
         finish_reason: str
-        top: list
+        top_logprobs: list
 
-    answer = {"ids": [40, 41, EOS], "logprobs": [-1.0] * 3, "finish_reason": "stop"} | broken
-    if broken == {"ids": []}:
+    answer = {"completion_ids": [40, 41, EOS], "logprobs": [-1.0] * 3, "finish_reason": "stop"} | broken
+    if broken == {"completion_ids": []}:
         answer["logprobs"] = []
-    if len(answer["logprobs"]) != len(answer["ids"]) and remote.kind == "sglang":
+    if len(answer["logprobs"]) != len(answer["completion_ids"]) and remote.kind == "sglang":
         pytest.skip("they come in pairs")
-    server.draw = lambda *_: Broken(**answer, top=[])
+    server.draw = lambda *_: Broken(**answer, top_logprobs=[])
     with pytest.raises(Failure, match="a broken answer"):
         remote.generate(PROMPTS[:1], how(1.0)[:1])
 

@@ -37,7 +37,7 @@ from torch.nn.functional import cross_entropy
 
 from model.chat import BOS, SPECIAL_TOKENS, ChatTokenizer, parse_message
 from model.cli import run_main
-from model.inference.engine import Engine, Sampling, Sequence, generate
+from model.inference.engine import Engine, SamplingParams, Sequence, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, save_weight
 from scripts import chat_api
@@ -79,7 +79,7 @@ class Served:
     def settles(self, condition: Callable[[], bool] | None = None) -> bool:
         """Whether the condition (by default: nothing runs or waits) holds before long."""
         engine = self.service.engine
-        condition = condition or (lambda: not (self.service.unfinished or engine.running or engine.waiting))
+        condition = condition or (lambda: not (self.service.unfinished or engine.num_running or engine.num_waiting))
         deadline = time.monotonic() + 60
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -307,8 +307,8 @@ def test_every_parameter_reaches_the_engine(wildly, monkeypatch):
                                             logprobs=True, top_logprobs=2, extra_body=own, **options)
     wildly.post("/v1/completions", json={"prompt": "a", "top_k": -1, "max_tokens": 2, "stop": None, "seed": 1})
     wildly.post(json={"messages": WHO[:1], "seed": -1})
-    assert seen[0] == Sampling(3, top_logprobs=2, **options | own | {"stop": ("a b", "c")})
-    assert seen[1] == Sampling(2, seed=1)  # the defaults of eval_llm.py
+    assert seen[0] == SamplingParams(3, top_logprobs=2, **options | own | {"stop": ("a b", "c")})
+    assert seen[1] == SamplingParams(2, seed=1)  # the defaults of eval_llm.py
     assert seen[2].max_new_tokens == 40 and seen[2].seed >= 0
 
 
@@ -321,11 +321,11 @@ def test_a_stop_string_is_never_shown_in_part(served):
 
 def test_logprobs_are_the_engines(served, model):
     answer = served.chat(WHO[:1], logprobs=True, top_logprobs=3).choices[0]
-    expected, = generate(model, [TOKENIZER.prompt(WHO[:1])], Sampling(40, temperature=0, top_logprobs=3))
+    expected, = generate(model, [TOKENIZER.prompt(WHO[:1])], SamplingParams(40, temperature=0, top_logprobs=3))
     tokens = answer.logprobs.content
     assert b"".join(bytes(token.bytes) for token in tokens).decode() == answer.message.content
     assert [token.logprob for token in tokens] == pytest.approx(expected.logprobs[:len(tokens)], abs=1e-4)
-    for token, top in zip(tokens, expected.top, strict=False):
+    for token, top in zip(tokens, expected.top_logprobs, strict=False):
         assert [bytes(likely.bytes) for likely in token.top_logprobs] == [TOKENIZER.token_bytes[i] for i, _ in top]
     streamed = [token for chunk in served.chat(WHO[:1], logprobs=True, stream=True)
                 for token in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else ())]
@@ -338,7 +338,7 @@ def test_logprobs_are_the_engines(served, model):
 
 def test_a_text_is_continued(wildly, wild):
     ids = [BOS, *TOKENIZER.encode_text("Once upon")]
-    expected, = generate(wild, [ids], Sampling(8, temperature=0), TOKENIZER)
+    expected, = generate(wild, [ids], SamplingParams(8, temperature=0), TOKENIZER)
     complete = partial(wildly.client().completions.create, model="minimind", temperature=0, max_tokens=8)
     answer = complete(prompt="Once upon")
     assert (answer.object, answer.choices[0].text) == ("text_completion", expected.text)
@@ -370,7 +370,7 @@ def test_what_cannot_be_drawn_has_a_finite_logprob(wildly, path, body):
 
 def test_64_streams_at_once_are_what_they_are_alone(wildly, wild):
     prompts = [[{"role": "user", "content": f"number {i} " * (1 + i % 5)}] for i in range(64)]
-    greedy = Sampling(12, temperature=0)
+    greedy = SamplingParams(12, temperature=0)
     alone = [generate(wild, [TOKENIZER.prompt(prompt)], greedy, TOKENIZER)[0] for prompt in prompts]
 
     async def ask(client: openai.AsyncOpenAI, messages: list) -> str:
@@ -382,7 +382,7 @@ def test_64_streams_at_once_are_what_they_are_alone(wildly, wild):
         async with wildly.client(openai.AsyncOpenAI) as client:
             return await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
 
-    expected = [parse_message(TOKENIZER, sequence.said) for sequence in alone]
+    expected = [parse_message(TOKENIZER, sequence.output_pieces) for sequence in alone]
     assert asyncio.run(ask_all()) == [answer.content for answer in expected]
     assert wildly.settles()
 
@@ -396,7 +396,7 @@ def test_a_client_that_leaves_frees_its_place(wildly):
                     break
             await stream.close()
             whole = asyncio.create_task(client.chat.completions.create(model="minimind", **LONG))
-            await asyncio.to_thread(wildly.settles, lambda: wildly.service.engine.running == 1)
+            await asyncio.to_thread(wildly.settles, lambda: wildly.service.engine.num_running == 1)
             whole.cancel()
 
     asyncio.run(leave())
@@ -432,7 +432,7 @@ def test_a_soak_with_disconnects_loses_no_place_and_no_memory(wildly):
     gc.collect()
     kept = Counter(type(thing) for thing in gc.get_objects())
     assert kept[Ticket] < 5  # the engine's thread still holds its last command
-    assert kept[Sequence] <= wildly.service.engine.capacity + 64  # what is kept for reuse; 64 of the test before
+    assert kept[Sequence] <= wildly.service.engine.max_batch + 64  # what is kept for reuse; 64 of the test before
     assert memory[-1] - memory[0] < 100 * 2**20, memory
     assert wildly.chat(WHO[:1], max_tokens=2).choices[0].finish_reason == "length"
 
@@ -498,7 +498,7 @@ def test_a_bad_continuation_is_told_too(served, body):
 
 
 def test_bad_requests_do_not_harm_a_good_one(wildly, wild):
-    expected, = generate(wild, [TOKENIZER.prompt(LONG["messages"])], Sampling(60, temperature=0), TOKENIZER)
+    expected, = generate(wild, [TOKENIZER.prompt(LONG["messages"])], SamplingParams(60, temperature=0), TOKENIZER)
     stream = wildly.client().chat.completions.create(model="minimind", stream=True, **LONG | {"max_tokens": 60})
     pieces = []
     for chunk, (body, _) in zip(stream, [*BAD.values()] * 3, strict=False):
@@ -506,7 +506,7 @@ def test_bad_requests_do_not_harm_a_good_one(wildly, wild):
         content = body if isinstance(body, str) else json.dumps(body)
         assert wildly.post(content=content, headers={"Content-Type": "application/json"}).status_code == 400
     pieces += [chunk.choices[0].delta.content or "" for chunk in stream]
-    assert "".join(pieces) == parse_message(TOKENIZER, expected.said).content
+    assert "".join(pieces) == parse_message(TOKENIZER, expected.output_pieces).content
 
 
 def test_the_sdk_raises_its_own_errors(served):

@@ -19,7 +19,7 @@ from browser import ROOT, Page, browser, demo, missing
 from streamlit.testing.v1 import AppTest
 
 from model.chat import BOS, EOS, ChatTokenizer
-from model.inference.engine import Sampling
+from model.inference.engine import SamplingParams
 from model.loading import load_for_inference
 from model.model_lora import LoRA, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -122,7 +122,7 @@ def test_what_would_be_invented_has_no_result_and_wrong_arguments_have_an_error(
 
 # -- answers -----------------------------------------------------------------------------------------------------------
 
-GREEDY = Sampling(max_new_tokens=60, temperature=0)
+GREEDY = SamplingParams(max_new_tokens=60, temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_a_local_model_answers_thinks_and_calls(local):
 
 
 def test_two_pages_share_one_engine_and_a_stopped_answer_leaves_it(local):
-    endless = Sampling(max_new_tokens=2000, temperature=0, stop_ids=())
+    endless = SamplingParams(max_new_tokens=2000, temperature=0, stop_ids=())
     long = Reply(local.answer(HELLO[:1], [], False, endless))
     while not long.num_tokens:
         time.sleep(0.01)
@@ -166,7 +166,7 @@ def test_two_pages_share_one_engine_and_a_stopped_answer_leaves_it(local):
 
 def test_an_answer_that_nobody_watches_ends(local, monkeypatch):
     monkeypatch.setattr(answers, "SECONDS_UNWATCHED", -1)
-    reply = Reply(local.answer(HELLO[:1], [], False, Sampling(2000, temperature=0, stop_ids=())))
+    reply = Reply(local.answer(HELLO[:1], [], False, SamplingParams(2000, temperature=0, stop_ids=())))
     while not reply.done:
         time.sleep(0.01)
     assert reply.reason == "cancelled" and reply.num_tokens < 9 and not local.engine.busy
@@ -245,7 +245,7 @@ def test_a_url_answers_with_thinking_text_and_calls(endpoint):
                        chunk({"content": " be it"}), *(chunk({"tool_calls": [piece]}) for piece in pieces),
                        chunk({}, "tool_calls"), chunk({}) | {"choices": [], "usage": {
                            "prompt_tokens": 5, "completion_tokens": 21, "total_tokens": 26}}]
-    sampling = Sampling(33, temperature=0.5, top_p=0.9, seed=7, top_k=5, repetition_penalty=1.2)
+    sampling = SamplingParams(33, temperature=0.5, top_p=0.9, seed=7, top_k=5, repetition_penalty=1.2)
     message = finished(Reply(RemoteModel(endpoint).answer(SUM[:3], [SCHEMAS["calculate_math"]], True, sampling)))
     assert without_facts(message) == said("assistant", "So be it", reasoning_content="Hm.", tool_calls=CALL)
     assert message["facts"]["tokens"] == 21 and message["facts"]["reason"] == "tool_calls"
@@ -259,7 +259,7 @@ def test_a_url_answers_with_thinking_text_and_calls(endpoint):
 
 def test_only_what_was_asked_for_is_sent(endpoint):
     Endpoint.chunks = [chunk({"content": "<think>\nHm.\n</think>\n\nHello"}, "stop")]
-    message = finished(Reply(RemoteModel(endpoint, name="big").answer(HELLO[:1], [], False, Sampling())))
+    message = finished(Reply(RemoteModel(endpoint, name="big").answer(HELLO[:1], [], False, SamplingParams())))
     assert without_facts(message) == said("assistant", "Hello", reasoning_content="Hm.")
     body, = Endpoint.bodies
     assert body["model"] == "big" and not {"tools", "top_k", "repetition_penalty", "chat_template_kwargs"} & body.keys()
@@ -391,7 +391,7 @@ def test_every_setting_reaches_the_model(page, monkeypatch):
     (messages, tools, thinking, sampling), = asked
     assert messages == [said("system", "Be kind."), said("user", "Well?")] and thinking
     assert tools == [SCHEMAS["text_length"]]
-    assert sampling == Sampling(32, 1.2, 0.5, 7, repetition_penalty=1.1, seed=3)
+    assert sampling == SamplingParams(32, 1.2, 0.5, 7, repetition_penalty=1.1, seed=3)
     page.number_input("seed").set_value(None).run()
     page.button("retry").click().run()
     assert asked[1][3].seed not in (0, 3)

@@ -15,7 +15,7 @@ from torch import nn
 from dataset.prompts import Prompt
 from model.chat import ChatTokenizer
 from model.cli import UserError
-from model.inference.engine import Engine, Sampling
+from model.inference.engine import Engine, SamplingParams
 from trainer.distributed import World
 from trainer.rl.remote_engines import RemoteRolloutEngine, SGLangEngine, VLLMEngine
 from trainer.rl.trajectory import Trajectory
@@ -46,19 +46,19 @@ class LocalRolloutEngine:
         finally:
             self.model.train(training)
 
-    def generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Trajectory]:
+    def generate(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Trajectory]:
         """One answer to each prompt, in the same order."""
         with self.open(len(prompts)) as engine:
             sequences = [engine.add(prompt.ids, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
             while engine.busy:
                 engine.step()
-        return [Trajectory.from_completion(self.tokenizer, prompt, s.ids, s.logprobs, s.finish_reason)
+        return [Trajectory.from_completion(self.tokenizer, prompt, s.completion_ids, s.logprobs, s.finish_reason)
                 for prompt, s in zip(prompts, sequences, strict=True)]
 
 
-def policy_sampling_params(max_new_tokens: int, temperature: float, seed: int) -> Sampling:
+def policy_sampling_params(max_new_tokens: int, temperature: float, seed: int) -> SamplingParams:
     """How a policy is sampled for its gradient: nothing cut off, nothing penalised."""
-    return Sampling(max_new_tokens, temperature, top_p=1.0, top_k=0, min_p=0.0, seed=seed)
+    return SamplingParams(max_new_tokens, temperature, top_p=1.0, top_k=0, min_p=0.0, seed=seed)
 
 
 def add_rollout_engine_args(parser: argparse.ArgumentParser) -> None:

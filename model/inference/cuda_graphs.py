@@ -2,7 +2,7 @@
 
 A graph is a list of kernels and addresses (CUDA C++ Programming Guide, "CUDA Graphs"): one launch repeats all of it, in
 the same shapes on the same memory. So a shape is captured once it has come often enough to pay for that, its inputs go
-where they lay then, and whoever moves what it reads or writes must `forget`.
+where they lay then, and whoever moves what it reads or writes must `reset`.
 """
 
 import warnings
@@ -17,11 +17,11 @@ from model.inference.prepacked import has_no_hooks
 from model.model_minimind import MiniMindPreTrainedModel
 from model.moe import can_use_grouped_mm
 
-STEPS_BEFORE = 16  # of a shape, until it is captured; they also load the kernels, which a capture could not
+WARMUP_STEPS = 16  # of a shape, until it is captured; they also load the kernels, which a capture could not
 Read = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def capturable(model: nn.Module, dtype: torch.dtype) -> bool:
+def can_capture(model: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a step in `dtype` is all on a CUDA device: a model of ours, no hook, no experts counted by the host."""
     config, kind = model.config, model.device.type
     if kind != "cuda" or not isinstance(model, MiniMindPreTrainedModel) or not has_no_hooks(model):
@@ -36,9 +36,9 @@ class DecodeGraphs:
 
     def __init__(self):
         self._refused = False
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drop all graphs: memory that they use is to move."""
         self._pool = None
         self._steps: Counter[tuple[int, int]] = Counter()
@@ -54,7 +54,7 @@ class DecodeGraphs:
             replay()
             return result
         self._steps[shape] += 1
-        if self._steps[shape] == STEPS_BEFORE and not self._refused:
+        if self._steps[shape] == WARMUP_STEPS and not self._refused:
             try:
                 result, replay = self._capture(lambda: read(ids, positions, seen), ids.device)
             except RuntimeError as error:  # nothing has run: go on without

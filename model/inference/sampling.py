@@ -1,7 +1,7 @@
-"""How the next token is drawn: penalties, temperature, truncation, one uniform number a row, and its log-probability.
+"""Sampling: penalties, temperature, truncation, one uniform number per row, and the log-probability of its token.
 
 The order is transformers': repetition, presence and frequency penalty, then temperature, top-k, top-p, min-p. A row is
-drawn by inverting its own cumulative distribution at its own uniform number, so it never depends on its neighbours.
+sampled by inverting its own cumulative distribution at its own uniform number, so it never depends on its neighbours.
 Shapes: B rows, V vocabulary.
 """
 
@@ -16,27 +16,27 @@ from model.chat import EOS, PAD
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What one request asks for. Raises ValueError, one line, for a value out of range."""
+class SamplingParams:
+    """How one request is sampled. Raises ValueError, one line, for a value out of range."""
 
     max_new_tokens: int = 512
-    temperature: float = 0.85  # 0 takes the likeliest
+    temperature: float = 0.85  # 0: greedy
     top_p: float = 0.95
     top_k: int = 0  # 0: off
     min_p: float = 0.0
-    repetition_penalty: float = 1.0  # of what stands in the prompt or the answer (CTRL, Keskar 2019)
-    presence_penalty: float = 0.0  # of what stands in the answer (OpenAI)
-    frequency_penalty: float = 0.0  # of what stands in the answer, each time (OpenAI)
+    repetition_penalty: float = 1.0  # of tokens in the prompt or the completion (CTRL, Keskar et al. 2019)
+    presence_penalty: float = 0.0  # of tokens in the completion (OpenAI)
+    frequency_penalty: float = 0.0  # of tokens in the completion, each time (OpenAI)
     seed: int = 0
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     stop_ids: tuple[int, ...] = (EOS, PAD)
-    top_logprobs: int | None = None  # also note so many of the likeliest tokens of each step
+    top_logprobs: int | None = None  # also record this many of the likeliest tokens of each step
 
     def __post_init__(self):
-        inclusive = {"max_new_tokens": (1, math.inf), "temperature": (0, math.inf), "top_p": (0, 1),
+        bounds_of = {"max_new_tokens": (1, math.inf), "temperature": (0, math.inf), "top_p": (0, 1),
                      "top_k": (0, math.inf), "min_p": (0, 1), "presence_penalty": (-math.inf, math.inf),
                      "frequency_penalty": (-math.inf, math.inf), "top_logprobs": (0, math.inf)}
-        for name, (low, high) in inclusive.items():
+        for name, (low, high) in bounds_of.items():
             value = getattr(self, name)
             if value is not None and not (low <= value <= high and abs(value) < math.inf):  # also refuses nan
                 bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
@@ -51,7 +51,7 @@ class Sampling:
         return self.temperature < 1e-5  # less would overflow
 
     @property
-    def penalises(self) -> bool:
+    def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
@@ -59,83 +59,87 @@ class Sampling:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
-def penalise(logits: Tensor, sampling: Sampling, in_prompt: Tensor, in_answer: Tensor) -> Tensor:
-    """One row's logits [V] after its penalties; `in_prompt` and `in_answer` [V] count each token's occurrences."""
-    seen = in_prompt + in_answer > 0
-    penalty = sampling.repetition_penalty
+def apply_penalties(logits: Tensor, params: SamplingParams, prompt_counts: Tensor,
+                    completion_counts: Tensor) -> Tensor:
+    """One row's logits [V] after its penalties; the counts [V] say how often each token occurs."""
+    seen = prompt_counts + completion_counts > 0
+    penalty = params.repetition_penalty
     logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    return logits - sampling.frequency_penalty * in_answer - sampling.presence_penalty * (in_answer > 0)
+    return logits - params.frequency_penalty * completion_counts - params.presence_penalty * (completion_counts > 0)
 
 
-def draw(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> tuple[list[int], list[float], list]:
-    """One token a row of logits [B, V], each at its own number in [0, 1).
+def sample(logits: Tensor, params: list[SamplingParams],
+           u: list[float]) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
+    """One token per row of logits [B, V], each at its own number of `u` in [0, 1).
 
-    → tokens, their log-probabilities (nats) under the distribution they were drawn from, and the `top_logprobs`
-    likeliest (token, log-probability) pairs that could have been drawn (empty where nobody asked). Temperature 0 takes
-    the likeliest; its log-probability is that at temperature 1.
+    → tokens, their log-probabilities (nats) under the distribution they were sampled from, and the `top_logprobs`
+    likeliest (token, log-probability) pairs that could have been sampled (empty where not requested). Temperature 0
+    takes the likeliest; its log-probability is that at temperature 1.
     """
-    greedy = [sampling.greedy for sampling in samplings]
-    temperature = [1.0 if sampling.greedy else sampling.temperature for sampling in samplings]
+    greedy = [p.greedy for p in params]
+    temperature = [1.0 if p.greedy else p.temperature for p in params]
     finite = logits.float().nan_to_num(0.0, 1e30, -1e30)  # a request with wild penalties, or a diverged model
-    log_p = (finite / column(logits, temperature)).log_softmax(-1)
+    log_p = (finite / as_column(temperature, logits)).log_softmax(-1)
     log_mass = log_p.new_zeros(len(log_p), 1)  # of what truncation leaves
     if not all(greedy):
-        p = log_p.exp()
-        if any(sampling.truncates for sampling in samplings):
-            p = truncate(p, samplings)
-            log_mass = p.sum(-1, keepdim=True).log()
-        tokens = invert(p, column(logits, uniforms))
+        probs = log_p.exp()
+        if any(p.truncates for p in params):
+            probs = top_k_top_p_min_p(probs, params)
+            log_mass = probs.sum(-1, keepdim=True).log()
+        tokens = inverse_cdf(probs, as_column(u, logits))
     if any(greedy):
         likeliest = log_p.argmax(-1, keepdim=True)
-        tokens = likeliest if all(greedy) else torch.where(column(logits, greedy).bool(), likeliest, tokens)
+        tokens = likeliest if all(greedy) else torch.where(as_column(greedy, logits).bool(), likeliest, tokens)
     logprobs = (log_p.gather(1, tokens) - log_mass)[:, 0].tolist()
-    tops: list[list] = [[] for _ in samplings]
-    for row, sampling in enumerate(samplings):
-        if sampling.top_logprobs:
-            of_row = log_p[row] - log_mass[row]
-            of_row = of_row if all(greedy) else of_row.where(p[row] > 0, -math.inf)
-            best = of_row.topk(min(sampling.top_logprobs, len(of_row)))
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            tops[row] = [(token, value) for token, value in pairs if value > -math.inf]
-    return tokens[:, 0].tolist(), logprobs, tops
+    top_logprobs: list[list[tuple[int, float]]] = [[] for _ in params]
+    for row, p in enumerate(params):
+        if p.top_logprobs:
+            row_log_p = log_p[row] - log_mass[row]
+            row_log_p = row_log_p if all(greedy) else row_log_p.where(probs[row] > 0, -math.inf)
+            top = row_log_p.topk(min(p.top_logprobs, len(row_log_p)))
+            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            top_logprobs[row] = [(token, value) for token, value in pairs if value > -math.inf]
+    return tokens[:, 0].tolist(), logprobs, top_logprobs
 
 
-def truncate(p: Tensor, samplings: list[Sampling]) -> Tensor:
-    """Probabilities p [B, V] with zeros where top-k (Fan 2018), top-p (Holtzman 2020), min-p (Nguyen 2024) cut off.
+def top_k_top_p_min_p(probs: Tensor, params: list[SamplingParams]) -> Tensor:
+    """probs [B, V] with zeros where top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024)
+    cut off.
 
-    Top-p is a share of what top-k has left, min-p one of the likeliest. Equally probable tokens stay or go together.
+    Top-p is a share of what top-k leaves, min-p one of the likeliest. Equally probable tokens stay or go together.
     """
-    off = [sampling.greedy for sampling in samplings]
-    top_k = [len(p[0]) if o or not s.top_k else min(s.top_k, len(p[0])) for o, s in zip(off, samplings, strict=True)]
-    top_p = [2.0 if o or s.top_p == 1 else max(s.top_p, 1e-6) for o, s in zip(off, samplings, strict=True)]
-    min_p = [0.0 if o else s.min_p for o, s in zip(off, samplings, strict=True)]
-    ordered = sort_descending(p)
-    smallest = ordered.gather(1, column(p, top_k).long() - 1)
-    if any(sampling.top_k for sampling in samplings):
-        ordered = ordered.where(ordered >= smallest, 0)
+    V = probs.shape[1]
+    top_k = [V if p.greedy or not p.top_k else min(p.top_k, V) for p in params]
+    top_p = [2.0 if p.greedy or p.top_p == 1 else max(p.top_p, 1e-6) for p in params]
+    min_p = [0.0 if p.greedy else p.min_p for p in params]
+    ordered = sort_descending(probs)
+    threshold = ordered.gather(1, as_column(top_k, probs).long() - 1)
+    if any(p.top_k for p in params):
+        ordered = ordered.where(ordered >= threshold, 0)
     mass = ordered.cumsum(-1)
-    last = torch.searchsorted(mass, column(p, top_p) * mass[:, -1:]).clamp_max(p.shape[1] - 1)  # of the nucleus
-    smallest = torch.maximum(smallest, ordered.gather(1, last))
-    return p.where(p >= torch.maximum(smallest, column(p, min_p) * ordered[:, :1]), 0)
+    nucleus_end = torch.searchsorted(mass, as_column(top_p, probs) * mass[:, -1:]).clamp_max(V - 1)
+    threshold = torch.maximum(threshold, ordered.gather(1, nucleus_end))
+    return probs.where(probs >= torch.maximum(threshold, as_column(min_p, probs) * ordered[:, :1]), 0)
 
 
-def sort_descending(p: Tensor) -> Tensor:
+def sort_descending(probs: Tensor) -> Tensor:
     """Each row's values, largest first."""
-    if p.device.type == "cpu":  # numpy's sort is vectorised: 50 times as fast as torch's on a CPU
-        return torch.from_numpy(-np.sort(-p.numpy(), axis=-1))
-    return p.sort(-1, descending=True).values
+    if probs.device.type == "cpu":  # numpy's sort is vectorised: 50 times as fast as torch's on a CPU
+        return torch.from_numpy(-np.sort(-probs.numpy(), axis=-1))
+    return probs.sort(-1, descending=True).values
 
 
-def invert(p: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse transform sampling: in each row of p [B, V] the first token whose cumulated p exceeds its number [B, 1].
+def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
+    """Inverse transform sampling: in each row of probs [B, V] the first token whose cumulative mass exceeds u [B, 1].
 
-    p need not sum to 1. → [B, 1]
+    A row need not sum to 1. → [B, 1]
     """
-    cumulated = p.cumsum(-1)
-    total = cumulated[:, -1:].contiguous()
-    token = torch.searchsorted(cumulated, uniform * total, right=True)
-    return torch.minimum(token, torch.searchsorted(cumulated, total))  # rounding leads no further than the last
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:].contiguous()
+    token = torch.searchsorted(cdf, u * total, right=True)
+    return torch.minimum(token, torch.searchsorted(cdf, total))  # rounding leads no further than the last token
 
 
-def column(like: Tensor, values: list) -> Tensor:
+def as_column(values: list, like: Tensor) -> Tensor:
+    """[B] numbers → fp32 [B, 1] on the device of `like`."""
     return torch.tensor(values, device=like.device, dtype=torch.float32)[:, None]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from model.cli import first_line
-from model.inference.engine import Engine, Sampling, Sequence
+from model.inference.engine import Engine, SamplingParams, Sequence
 
 BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # of the time to the first token, in seconds
 
@@ -39,7 +39,7 @@ class Progress:
     said: list[str | int]  # what is safe to show: text and the ids of markers
     tokens: list[tuple[int, float, list[tuple[int, float]]]]  # id, logprob, likeliest; without the stop token
     sampled: int  # tokens in all, the stop token included
-    reused: int  # prompt tokens that were not computed again
+    num_cached_tokens: int  # prompt tokens that were not computed again
     finish_reason: str | None
 
 
@@ -90,9 +90,9 @@ class EngineThread:
     @property
     def room(self) -> int:
         """How many sequences may be promised at a time: running and waiting ones."""
-        return self.engine.capacity + self.max_queue
+        return self.engine.max_batch + self.max_queue
 
-    async def submit(self, prompts: list[list[int]], samplings: list[Sampling]) -> Ticket:
+    async def submit(self, prompts: list[list[int]], samplings: list[SamplingParams]) -> Ticket:
         """A ticket for one sequence a prompt. Raises QueueFull, Stopping, or ValueError when the engine refuses."""
         if self.stopping:
             raise Stopping
@@ -135,7 +135,7 @@ class EngineThread:
         except RuntimeError:
             self._inbox.put(None)
 
-    def _add(self, ticket: Ticket, prompts: list[list[int]], samplings: list[Sampling],
+    def _add(self, ticket: Ticket, prompts: list[list[int]], samplings: list[SamplingParams],
              accepted: asyncio.Future) -> None:
         try:
             for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
@@ -161,11 +161,12 @@ class EngineThread:
         """What a sequence has to tell since the last time, and whom."""
         live = self._live[sequence]
         ended = sequence.finish_reason
-        ids = (sequence.answer_ids if ended else sequence.ids)[live.sampled:]
-        tokens = list(zip(ids, sequence.logprobs[live.sampled:], sequence.top[live.sampled:], strict=False))
-        news = Progress(live.number, sequence.said[live.said:], tokens, len(sequence.ids), sequence.reused, ended)
-        self.generated_tokens += len(sequence.ids) - live.sampled
-        live.sampled, live.said = len(sequence.ids), len(sequence.said)
+        ids = (sequence.answer_ids if ended else sequence.completion_ids)[live.sampled:]
+        tokens = list(zip(ids, sequence.logprobs[live.sampled:], sequence.top_logprobs[live.sampled:], strict=False))
+        news = Progress(live.number, sequence.output_pieces[live.said:], tokens, len(sequence.completion_ids),
+                        sequence.num_cached_tokens, ended)
+        self.generated_tokens += len(sequence.completion_ids) - live.sampled
+        live.sampled, live.said = len(sequence.completion_ids), len(sequence.output_pieces)
         if ended:
             del self._live[sequence]
             live.ticket.running.discard(sequence)
@@ -221,10 +222,10 @@ def metrics_text(service: EngineThread) -> str:
     family("prompt_tokens_total", "counter", "Tokens of accepted prompts.", ("", service.prompt_tokens))
     family("generated_tokens_total", "counter", "Tokens sampled.", ("", service.generated_tokens))
     family("reused_prompt_tokens_total", "counter", "Prompt tokens that were not computed again.",
-           ("", engine.reused_tokens))
-    family("sequences_waiting", "gauge", "Sequences without a place.", ("", engine.waiting))
-    family("sequences_running", "gauge", "Sequences with a place.", ("", engine.running))
-    family("places", "gauge", "Sequences that can run at a time.", ("", engine.capacity))
+           ("", engine.num_cached_tokens))
+    family("sequences_waiting", "gauge", "Sequences without a place.", ("", engine.num_waiting))
+    family("sequences_running", "gauge", "Sequences with a place.", ("", engine.num_running))
+    family("places", "gauge", "Sequences that can run at a time.", ("", engine.max_batch))
     seen = 0
     buckets = []
     for number, edge in enumerate((*BUCKETS, "+Inf")):

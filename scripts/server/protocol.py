@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.chat import BOS, ChatTokenizer, MessageParser
-from model.inference.engine import Sampling
+from model.inference.engine import SamplingParams
 from scripts.server.engine_thread import Progress
 
 MOST_CHOICES = 1024  # of one request: many small prompts cost more memory than their text
@@ -182,7 +182,7 @@ class Job:
     kind: str  # the answer's "object"
     model: str
     prompts: list[list[int]]
-    samplings: list[Sampling]
+    samplings: list[SamplingParams]
     choices: list["ChatChoice | TextChoice"]
     prompt_tokens: int  # a prompt of n choices counts once
     stream: bool
@@ -192,7 +192,7 @@ class Job:
 
 
 def samplings_of(request: AnyRequest, defaults: Defaults, count: int, top_logprobs: int | None,
-                 longest: int | None = None) -> list[Sampling]:
+                 longest: int | None = None) -> list[SamplingParams]:
     """The sampling of each of `count` choices; choice i draws with the seed + i."""
 
     def given(name: str, otherwise: Any) -> Any:
@@ -209,7 +209,7 @@ def samplings_of(request: AnyRequest, defaults: Defaults, count: int, top_logpro
         "repetition_penalty": given("repetition_penalty", 1.0),
         "stop": (stop,) if isinstance(stop, str) else tuple(stop), "top_logprobs": top_logprobs,
     }
-    return [Sampling(**shared, seed=(seed + i) % 2**63) for i in range(count)]
+    return [SamplingParams(**shared, seed=(seed + i) % 2**63) for i in range(count)]
 
 
 def chat_job(request: ChatRequest, tokenizer: ChatTokenizer, defaults: Defaults) -> Job:

@@ -12,7 +12,7 @@ from torch import nn
 
 from model.chat import BOS, AssistantMessage, ChatTokenizer, MessageParser
 from model.cli import first_line
-from model.inference.engine import Engine, Sampling
+from model.inference.engine import Engine, SamplingParams
 from scripts.lib.openai_client import ChatClient, Event
 
 SECONDS_UNWATCHED = 60  # that an answer goes on while no page shows it
@@ -26,7 +26,8 @@ class LocalModel:
         self.engine = Engine(model, tokenizer, max_batch=8)
         self._lock = Lock()  # on the engine
 
-    def answer(self, messages: list[dict], tools: list[dict], thinking: bool, sampling: Sampling) -> Iterator[Event]:
+    def answer(self, messages: list[dict], tools: list[dict], thinking: bool,
+               params: SamplingParams) -> Iterator[Event]:
         """Events of the answer to `messages`; a model that only continues text goes on with the last of them."""
         if self.continues_text:
             thinking, prompt = False, [BOS, *self.tokenizer.encode_text(messages[-1]["content"])]
@@ -34,7 +35,7 @@ class LocalModel:
             prompt = self.tokenizer.prompt(messages, tools, thinking)
         parser, num_tokens = MessageParser(self.tokenizer, thinking), 0
         with self._lock:
-            sequence = self.engine.add(prompt, sampling)
+            sequence = self.engine.add(prompt, params)
         try:
             while sequence.finish_reason is None:
                 if self._lock.acquire(timeout=0.02):  # else another answer's step moves this one too
@@ -43,7 +44,7 @@ class LocalModel:
                             self.engine.step()
                     finally:
                         self._lock.release()
-                if new_ids := sequence.ids[num_tokens:]:
+                if new_ids := sequence.completion_ids[num_tokens:]:
                     num_tokens += len(new_ids)
                     yield "tokens", len(new_ids)
                     yield from parser.feed(new_ids)
@@ -62,17 +63,18 @@ class RemoteModel:
     def __init__(self, base_url: str, api_key: str = "", name: str = ""):
         self.client = ChatClient(base_url, api_key, name, max_retries=0, timeout=60)
 
-    def answer(self, messages: list[dict], tools: list[dict], thinking: bool, sampling: Sampling) -> Iterator[Event]:
+    def answer(self, messages: list[dict], tools: list[dict], thinking: bool,
+               params: SamplingParams) -> Iterator[Event]:
         """Events of the answer to `messages`."""
         extras = {}  # fields that OpenAI's schema lacks, only when asked for: strict servers reject them
         if thinking:
             extras["chat_template_kwargs"] = {"open_thinking": True, "enable_thinking": True}
-        if sampling.top_k:
-            extras["top_k"] = sampling.top_k
-        if sampling.repetition_penalty != 1:
-            extras["repetition_penalty"] = sampling.repetition_penalty
-        return self.client.stream(messages, tools, temperature=sampling.temperature, top_p=sampling.top_p,
-                                  seed=sampling.seed, max_tokens=sampling.max_new_tokens, extra_body=extras)
+        if params.top_k:
+            extras["top_k"] = params.top_k
+        if params.repetition_penalty != 1:
+            extras["repetition_penalty"] = params.repetition_penalty
+        return self.client.stream(messages, tools, temperature=params.temperature, top_p=params.top_p,
+                                  seed=params.seed, max_tokens=params.max_new_tokens, extra_body=extras)
 
 
 class Reply:

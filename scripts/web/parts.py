@@ -9,7 +9,7 @@ import streamlit as st
 
 from model.cli import Failure, Parser
 from model.device import choose_device
-from model.inference.engine import Sampling
+from model.inference.engine import SamplingParams
 from model.loading import load_for_inference
 from model.model_lora import compatible_adapters
 from model.transformers_io import load_folder
@@ -119,7 +119,7 @@ def no_weights_yet() -> None:
                    "或者把公开的权重放进去（`full_sft_768.pth`，或 transformers 格式的文件夹）。刷新页面即可找到。"))
 
 
-def choose_sampling() -> Sampling:
+def choose_sampling() -> SamplingParams:
     """Controls for the settings of sampling."""
     limit = st.slider(tr("Longest answer, tokens", "最长回答（token）"), 16, 4096, 512, 16, key="max_new_tokens",
                       **PERSIST)
@@ -130,8 +130,8 @@ def choose_sampling() -> Sampling:
     penalty = st.slider(tr("Repetition penalty", "重复惩罚"), 1.0, 2.0, 1.0, 0.05, key="repetition_penalty", **PERSIST)
     seed = st.number_input(tr("Seed", "随机种子"), 0, 2**31 - 1, None, key="seed", **PERSIST,
                            placeholder=tr("another each time", "每次不同"))
-    return Sampling(max_new_tokens=limit, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=penalty,
-                    seed=time.time_ns() % 2**31 if seed is None else seed)
+    return SamplingParams(max_new_tokens=limit, temperature=temperature, top_p=top_p, top_k=top_k,
+                          repetition_penalty=penalty, seed=time.time_ns() % 2**31 if seed is None else seed)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

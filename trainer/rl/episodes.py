@@ -26,7 +26,7 @@ from functools import partial
 
 from dataset.prompts import Prompt
 from model.chat import EOS, AssistantMessage, ChatTokenizer, generation_prompt, parse_json, parse_message, render
-from model.inference.engine import Sampling
+from model.inference.engine import SamplingParams
 from trainer.rl.tools import call_tool
 from trainer.rl.trajectory import Trajectory
 from trainer.rollout_engine import LocalRolloutEngine
@@ -34,7 +34,7 @@ from trainer.rollout_engine import LocalRolloutEngine
 TURN_SEED_STRIDE = 1_000_003  # between the seeds of an episode's turns: far from those of its neighbours
 
 
-def run_episodes(engine, prompts: list[Prompt], samplings: list[Sampling], tokenizer: ChatTokenizer,
+def run_episodes(engine, prompts: list[Prompt], samplings: list[SamplingParams], tokenizer: ChatTokenizer,
                  max_turns: int = 4, max_total_len: int = 2048,
                  call: Callable[[str, dict], dict] = call_tool) -> list[Trajectory]:
     """One episode to each prompt, in the same order.
@@ -47,9 +47,9 @@ def run_episodes(engine, prompts: list[Prompt], samplings: list[Sampling], token
     waiting, running = deque(zip(episodes, samplings, strict=True)), {}
     together = hasattr(engine, "open")
     with engine.open(len(prompts)) if together else nullcontext(BatchedTurns(engine, len(prompts))) as opened:
-        limit = min(max_total_len, opened.longest)
+        limit = min(max_total_len, opened.max_seq_len)
 
-        def ask(episode: Trajectory, sampling: Sampling) -> None:
+        def ask(episode: Trajectory, sampling: SamplingParams) -> None:
             tokens = episode.tokens
             if len(tokens) >= limit:
                 raise ValueError(f"{episode.prompt.source}: a prompt of {len(tokens):,} tokens leaves no room for an "
@@ -65,7 +65,7 @@ def run_episodes(engine, prompts: list[Prompt], samplings: list[Sampling], token
             for sequence in opened.step():
                 if sequence.finish_reason is not None:
                     episode, sampling = running.pop(sequence)
-                    assert sequence.prompt == episode.tokens, "a turn must go on from the very ids before it"
+                    assert sequence.prompt_ids == episode.tokens, "a turn must go on from the very ids before it"
                     take_turn(episode, sequence, tokenizer, max_turns, limit, call)
                     if not episode.finish_reason:
                         ask(episode, sampling)
@@ -85,7 +85,7 @@ class EpisodeEngine:
     def update(self) -> None:
         self.engine.update()
 
-    def generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Trajectory]:
+    def generate(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Trajectory]:
         """One episode to each prompt, in the same order."""
         return run_episodes(self.engine, prompts, samplings, self.tokenizer, self.max_turns, self.max_total_len,
                             partial(call_tool, seed=self.seed))
@@ -94,12 +94,12 @@ class EpisodeEngine:
 def take_turn(episode: Trajectory, sequence, tokenizer: ChatTokenizer, max_turns: int, limit: int,
               call: Callable[[str, dict], dict]) -> None:
     """Append what was sampled; run its calls and append what they said, or set `finish_reason`."""
-    episode.completion_ids += sequence.ids
+    episode.completion_ids += sequence.completion_ids
     episode.logprobs += sequence.logprobs
-    episode.action_mask += [True] * len(sequence.ids)
-    episode.answer = parse_message(tokenizer, sequence.ids, episode.prompt.thinking)
+    episode.action_mask += [True] * len(sequence.completion_ids)
+    episode.answer = parse_message(tokenizer, sequence.completion_ids, episode.prompt.thinking)
     episode.turns.append(episode.answer)
-    if sequence.ids[-1:] != [EOS]:
+    if sequence.completion_ids[-1:] != [EOS]:
         episode.finish_reason = "length"
     elif not (episode.answer.tool_calls or episode.answer.malformed):
         episode.finish_reason = "stop"
@@ -143,9 +143,9 @@ def observation(tokenizer: ChatTokenizer, results: list[dict], thinking: bool) -
 class TurnRequest:
     """A request to an engine that answers whole batches, in the words of `model.inference.engine.Sequence`."""
 
-    prompt: list[int]
-    sampling: Sampling
-    ids: list[int] = field(default_factory=list)
+    prompt_ids: list[int]
+    params: SamplingParams
+    completion_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -153,18 +153,19 @@ class TurnRequest:
 class BatchedTurns:
     """`add` and `step` on top of `generate(prompts, samplings)`: a step answers all that were added."""
 
-    longest = 2**31
+    max_seq_len = 2**31
 
     def __init__(self, engine, max_batch: int):
         self.engine, self.max_batch, self._added = engine, max_batch, []
 
-    def add(self, prompt: list[int], sampling: Sampling) -> TurnRequest:
-        self._added.append(TurnRequest(prompt, sampling))
+    def add(self, prompt_ids: list[int], params: SamplingParams) -> TurnRequest:
+        self._added.append(TurnRequest(prompt_ids, params))
         return self._added[-1]
 
     def step(self) -> list[TurnRequest]:
         turns, self._added = self._added, []
-        answers = self.engine.generate([Prompt(turn.prompt, []) for turn in turns], [turn.sampling for turn in turns])
+        answers = self.engine.generate([Prompt(turn.prompt_ids, []) for turn in turns], [turn.params for turn in turns])
         for turn, answer in zip(turns, answers, strict=True):
-            turn.ids, turn.logprobs, turn.finish_reason = answer.completion_ids, answer.logprobs, answer.finish_reason
+            turn.completion_ids, turn.logprobs = answer.completion_ids, answer.logprobs
+            turn.finish_reason = answer.finish_reason
         return turns

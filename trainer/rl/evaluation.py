@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dataset.prompts import PromptDataset
 from model.chat import ChatTokenizer
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 
 
 def make_rollout_eval(run, prompts: PromptDataset | None, engine, rewards) -> Callable[[], dict] | None:
@@ -19,7 +19,8 @@ def make_rollout_eval(run, prompts: PromptDataset | None, engine, rewards) -> Ca
         own = prompts.prompts[run.world.rank::run.world.size]
         with run.whole():
             engine.update()
-            answers = engine.generate(own, [Sampling(run.args.max_gen_len, temperature=0)] * len(own)) if own else []
+            greedy = SamplingParams(run.args.max_gen_len, temperature=0)
+            answers = engine.generate(own, [greedy] * len(own)) if own else []
         scores = rewards.score(own, answers) if own else torch.zeros(0, len(rewards.names))
         scores = torch.cat(run.world.gather(scores))
         means = dict(zip(rewards.names, scores.mean(0).tolist(), strict=True))

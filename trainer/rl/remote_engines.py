@@ -14,7 +14,7 @@ from torch import nn
 from dataset.prompts import Prompt
 from model.chat import ChatTokenizer
 from model.cli import Failure, first_line
-from model.inference.engine import Sampling
+from model.inference.engine import SamplingParams
 from model.transformers_io import save_folder
 from model.weights import weights_hash
 from trainer.distributed import World
@@ -61,7 +61,7 @@ class RemoteRolloutEngine:
         for failure in filter(None, self.world.gather(error)):
             raise Failure(failure)
 
-    def generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Trajectory]:
+    def generate(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Trajectory]:
         """One answer to each prompt, in the same order."""
         self._check_version(self._policy_version(), "the policy is at")
         if prompts and not self.temperature_checked and any(s.temperature not in (0, 1) for s in samplings):
@@ -85,7 +85,7 @@ class RemoteRolloutEngine:
         if previous:
             shutil.rmtree(previous, ignore_errors=True)
 
-    def _complete_checked(self, ids: list[int], sampling: Sampling) -> Completion:
+    def _complete_checked(self, ids: list[int], sampling: SamplingParams) -> Completion:
         """`_complete`, after checking that the completion is whole and ends as it claims to."""
         try:
             completion = self._complete(ids, sampling)
@@ -106,7 +106,7 @@ class RemoteRolloutEngine:
     def _check_temperature(self, ids: list[int]) -> None:
         """Raise Failure if log-probabilities do not change with the temperature: they must be those of the sampled
         distribution."""
-        cold, hot = (self._complete_checked(ids, Sampling(1, temperature, top_logprobs=1)).max_logprobs[0]
+        cold, hot = (self._complete_checked(ids, SamplingParams(1, temperature, top_logprobs=1)).max_logprobs[0]
                      for temperature in (1, 2))
         if cold < -0.05:  # else one token has all the probability here, at any temperature: check the next rollout
             if hot > cold - 0.01:
@@ -147,7 +147,7 @@ class SGLangEngine(RemoteRolloutEngine):
         if reply.get("success") is not True:
             raise Failure(f"{self.url}: weights not updated: {reply.get('message')}")
 
-    def _complete(self, ids: list[int], sampling: Sampling) -> Completion:
+    def _complete(self, ids: list[int], sampling: SamplingParams) -> Completion:
         params = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
                   "sampling_seed": sampling.seed, "stop_token_ids": list(sampling.stop_ids), "no_stop_trim": True}
         meta = self._request("/generate", {
@@ -174,14 +174,14 @@ class VLLMEngine(RemoteRolloutEngine):
             raise Failure(f"{self.url}: it keeps keys and values of the old weights")
         self._request("/update_weight_version", {"new_version": self.version})  # last: it vouches for the steps above
 
-    def generate(self, prompts: list[Prompt], samplings: list[Sampling]) -> list[Trajectory]:
+    def generate(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Trajectory]:
         """One answer to each prompt, in order. Completions carry no version, so it is checked before and after."""
         self._check_version(self._request("/weight_info").get("weight_version"))
         trajectories = super().generate(prompts, samplings)
         self._check_version(self._request("/weight_info").get("weight_version"))
         return trajectories
 
-    def _complete(self, ids: list[int], sampling: Sampling) -> Completion:
+    def _complete(self, ids: list[int], sampling: SamplingParams) -> Completion:
         choice = self._request("/v1/completions", {
             "prompt": ids, "max_tokens": sampling.max_new_tokens, "seed": sampling.seed,
             "temperature": sampling.temperature, "stop_token_ids": list(sampling.stop_ids), "logprobs": 1,
