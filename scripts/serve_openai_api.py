@@ -58,7 +58,7 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
     refusals = {"4XX": {"description": "an error object: the request's fault, or not now"},
                 "5XX": {"description": "an error object: the server's fault, or it is stopping"}}
 
-    answers = refusals | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    answers = refusals | {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", responses=answers)
     async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
