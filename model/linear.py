@@ -65,8 +65,8 @@ class Linear(nn.Linear):
 
     prepacked: Tensor | None = None  # set by model.inference.prepacked while an engine runs
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, device: str | None = None):
+        super().__init__(in_features, out_features, bias=False, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.prepacked)

@@ -1,8 +1,8 @@
-"""LoRA: a frozen weight W and beside it the product of two narrow matrices, y = W·x + alpha/rank · B·(A·x).
+"""LoRA: a frozen weight W and beside it the product of two low-rank matrices, y = W·x + alpha/rank · B·(A·x).
 
 Hu et al. 2021, https://arxiv.org/abs/2106.09685. A starts at random and B at zero, so training starts at the base.
-The base keeps its parameters and their names; a layer that is adapted only has `lora_A` and `lora_B` more.
-A LoRA file holds those tensors and the settings that attach them: {name: tensor, …, "settings": {…}}.
+The base keeps its parameters and their names; an adapted layer only has `lora_A` and `lora_B` more.
+A LoRA file holds these tensors and the settings to attach them with: {name: tensor, …, "settings": {…}}.
 """
 
 import json
@@ -25,39 +25,39 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate
 
 @dataclass(frozen=True)
 class LoRA:
-    """How a model is adapted. `targets`: last names of the layers; `base`: weights_hash of the model it belongs to."""
+    """How a model is adapted."""
 
     rank: int = 16
     alpha: float = 32.0
-    dropout: float = 0.0  # of what goes into A, in training
-    targets: tuple[str, ...] = TARGETS
-    base: str = ""
+    dropout: float = 0.0  # of the input of A, in training
+    targets: tuple[str, ...] = TARGETS  # last names of the adapted layers
+    base: str = ""  # weights_hash of the model that was adapted
 
 
-def init_lora_AB(shape: torch.Size, rank: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [..., rank, in] and B [..., out, rank] for a weight [..., out, in]; A as a linear layer starts, B zero."""
-    *stack, out, width = shape
-    bound = 1 / math.sqrt(width)
-    down = torch.empty(*stack, rank, width, device=device).uniform_(-bound, bound)
-    return nn.Parameter(down), nn.Parameter(torch.zeros(*stack, out, rank, device=device))
+def init_lora_AB(weight: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [..., rank, in], initialised like a linear layer, and B [..., out, rank], zero, for a weight [..., out, in]."""
+    *stack, out_features, in_features = weight.shape
+    bound = 1 / math.sqrt(in_features)
+    A = torch.empty(*stack, rank, in_features, device=weight.device).uniform_(-bound, bound)
+    return nn.Parameter(A), nn.Parameter(torch.zeros(*stack, out_features, rank, device=weight.device))
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with its branch; the weight is the very parameter of `base`."""
+    """A linear layer with its adapter; it shares the weight of `base`."""
 
     def __init__(self, base: nn.Linear, lora: LoRA):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
-        self.lora_A, self.lora_B = init_lora_AB(base.weight.shape, lora.rank, base.weight.device)
+        self.lora_A, self.lora_B = init_lora_AB(base.weight, lora.rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        narrow = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
-        return super().forward(x) + F.linear(narrow, self.lora_B) * self.scale
+        low_rank = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
+        return super().forward(x) + F.linear(low_rank, self.lora_B) * self.scale
 
 
 class LoRAExperts(Experts):
-    """A stack of experts, each with branches of its own at those of its weights that are in `lora.targets`."""
+    """A stack of experts, each with adapters of its own for those of its weights that are in `lora.targets`."""
 
     def __init__(self, base: Experts, lora: LoRA):
         nn.Module.__init__(self)
@@ -66,33 +66,33 @@ class LoRAExperts(Experts):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name in ("gate_up_proj", "down_proj"):
             if name in lora.targets:
-                weight = getattr(base, name)
-                self.lora_A[name], self.lora_B[name] = init_lora_AB(weight.shape, lora.rank, weight.device)
+                self.lora_A[name], self.lora_B[name] = init_lora_AB(getattr(base, name), lora.rank)
 
-    def project(self, name: str, x: Tensor, load: Tensor) -> Tensor:
-        y = super().project(name, x, load)
+    def project(self, name: str, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        y = super().project(name, x, tokens_per_expert)
         if name not in self.lora_A:
             return y
-        narrow = grouped_linear(F.dropout(x, self.dropout, self.training), self.lora_A[name], load)
-        return y + grouped_linear(narrow, self.lora_B[name], load) * self.scale
+        x = F.dropout(x, self.dropout, self.training)
+        low_rank = grouped_linear(x, self.lora_A[name], tokens_per_expert)
+        return y + grouped_linear(low_rank, self.lora_B[name], tokens_per_expert) * self.scale
 
 
 def find_target_modules(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    """The layers of the blocks that can be adapted: last name → [(name of the module, module)]."""
-    found: dict[str, list[tuple[str, nn.Module]]] = {}
+    """The layers of the blocks that can be adapted: last name → [(path of the module, module)]."""
+    modules: dict[str, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         if ".layers." not in path:
             continue
         if isinstance(module, nn.Linear):
-            found.setdefault(path.rsplit(".", 1)[1], []).append((path, module))
+            modules.setdefault(path.rsplit(".", 1)[1], []).append((path, module))
         elif isinstance(module, Experts):
             for name in ("gate_up_proj", "down_proj"):
-                found.setdefault(name, []).append((path, module))
-    return found
+                modules.setdefault(name, []).append((path, module))
+    return modules
 
 
 def apply_lora(model: nn.Module, lora: LoRA) -> None:
-    """Freeze `model` and give the layers `lora.targets` their branches, in place.
+    """Freeze `model` and give the layers `lora.targets` their adapters, in place.
 
     Raises UserError when the model has no such layer.
     """
@@ -106,40 +106,40 @@ def apply_lora(model: nn.Module, lora: LoRA) -> None:
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the branches, by name."""
+    """The parameters of the adapters, by name."""
     return {name: p for name, p in model.named_parameters() if ".lora_A" in name or ".lora_B" in name}
 
 
+@torch.no_grad()
 def merge_lora(model: nn.Module, weight: float = 1.0) -> None:
-    """W ← W + weight · alpha/rank · B·A, and the branches go, in place."""
+    """W ← W + weight · alpha/rank · B·A, and remove the adapters, in place."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
-            with torch.device("meta"):
-                plain = Linear(layer.in_features, layer.out_features)
-            plain.weight, plain.bias = layer.weight, layer.bias
-            pairs = [(layer.weight, layer.lora_A, layer.lora_B)]
+            merged = Linear(layer.in_features, layer.out_features, device="meta")
+            adapters = {"weight": (layer.lora_A, layer.lora_B)}
         elif isinstance(layer, LoRAExperts):
-            plain = Experts.__new__(Experts)
-            nn.Module.__init__(plain)
-            plain.gate_up_proj, plain.down_proj = layer.gate_up_proj, layer.down_proj
-            pairs = [(getattr(layer, name), layer.lora_A[name], layer.lora_B[name]) for name in layer.lora_A]
+            E, H, width = layer.down_proj.shape
+            merged = Experts(E, H, width, device="meta")
+            adapters = {name: (layer.lora_A[name], layer.lora_B[name]) for name in layer.lora_A}
         else:
             continue
-        with torch.no_grad():
-            for base, down, up in pairs:
-                base += (up.float() @ down.float() * (weight * layer.scale)).to(base.dtype)
-        model.set_submodule(path, plain.train(layer.training))
+        for name in merged._parameters:
+            setattr(merged, name, getattr(layer, name))
+        for name, (A, B) in adapters.items():
+            W = getattr(merged, name)
+            W += (B.float() @ A.float() * (weight * layer.scale)).to(W.dtype)
+        model.set_submodule(path, merged.train(layer.training))
 
 
-def save_lora(model: nn.Module, name: str, save_dir: Path, tokenizer: ChatTokenizer, lora: LoRA, **facts) -> Path:
-    """Write the branches of `model` and their settings to {save_dir}/{name}_{hidden_size}[_moe].pth, and a .json."""
+def save_lora(model: nn.Module, name: str, save_dir: Path, tokenizer: ChatTokenizer, lora: LoRA, **metadata) -> Path:
+    """Write the adapters of `model` and their settings to {save_dir}/{name}_{hidden_size}[_moe].pth, and a .json."""
     settings = asdict(lora) | {"targets": list(lora.targets)}
     return save_weight(model, name, save_dir, tokenizer, lora_state(model) | {"settings": settings}, lora=settings,
-                       **facts)
+                       **metadata)
 
 
 def read_lora(path: Path) -> tuple[LoRA, dict[str, Tensor]]:
-    """A LoRA file. Raises UserError when it is none."""
+    """The settings and tensors of a LoRA file. Raises UserError when it is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         settings = state.pop("settings")
@@ -149,29 +149,30 @@ def read_lora(path: Path) -> tuple[LoRA, dict[str, Tensor]]:
 
 
 def load_adapter_state(model: nn.Module, lora: LoRA, state: dict[str, Tensor], source: str | Path) -> None:
-    """Give `model` the branches of `state`, which was read from `source`. Raises UserError when they do not fit."""
+    """Give `model` the adapters of `state`, which was read from `source`. Raises UserError when they do not fit."""
     apply_lora(model, lora)
-    wanted = lora_state(model)
-    wrong = [name for name in wanted.keys() | state.keys()
-             if name not in wanted or name not in state or wanted[name].shape != state[name].shape]
-    if wrong:
-        raise UserError(f"{source} does not fit this model: {min(wrong)} and {len(wrong) - 1} others are absent or of "
-                        "another shape; name the base it was trained on")
+    adapters = lora_state(model)
+    mismatched = [name for name in adapters.keys() | state.keys()
+                  if name not in adapters or name not in state or adapters[name].shape != state[name].shape]
+    if mismatched:
+        raise UserError(f"{source} does not fit this model: {min(mismatched)} and {len(mismatched) - 1} others are "
+                        "absent or of another shape; name the base it was trained on")
     with torch.no_grad():
         for name, value in state.items():
-            wanted[name].copy_(value)
+            adapters[name].copy_(value)
 
 
-def compatible_adapters(save_dir: Path, base: str) -> list[str]:
-    """Names of the LoRAs of `save_dir` that were trained, by their .json, on the model whose weights_hash is `base`."""
-    found = []
-    for path in sorted(Path(save_dir).glob("lora_*.pth")):
-        try:
-            if json.loads(path.with_suffix(".json").read_text("utf-8"))["lora"]["base"] == base:
-                found.append(weight_name(path))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # without its card nobody knows
-    return found
+def load_adapter_file(model: nn.Module, path: Path, base: str | None = None) -> LoRA:
+    """Attach a LoRA file to the model it was trained on. `base`: the weights_hash of the model, if it is known.
+
+    Raises UserError when it is no LoRA, or belongs to another model.
+    """
+    lora, state = read_lora(path)
+    if lora.base != (base or weights_hash(model)):
+        raise UserError(f"{path} was trained on another base than this one; name its base "
+                        "(its .json tells which), or train it again on this one")
+    load_adapter_state(model, lora, state, path)
+    return lora
 
 
 def load_lora(model: nn.Module, name: str, save_dir: Path = OUT_DIR) -> LoRA:
@@ -180,14 +181,13 @@ def load_lora(model: nn.Module, name: str, save_dir: Path = OUT_DIR) -> LoRA:
     return load_adapter_file(model, path)
 
 
-def load_adapter_file(model: nn.Module, path: Path, base: str | None = None) -> LoRA:
-    """Attach a LoRA file to the base it was trained on. `base`: the weights_hash of the model, if it is known.
-
-    Raises UserError when it is no LoRA, or belongs to another base.
-    """
-    lora, state = read_lora(path)
-    if lora.base != (base or weights_hash(model)):
-        raise UserError(f"{path} was trained on another base than this one; name its base "
-                        "(its .json tells which), or train it again on this one")
-    load_adapter_state(model, lora, state, path)
-    return lora
+def compatible_adapters(save_dir: Path, base: str) -> list[str]:
+    """Names of the LoRAs of `save_dir` that were trained, by their .json, on the model whose weights_hash is `base`."""
+    names = []
+    for path in sorted(Path(save_dir).glob("lora_*.pth")):
+        try:
+            if json.loads(path.with_suffix(".json").read_text("utf-8"))["lora"]["base"] == base:
+                names.append(weight_name(path))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # nothing tells its base
+    return names

@@ -1,8 +1,9 @@
 """The decoder: RMSNorm, rotary positions with YaRN, grouped-query attention with QK-norm, SwiGLU, mixture of experts.
 
+Configuration and mathematics only: `linear`, `attention` and `moe`, beside this file, choose the kernels.
 Parameter names are those of Qwen3 and Qwen3-MoE, so the weights open in any program that reads these.
-Mathematics only: no files, no flags, no kernels (`linear`, `attention` and `Experts` choose those).
-Shapes: B rows, T tokens per row, H hidden size, D head dimension, N = B·T tokens, K experts per token, E experts.
+Shapes: B rows, T tokens per row, H hidden size, D head dimension, V vocabulary; N = B·T tokens, K experts per token,
+E experts. A suffix names them where there are many: `expert_NK` is [N, K].
 """
 
 import math
@@ -17,13 +18,13 @@ from .attention import BatchLayout, attention, causal_layout
 from .linear import Linear, pad_to_multiple
 from .moe import Experts, load_balancing_loss, register_expert_names, router_stats, stack_expert_weights
 
-# transformers renamed the cache in its outputs; and some keywords that it passes change nothing here
-CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-HARMLESS = ("return_dict", "use_cache", "cache_position")
+YARN_FACTOR, YARN_ORIGINAL_LENGTH, YARN_BETA_FAST, YARN_BETA_SLOW = 16.0, 2048, 32.0, 1.0
+IGNORED_KEYWORDS = ("return_dict", "use_cache", "cache_position")  # transformers passes them; nothing depends on them
+CACHE_FIELD = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MiniMindConfig(PretrainedConfig):
-    """Sizes and constants. The defaults are the published dense model (63.91 M); `use_moe=True` gives 198.42 M.
+    """Sizes of the decoder; the defaults are the published ones (dense 63.91 M, MoE 198.42 M parameters).
 
     Raises ValueError when the sizes do not fit each other.
     """
@@ -51,9 +52,7 @@ class MiniMindConfig(PretrainedConfig):
         router_aux_loss_coef: float = 5e-4,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = True,
-        pad_token_id: int = 0,
-        bos_token_id: int = 1,
-        eos_token_id: int = 2,
+        pad_token_id: int = 0, bos_token_id: int = 1, eos_token_id: int = 2,
         **kwargs,
     ):
         if head_dim is None and hidden_size % num_attention_heads:
@@ -62,27 +61,22 @@ class MiniMindConfig(PretrainedConfig):
             raise ValueError(f"{num_attention_heads} query heads cannot share {num_key_value_heads} key-value heads")
         if num_experts_per_tok > num_experts:
             raise ValueError(f"num_experts_per_tok {num_experts_per_tok} is more than num_experts {num_experts}")
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.use_moe = bool(use_moe)
         self.vocab_size = vocab_size
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
+        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, rotary positions rotate pairs")
         self.intermediate_size = intermediate_size or math.ceil(hidden_size * math.pi / 64) * 64
-        self.max_position_embeddings = max_position_embeddings
+        self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
         self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
         self.inference_rope_scaling = bool(inference_rope_scaling)
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
+        self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
         # False by measurement: docs/experiments.md, "Router weight". Published weights were trained with True.
         self.norm_topk_prob = norm_topk_prob
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.initializer_range = initializer_range
+        self.router_aux_loss_coef, self.initializer_range = router_aux_loss_coef, initializer_range
         kwargs.setdefault("architectures", ["MiniMindForCausalLM"])
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
                          tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -103,29 +97,26 @@ class RMSNorm(nn.Module):
         return (self.weight * x32).to(x.dtype)
 
 
-YARN_FACTOR, YARN_ORIGINAL_LENGTH, YARN_BETA_FAST, YARN_BETA_SLOW = 16.0, 2048, 32.0, 1.0
-
-
 def rope_frequencies(config: MiniMindConfig, device: torch.device | None = None) -> Tensor:
-    """Rotation per position of each pair of head dimensions, in radians: [head_dim / 2] fp32.
+    """Rotation per position of each pair of head dimensions, in radians: [D/2] fp32.
 
-    θ^(-2i/d) (RoFormer, Su et al. 2021). With `inference_rope_scaling`, YaRN "NTK-by-parts" (Peng et al. 2023,
-    eq. 19-23): pairs that turn more than beta_fast times within the original length keep their frequency, pairs that
-    turn less than beta_slow times are slowed by the factor, those between are blended linearly. Attention factor 1.
+    θ_i = base^(-2i/D) (RoFormer, Su et al. 2021). With `inference_rope_scaling`, YaRN's "NTK-by-parts" (Peng et al.
+    2023, eq. 19-23): pairs that turn more than beta_fast times within the original length keep their frequency, those
+    that turn less than beta_slow times are slowed by the factor, between them it is blended. Attention factor 1.
     """
     dim, base = config.head_dim, config.rope_theta
     frequency = 1 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     if not config.inference_rope_scaling:
         return frequency
 
-    def pair_turning(turns: float) -> float:  # index of the pair that turns so often within the original length
-        return dim * math.log(YARN_ORIGINAL_LENGTH / (turns * 2 * math.pi)) / (2 * math.log(base))
+    def pair_with(num_turns: float) -> float:  # the index i of the pair that turns so often, θ_i solved for i
+        return dim * math.log(YARN_ORIGINAL_LENGTH / (num_turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_turning(YARN_BETA_FAST)), 0)
-    high = min(math.ceil(pair_turning(YARN_BETA_SLOW)), dim - 1)
+    low = max(math.floor(pair_with(YARN_BETA_FAST)), 0)
+    high = min(math.ceil(pair_with(YARN_BETA_SLOW)), dim - 1)
     pair = torch.arange(dim // 2, device=device, dtype=torch.float32)
-    slowed = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return frequency * (1 - slowed) + frequency / YARN_FACTOR * slowed
+    ramp = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequency * (1 - ramp) + frequency / YARN_FACTOR * ramp
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -140,20 +131,20 @@ class Attention(nn.Module):
 
     def __init__(self, config: MiniMindConfig, layer_index: int):
         super().__init__()
-        self.layer_index, self.head_dim = layer_index, config.head_dim
-        query_size, key_size = (heads * config.head_dim for heads in (config.num_attention_heads,
-                                                                       config.num_key_value_heads))
-        self.q_proj = Linear(config.hidden_size, query_size)
-        self.k_proj = Linear(config.hidden_size, key_size)
-        self.v_proj = Linear(config.hidden_size, key_size)
-        self.o_proj = Linear(query_size, config.hidden_size)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        H, D = config.hidden_size, config.head_dim
+        self.layer_index, self.head_dim = layer_index, D
+        self.q_proj = Linear(H, config.num_attention_heads * D)
+        self.k_proj = Linear(H, config.num_key_value_heads * D)
+        self.v_proj = Linear(H, config.num_key_value_heads * D)
+        self.o_proj = Linear(config.num_attention_heads * D, H)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps)
+        self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: BatchLayout) -> Tensor:
+        """x [B, T, H] → the same shape; q, k, v are [B, T, heads, D]."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)  # [B, T, heads, D]
-        if layout.cache is not None:  # T new keys → all S
+        q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)
+        if layout.cache is not None:  # keys and values of the T new tokens → of all tokens so far
             k, v = layout.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_index)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         return self.o_proj(attention(q, k, v, layout).flatten(2))
@@ -222,18 +213,15 @@ class MiniMindPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *arguments, **options):
-        """As transformers does it, from folders with the experts stacked or with per-expert names."""
+        """From folders with the experts stacked, or with one name per expert as published."""
         register_expert_names()
         return super().from_pretrained(*arguments, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, Experts):
-            nn.init.normal_(module.gate_up_proj, std=std)
-            nn.init.normal_(module.down_proj, std=std)
+        if isinstance(module, (nn.Linear, nn.Embedding, Experts)):
+            for weight in module.parameters(recurse=False):
+                nn.init.normal_(weight, std=self.config.initializer_range)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
 
@@ -253,9 +241,11 @@ class MiniMindModel(MiniMindPreTrainedModel):
         """[B, T] → hidden states [B, T, H] and, for MoE, the load-balancing loss (not yet times its coefficient).
 
         `attention_mask` [B, S] or [B, 1, T, S] and `past_key_values`, a cache, are transformers' way to describe a
-        batch (`causal_layout`); a `layout` replaces both. Raises TypeError for other keywords that ask for something.
+        batch (`causal_layout`); a `layout` replaces both. Raises TypeError for other keywords that ask for anything.
         """
-        refuse_unknown(kwargs)
+        if unknown := [name for name, value in kwargs.items()
+                       if value is not None and value is not False and name not in IGNORED_KEYWORDS]:
+            raise TypeError(f"MiniMind's forward pass does not know {', '.join(unknown)}")
         if layout is None:
             layout = causal_layout(input_ids, attention_mask, past_key_values)
         if position_ids is None:
@@ -263,7 +253,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         angle = position_ids[..., None, None].float() * rope_frequencies(self.config, input_ids.device)
         cos, sin = angle.cos(), angle.sin()  # [B, T, 1, D/2]
-
         x, stats = self.embed_tokens(input_ids), []
         for layer in self.layers:
             x, layer_stats = layer(x, cos, sin, layout)
@@ -289,8 +278,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         """Logits [B, T, V], or of the last `logits_to_keep` of each row, or [M, V] at the flat `logits_indices` [M].
 
         `labels` [B, T] (-100 ignored) are the input ids; the shift happens here. `loss` is the mean next-token loss, or
-        the sum over `num_items_in_batch`, plus the load-balancing loss times its coefficient. `cache` is the newer name
-        of `past_key_values`. The other arguments: `MiniMindModel.forward`.
+        its sum over transformers' `num_items_in_batch`, plus the load-balancing loss times its coefficient. `cache` is
+        the newer name of `past_key_values`. The other arguments: `MiniMindModel.forward`.
         """
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
@@ -299,30 +288,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         if logits_indices is not None:
             logits = self.lm_head(pad_to_multiple(hidden.flatten(0, 1)[logits_indices]))[:len(logits_indices)]
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0: all
             logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100,
-                                   reduction="mean" if num_items_in_batch is None else "sum")
-            if num_items_in_batch is not None:  # of all micro-batches that the Trainer accumulates
-                loss = loss / num_items_in_batch
+            targets = labels[:, 1:].flatten()
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")  # -100 is ignored
+            loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
             if aux_loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
-        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **{CACHE: cache})
-
-
-def refuse_unknown(kwargs: dict) -> None:
-    """Raise TypeError for keywords of a forward pass that ask for something; None and False ask for nothing."""
-    unknown = [name for name, value in kwargs.items()
-               if value is not None and value is not False and name not in HARMLESS]
-    if unknown:
-        raise TypeError(f"MiniMind's forward pass does not know {', '.join(unknown)}")
-
-
-def register() -> None:
-    """Let transformers' AutoConfig and AutoModelForCausalLM open MiniMind folders."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
-    AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **{CACHE_FIELD: cache})

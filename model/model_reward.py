@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from model.chat import PAD
@@ -21,15 +22,14 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
         self.model = MiniMindModel(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
-        nn.init.zeros_(self.score.weight)  # all answers start alike
+        nn.init.zeros_(self.score.weight)  # at first all rewards are equal
 
     @classmethod
     def from_decoder(cls, decoder: MiniMindForCausalLM, extra_layers: int = 0) -> "MiniMindForSequenceClassification":
         """A new reward model on the blocks of `decoder` and `extra_layers` more above them, copies of its first ones.
 
-        What a token's likelihood was is known at the decoder's last layer, one position before the token: only layers
-        above can compare the two. Copies: depth up-scaling (Kim et al. 2023). Raises UserError when there are not so
-        many to copy.
+        The decoder's last layer predicts a token one position before it; only layers above can compare the prediction
+        with the token. Copies: depth up-scaling (Kim et al. 2023). Raises UserError for more copies than layers.
         """
         config = copy.copy(decoder.config)
         if extra_layers > config.num_hidden_layers:
@@ -38,32 +38,36 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
         config.num_hidden_layers += extra_layers
         model = cls(config)
         model.model.load_state_dict(decoder.model.state_dict(), strict=False)
-        for copied, layer in zip(model.model.layers[len(decoder.model.layers):], decoder.model.layers, strict=False):
-            copied.load_state_dict(layer.state_dict())
+        for extra_layer, layer in zip(model.model.layers[len(decoder.model.layers):], decoder.model.layers,
+                                      strict=False):
+            extra_layer.load_state_dict(layer.state_dict())
         return model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 logits_indices: Tensor | None = None, **kwargs) -> MoeCausalLMOutputWithPast:
-        """Rewards as `logits` [B, 1] at the last real token of each row, or [M, 1] at the flat `logits_indices`."""
+        """Rewards as `logits` [B, 1] at the last token of each row, or [M, 1] at the flat `logits_indices` [M].
+
+        `attention_mask` [B, T] is 0 on padding. The other arguments: `MiniMindModel.forward`.
+        """
         hidden, aux_loss = self.model(input_ids, attention_mask, position_ids, **kwargs)
         if logits_indices is None:
             B, T = input_ids.shape
-            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            last = (real * torch.arange(T, device=real.device)).argmax(-1)
-            logits_indices = last + T * torch.arange(B, device=last.device)
+            token_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            last_token = (token_mask * torch.arange(T, device=token_mask.device)).argmax(-1)
+            logits_indices = last_token + T * torch.arange(B, device=last_token.device)
         return MoeCausalLMOutputWithPast(aux_loss=aux_loss, logits=self.score(hidden.flatten(0, 1)[logits_indices]))
 
 
 @torch.inference_mode()
 def score_conversations(model: MiniMindForSequenceClassification, conversations: list[list[int]],
                         batch_size: int = 32) -> Tensor:
-    """The reward [conversations] fp32 of each conversation, given as ids up to the `<|im_end|>` of its last answer."""
+    """Rewards [conversations] fp32 of conversations given as ids up to the `<|im_end|>` of their last answer."""
     by_length = sorted(range(len(conversations)), key=lambda i: len(conversations[i]))
-    result = torch.empty(len(conversations))
-    for begin in range(0, len(conversations), batch_size):
-        rows = by_length[begin:begin + batch_size]
-        longest = len(conversations[rows[-1]])
-        ids = torch.tensor([conversations[i] + [PAD] * (longest - len(conversations[i])) for i in rows])
-        real = torch.tensor([[1] * len(conversations[i]) + [0] * (longest - len(conversations[i])) for i in rows])
-        result[rows] = model(ids.to(model.device), real.to(model.device)).logits[:, 0].float().cpu()
-    return result
+    rewards = torch.empty(len(conversations))
+    for start in range(0, len(conversations), batch_size):
+        indices = by_length[start:start + batch_size]
+        rows = [torch.tensor(conversations[i]) for i in indices]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=PAD)
+        attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        rewards[indices] = model(input_ids.to(model.device), attention_mask.to(model.device)).logits[:, 0].float().cpu()
+    return rewards

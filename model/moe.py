@@ -15,10 +15,10 @@ class Experts(nn.Module):
 
     prepacked: dict[str, list[Tensor]] = {}  # set by model.inference.prepacked while an engine runs
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, device: str | None = None):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, device=device))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, device=device))
 
     def forward(self, x_NH: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
         """Σ_k weight_k · expert_k(x) → [N, H]. Tokens are sorted by expert; none is dropped."""

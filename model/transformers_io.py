@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from model import attention, linear, model_minimind, moe
 from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import UserError, first_line
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, register
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import CONFIG_KEYS
 
 AUTO_MAP = {"AutoConfig": "model_minimind.MiniMindConfig", "AutoModelForCausalLM": "model_minimind.MiniMindForCausalLM"}
@@ -99,6 +99,14 @@ def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, 
         source = tokenizer.folder / name
         shutil.copyfile(source if source.is_file() else TOKENIZER_DIR / name, folder / name)
     (folder / "chat_template.jinja").write_text(chat_template(tokenizer), "utf-8")
+
+
+def register() -> None:
+    """Let transformers' AutoConfig and AutoModelForCausalLM open folders of MiniMind's class."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
 
 
 def load_folder(folder: str | Path, flag: str = "--load_from", **overrides) -> tuple[nn.Module, ChatTokenizer]:

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from model.chat import ChatTokenizer
 from model.cli import run_main
 from model.model_lora import LoRA, apply_lora, lora_state, save_lora
-from model.model_minimind import MiniMindForCausalLM, register
-from model.transformers_io import load_folder, qwen3_config, save_folder
+from model.model_minimind import MiniMindForCausalLM
+from model.transformers_io import load_folder, qwen3_config, register, save_folder
 from model.weights import load_weight, read_weight, save_weight, weights_hash
 from scripts import convert_model
 from scripts.lib import gguf_file

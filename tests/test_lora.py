@@ -254,7 +254,7 @@ def test_mistakes_are_told_in_one_line(lab, capsys, tmp_path):
     with pytest.raises(UserError, match="full_sft_64.pth: not a LoRA file"):
         load_lora(small_model(), "full_sft", lab.out)
     to_peft(lab.out / "lora_identity_64.pth", tmp_path / "sound")
-    with pytest.raises(UserError, match="no place for"):
+    with pytest.raises(UserError, match="this model has no module for"):
         convert_model.import_peft(small_model(use_moe=True), tmp_path / "sound")
     for name, change, words in (("a", {"use_dora": True}, "use_dora"), ("b", {"r": None}, "not a peft adapter")):
         folder = tmp_path / name

@@ -22,6 +22,7 @@ from model.attention import BatchLayout, attention, document_mask
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_reward import MiniMindForSequenceClassification
 from model.moe import _grouped_mm, _linear_per_expert
+from model.transformers_io import register
 from trainer.losses import inputs
 
 same = partial(assert_close, atol=1e-4, rtol=0)
@@ -454,7 +455,7 @@ def test_router_learns_from_language_unless_the_only_weight_is_normalised_to_one
 
 @every_kind
 def test_saved_model_opens_by_auto_class_with_equal_bits(kind, tmp_path):
-    mm.register()
+    register()
     model, ids = minimind(kind, inference_rope_scaling=True).eval(), tokens(2, 12)
     model.save_pretrained(tmp_path)
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

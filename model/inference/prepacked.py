@@ -1,7 +1,7 @@
-"""Weights in the order in which a CPU multiplies by them: copies, for as long as an engine answers.
+"""Weights prepacked in oneDNN's blocked order: copies, for as long as an engine runs on a CPU.
 
-oneDNN rearranges the right operand of every product; of a few tokens that takes longer than the product itself.
-Rearranged once, weights of 64 M take 0.1 s and as much memory again. Measured: docs/experiments.md, "packed".
+oneDNN reorders the right operand of every product; with few tokens that takes longer than the product itself.
+Reordered once, weights of 64 M take 0.1 s and as much memory again. Measured: docs/experiments.md, "packed".
 """
 
 from collections.abc import Iterator
@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from model.linear import Linear
 from model.moe import Experts
 
-Prepacked = list[tuple[nn.Module, Tensor | dict[str, list[Tensor]]]]
-ROWS = 16  # what the order is chosen for; it serves any number
+Prepacked = list[tuple[nn.Module, Tensor | dict[str, list[Tensor]]]]  # of each Linear, and of each weight of Experts
+NUM_TOKENS = 16  # the order is chosen for so many; it serves any number
 
 
 def has_no_hooks(model: nn.Module) -> bool:
-    """Whether the weights lie whole in the modules; else hooks bring them, around each call."""
+    """Whether the modules hold their whole weights; where hooks are, they may bring them around each call (FSDP)."""
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def prepack(model: nn.Module, dtype: torch.dtype) -> Prepacked:
-    """Each layer with its weights prepacked, as products in `dtype` read them. Nothing where that is not possible."""
+    """Prepack the weights of every layer for products in `dtype`. Empty where this is not possible."""
     mkldnn = torch.ops.mkldnn
-    able = torch.backends.mkldnn.is_available() and (
+    is_supported = torch.backends.mkldnn.is_available() and (
         dtype == torch.float32 or dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
-    if model.device.type != "cpu" or not able or not has_no_hooks(model):
+    if model.device.type != "cpu" or not is_supported or not has_no_hooks(model):
         return []
 
     def reorder(weight: Tensor) -> Tensor:
-        return mkldnn._reorder_linear_weight(weight.detach().to(dtype), ROWS)
+        return mkldnn._reorder_linear_weight(weight.detach().to(dtype), NUM_TOKENS)
 
     prepacked: Prepacked = []
     for module in model.modules():
@@ -39,13 +39,13 @@ def prepack(model: nn.Module, dtype: torch.dtype) -> Prepacked:
             prepacked.append((module, reorder(module.weight)))
         elif isinstance(module, Experts):
             prepacked.append((module, {name: [reorder(weight) for weight in getattr(module, name)]
-                                    for name in ("gate_up_proj", "down_proj")}))
+                                       for name in ("gate_up_proj", "down_proj")}))
     return prepacked
 
 
 @contextmanager
 def use_prepacked(prepacked: Prepacked) -> Iterator[None]:
-    """Inside, the layers multiply by their prepacked weights; outside by the weights as they are."""
+    """Inside, the layers multiply by their prepacked weights; outside, by the parameters."""
     for module, weights in prepacked:
         module.prepacked = weights
     try:
