@@ -14,7 +14,7 @@ from dataset.lm_dataset import SFTDataset
 from model.transformers_io import save_folder
 from model.weights import load_weight
 from trainer import train_distillation, train_full_sft
-from trainer.losses import TAG_TOKENS, distillation_loss, divergence, inputs, next_token_loss, teacher_logits
+from trainer.losses import TAG_TOKENS, distillation_loss, inputs, kl_divergence, next_token_loss, teacher_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DISTIL = {"stage": train_distillation, "from_weight": "none", "from_teacher_weight": "full_sft",
@@ -30,7 +30,7 @@ def batch(data, tmp_path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_the_divergence_is_the_one_of_trl_and_of_the_definition(reverse):
     student, teacher = 3 * torch.randn(2, 5, 40)
-    ours = divergence(student, teacher, 1.5, reverse)
+    ours = kl_divergence(student, teacher, 1.5, reverse)
     GKDTrainer = pytest.importorskip("trl.experimental.gkd", reason="trl needs python 3.11").GKDTrainer
     theirs = GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=float(reverse), temperature=1.5,
                                              reduction="none")

@@ -1,4 +1,4 @@
-"""Losses as pure functions. Each stage's `(model, batch) → Loss` and the equations below it."""
+"""Losses as pure functions: of each stage `(model, batch) → Loss`, and the equations it is made of."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,12 @@ from model.chat import CALL, END_CALL, END_THINK, THINK
 from model.model_minimind import MiniMindForCausalLM
 
 TAG_TOKENS = (THINK, END_THINK, CALL, END_CALL)
+PREFERENCE_LOSSES = ("sigmoid", "ipo", "simpo")
 
 
 def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model takes of a batch: ids, positions, where logits are needed, and the layout of the documents."""
-    if "expand_index" in batch:  # so many documents in each batch: one graph for all
+    if "expand_index" in batch:  # the number of documents differs from batch to batch: one graph for all
         for name in ("expand_index", "cu_seqlens"):
             torch._dynamo.maybe_mark_dynamic(batch[name], 0)
     bounds = {name: batch[name] for name in ("cu_seqlens", "expand_index", "gather_index") if name in batch}
@@ -38,32 +39,32 @@ def aux_loss_term(model: nn.Module, aux_loss: Tensor | None) -> Tensor | None:
 
 
 def next_token_loss(model: nn.Module, batch: dict[str, Tensor], tag_weight: float = 1.0) -> Loss:
-    """Σ -log p(target) over the supervised tokens: logits [M, V] are computed only where there is a label.
+    """Σ -log p(target) over the supervised tokens; logits [M, V] are computed only where there is a target.
 
-    A target that is a tag of thinking or of a tool call counts `tag_weight` times, and once as a token.
+    A target that opens or closes thinking or a tool call is weighted by `tag_weight`, but counts as one token.
     """
     output = model(**inputs(batch))
     logits, targets = output.logits.float(), batch["targets"]
-    total = F.cross_entropy(logits, targets, reduction="sum")
+    loss = F.cross_entropy(logits, targets, reduction="sum")
     if tag_weight != 1:
-        total = total + (tag_weight - 1) * F.cross_entropy(
-            logits, targets.where(torch.isin(targets, targets.new_tensor(TAG_TOKENS)), -100), reduction="sum")
-    return Loss(total, aux_loss_term(model, output.aux_loss))
+        tags = targets.where(torch.isin(targets, targets.new_tensor(TAG_TOKENS)), -100)
+        loss = loss + (tag_weight - 1) * F.cross_entropy(logits, tags, reduction="sum")
+    return Loss(loss, aux_loss_term(model, output.aux_loss))
 
 
 # -- distillation (Hinton et al. 2015, https://arxiv.org/abs/1503.02531) -----------------------------------------------
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float, reverse: bool) -> Tensor:
-    """KL(teacher ‖ student) of each row of logits [M, V] at `temperature`, or KL(student ‖ teacher). → [M]"""
-    ours, theirs = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, reverse: bool) -> Tensor:
+    """KL(teacher ‖ student) at `temperature`, or if `reverse` KL(student ‖ teacher), of logits [M, V] → [M]."""
+    log_q, log_p = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
     if reverse:
-        ours, theirs = theirs, ours
-    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        log_q, log_p = log_p, log_q
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # Σ p · (log p - log q)
 
 
 def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits [M, V] of any decoder at `logits_indices`; one of transformers' gets the documents' bounds as a mask."""
+    """Logits [M, V] of any decoder at `logits_indices`; transformers' decoders take the documents' bounds as a mask."""
     if isinstance(teacher, MiniMindForCausalLM):
         return teacher(**inputs(batch)).logits
     mask = document_mask(batch["cu_seqlens"], *batch["input_ids"].shape)
@@ -74,24 +75,22 @@ def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def distillation_loss(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module, alpha: float, temperature: float,
                       reverse: bool) -> Loss:
-    """Σ alpha · (-log p(target)) + (1 - alpha) · T² · KL over the supervised tokens; T² keeps gradients of one size."""
+    """Σ α·(-log p(target)) + (1 - α)·T²·KL over the supervised tokens; T² offsets gradients that shrink as 1 / T²."""
     output = model(**inputs(batch))
     with torch.no_grad():
-        theirs = teacher_logits(teacher, batch).float()
+        target_logits = teacher_logits(teacher, batch).float()
     logits = output.logits.float()
     nats = F.cross_entropy(logits, batch["targets"], reduction="sum")
-    kl = divergence(logits, theirs, temperature, reverse).sum()
+    kl = kl_divergence(logits, target_logits, temperature, reverse).sum()
     return Loss(alpha * nats + (1 - alpha) * temperature**2 * kl, aux_loss_term(model, output.aux_loss),
                 {"nats": nats, "kl": kl})
 
 
 # -- preferences: documents 2i and 2i + 1 of a batch are the chosen and the rejected answer of pair i ------------------
 
-PREFERENCE_LOSSES = ("sigmoid", "ipo", "simpo")
-
 
 def answer_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Σ log p over the answer of each document: [D], and the load-balancing loss."""
+    """log p(answer) = Σ_t log p(y_t) of each document [D], and the load-balancing loss."""
     output = model(**inputs(batch))
     log_p = -F.cross_entropy(output.logits.float(), batch["targets"], reduction="none")
     return log_p.new_zeros(len(batch["ends"])).index_add(0, batch["document"], log_p), output.aux_loss
@@ -99,17 +98,18 @@ def answer_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
 
 def preference_losses(chosen: Tensor, rejected: Tensor, loss_type: str, beta: float, label_smoothing: float = 0.0,
                       gamma: float = 0.0) -> Tensor:
-    """The loss of each pair [P] from the scores of its sides [P].
+    """The loss of each pair [P] from the scores [P] of its two answers, margin = chosen - rejected.
 
-    sigmoid: -log σ(β · margin), scores are Σ log(p / p_ref) (DPO, Rafailov et al. 2023, eq. 7), of which a share
-    `label_smoothing` is taken for mislabelled. simpo: -log σ(β · margin - γ), scores are mean log p (Meng et al. 2024,
-    eq. 6). ipo: (margin - 1 / 2β)², scores are mean log(p / p_ref) (Azar et al. 2023, eq. 17, a token as trl has it).
+    sigmoid: -log σ(β·margin), scores are log(p / p_ref) (DPO, Rafailov et al. 2023, eq. 7); a share `label_smoothing`
+      of the pairs is taken to be mislabelled.
+    simpo: -log σ(β·margin - γ), scores are log p per token (Meng et al. 2024, eq. 6).
+    ipo: (margin - 1 / 2β)², scores are log(p / p_ref) per token, as in trl (Azar et al. 2023, eq. 17).
     """
     margin = chosen - rejected
     if loss_type == "ipo":
         return (margin - 1 / (2 * beta)) ** 2
-    z = beta * margin - (gamma if loss_type == "simpo" else 0.0)
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    logits = beta * margin - (gamma if loss_type == "simpo" else 0.0)
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
 def num_wins(margin: Tensor) -> Tensor:
@@ -119,12 +119,12 @@ def num_wins(margin: Tensor) -> Tensor:
 
 def dpo_loss(model: nn.Module, batch: dict[str, Tensor], loss_type: str, beta: float, label_smoothing: float,
              gamma: float) -> Loss:
-    """Σ over pairs of a preference loss; `ref_logprobs` [D] holds Σ log p_ref of each document (not for simpo)."""
+    """Σ over pairs of a preference loss; `ref_logprobs` [D] of the batch: log p_ref of each answer (not for simpo)."""
     log_p, aux_loss = answer_log_probs(model, batch)
     score = log_p if loss_type == "simpo" else log_p - batch["ref_logprobs"]
     if loss_type != "sigmoid":
-        tokens = torch.ones_like(batch["document"], dtype=score.dtype)  # bincount would wait for the device
-        score = score / torch.zeros_like(score).index_add(0, batch["document"], tokens)
+        ones = torch.ones_like(batch["document"], dtype=score.dtype)  # bincount would wait for the device
+        score = score / torch.zeros_like(score).index_add(0, batch["document"], ones)
     chosen, rejected = score[0::2], score[1::2]
     losses = preference_losses(chosen, rejected, loss_type, beta, label_smoothing, gamma)
     return Loss(losses.sum(), aux_loss_term(model, aux_loss), {
@@ -135,19 +135,19 @@ def dpo_loss(model: nn.Module, batch: dict[str, Tensor], loss_type: str, beta: f
 def reward_loss(model: nn.Module, batch: dict[str, Tensor], token_weight: float = 0.0) -> Loss:
     """Σ over pairs of -log σ(r(chosen) - r(rejected)) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1).
 
-    And `token_weight` times the same of the sum of what the model gives for each token of an answer (Christiano et al.
-    2017, eq. 1): of a long answer it says where it goes wrong.
+    `token_weight` adds the same loss on r = Σ_t r(y_t), the sum of the rewards of an answer's tokens (Christiano et al.
+    2017, eq. 1), from which the model learns where a long answer goes wrong.
     """
     ends = batch["ends"]
-    read_at = torch.cat((ends, batch["token_at"])) if token_weight else ends
-    output = model(**inputs(batch) | {"logits_indices": read_at})
-    reward, of_token = output.logits.float()[:, 0].split((len(ends), len(output.logits) - len(ends)))
+    indices = torch.cat((ends, batch["token_at"])) if token_weight else ends
+    output = model(**inputs(batch) | {"logits_indices": indices})
+    reward, token_rewards = output.logits.float()[:, 0].split((len(ends), len(output.logits) - len(ends)))
     margin = reward[0::2] - reward[1::2]
-    total = -F.logsigmoid(margin).sum()
+    loss = -F.logsigmoid(margin).sum()
     if token_weight:
-        sums = torch.zeros_like(reward).index_add(0, batch["document"], of_token)
-        total = total - token_weight * F.logsigmoid(sums[0::2] - sums[1::2]).sum()
-    return Loss(total, aux_loss_term(model, output.aux_loss), {"accuracy": num_wins(margin), "margin": margin.sum()})
+        sums = torch.zeros_like(reward).index_add(0, batch["document"], token_rewards)
+        loss = loss - token_weight * F.logsigmoid(sums[0::2] - sums[1::2]).sum()
+    return Loss(loss, aux_loss_term(model, output.aux_loss), {"accuracy": num_wins(margin), "margin": margin.sum()})
 
 
 # -- policy gradients: make sampled tokens more or less likely, in proportion to their advantage -----------------------
@@ -169,13 +169,12 @@ def kl_k3(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def policy_losses(new: Tensor, old: Tensor, advantage: Tensor, loss_type: str, clip_low: float, clip_high: float,
                   document: Tensor | None = None) -> Tensor:
-    """The loss of each sampled token [M] from its log-probabilities now and before the update; r = exp(new - old).
+    """The loss of each sampled token [M] from its log-probabilities now and before the update; ρ = exp(new - old).
 
-    grpo, spo and PPO: -min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A) (Schulman et al. 2017, eq. 7; with a higher
-      upper bound: DAPO, Yu et al. 2025, eq. 8).
-    gspo: the same, where r is the geometric mean over its sequence, `document` [M] (Zheng et al. 2025, eq. 5-7).
-    cispo: -sg(min(r, clip_high))·A·new: the weight is clipped, so every token keeps its gradient (MiniMax-M1 2025, eq.
-      4-5).
+    grpo, spo, ppo: -min(ρ·A, clip(ρ, 1 - clip_low, 1 + clip_high)·A) (Schulman et al. 2017, eq. 7; with two bounds:
+      DAPO, Yu et al. 2025, eq. 8).
+    gspo: the same, where ρ is the geometric mean over its sequence, `document` [M] (Zheng et al. 2025, eq. 5-7).
+    cispo: -sg(min(ρ, clip_high))·A·new; the weight is clipped, so no token loses its gradient (MiniMax 2025, eq. 4-5).
     """
     log_ratio = new - old
     if loss_type == "cispo":
