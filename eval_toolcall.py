@@ -28,7 +28,7 @@ from model.files import write_atomically
 from model.inference.engine import SamplingParams
 from model.loading import add_loading_args, load_from_args
 from scripts.chat_api import ApiChat
-from scripts.lib.openai_client import ChatClient
+from scripts.lib.openai_client import LOCAL_SERVER, ChatClient
 from scripts.lib.terminal import interact
 from scripts.lib.tool_cases import Case, held_out_tasks, is_accepted, read_cases
 from trainer.rl.agent_rewards import answer_reward
@@ -170,7 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weight", nargs="+", default=["agent"], help="name of the weight; several to be compared")
     add_loading_args(parser)
     parser.add_argument("--backend", choices=("local", "api"), default="local", help="api: a server answers")
-    parser.add_argument("--api_base_url", default="http://127.0.0.1:8998/v1", help="of the server (%(default)s)")
+    parser.add_argument("--api_base_url", default=LOCAL_SERVER, help="of the server (%(default)s)")
     parser.add_argument("--api_key", help="if the server wants one")
     parser.add_argument("--model", default="minimind", help="name of the server's model (%(default)s)")
     parser.add_argument("--tools", nargs="+", choices=tuple(SCHEMAS), default=list(SCHEMAS), metavar="TOOL",

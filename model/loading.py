@@ -26,16 +26,21 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
                        help="MoE: weights of the chosen experts sum to 1 (0 for a new model, 1 in the published ones)")
 
 
+def add_folder_args(parser: argparse.ArgumentParser) -> None:
+    """Flags for where weights and tokenizer are, and for the device."""
+    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights and logs")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+
+
 def add_loading_args(parser: argparse.ArgumentParser) -> None:
     """Flags that choose a model for inference; each program adds its own flag for the name of the weights."""
     parser.add_argument("--load_from", default="model",
                         help="'model': a weight of --save_dir; else a transformers folder")
     parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
-    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
-    add_model_args(parser)
+    add_folder_args(parser)
     parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than were trained on")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+    add_model_args(parser)
 
 
 def load_from_args(args: argparse.Namespace, weight: str) -> tuple[nn.Module, ChatTokenizer]:

@@ -7,7 +7,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from model.chat import AssistantMessage
 from model.cli import Failure, Parser, add_sampling_args, run_main
-from scripts.lib.openai_client import ChatClient, arguments_text
+from scripts.lib.openai_client import ChatClient, add_endpoint_args, arguments_text
 from scripts.lib.terminal import interact, print_event
 from trainer.rl.builtin_tools import MOCKED
 from trainer.rl.tools import SCHEMAS, call_tool
@@ -68,10 +67,7 @@ class ApiChat:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_url", default="http://127.0.0.1:8998/v1", help="of the server (%(default)s)")
-    parser.add_argument("--api_key", default=os.environ.get("MINIMIND_API_KEY"),
-                        help="if the server wants one (default: $MINIMIND_API_KEY)")
-    parser.add_argument("--model", default="minimind", help="name of the model (%(default)s)")
+    add_endpoint_args(parser, "MINIMIND_API_KEY")
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--tools", action="store_const", const=list(SCHEMAS), default=[],
                         help=f"offer {', '.join(SCHEMAS)}; the results of {', '.join(MOCKED)} are invented")

@@ -26,8 +26,8 @@ from model.cli import Failure, Parser, UserError, add_sampling_args, run_main
 from model.device import choose_device
 from model.files import write_atomically
 from model.inference.engine import SamplingParams, generate
-from model.loading import load_for_inference
-from model.weights import OUT_DIR, find_models
+from model.loading import add_folder_args, load_for_inference
+from model.weights import find_models
 from scripts.generate_answers import prompt_of
 from scripts.lib.openai_client import ChatClient
 
@@ -125,10 +125,8 @@ def main() -> None:
     parser.add_argument("--judge_url", metavar="URL#MODEL", help="an endpoint that grades every answer, 0 to 10")
     parser.add_argument("--api_key", default=os.environ.get("OPENAI_API_KEY"),
                         help="of the endpoints (default: $OPENAI_API_KEY)")
-    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
+    add_folder_args(parser)
     add_sampling_args(parser, max_new_tokens=256, temperature=0.0, seed=42)
-    parser.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto: the best there is")
     args = parser.parse_args()
     prompts = read_prompts(args.prompts) if args.prompts else [[{"role": "user", "content": q}] for q in QUESTIONS]
     answers, grades, judge_error = [answers_of(spec, prompts, args) for spec in args.models], [], None

@@ -26,7 +26,7 @@ from dataset.jsonl import read_rows
 from dataset.lm_dataset import parse_conversation
 from model.chat import parse_json, parse_tool_calls
 from model.cli import Failure, Parser, UserError, add_sampling_args, first_line, nonneg_int, positive_int, run_main
-from scripts.lib.openai_client import ChatClient, RequestRefused
+from scripts.lib.openai_client import ChatClient, RequestRefused, add_endpoint_args
 
 
 def prompt_of(row: dict) -> list[dict]:
@@ -73,9 +73,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, required=True, help="conversations, .jsonl or .jsonl.gz")
     parser.add_argument("--out", type=Path, required=True, help="file that the answered conversations are appended to")
-    parser.add_argument("--base_url", default="http://127.0.0.1:8998/v1", help="of the endpoint (default: %(default)s)")
-    parser.add_argument("--api_key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
-    parser.add_argument("--model", default="minimind", help="name of the teacher at the endpoint")
+    add_endpoint_args(parser, "OPENAI_API_KEY")
     add_sampling_args(parser, temperature=0.7, max_new_tokens=1024)
     parser.add_argument("--concurrency", type=positive_int, default=8, help="requests at a time")
     parser.add_argument("--limit", type=nonneg_int, default=0, help="answer at most this many prompts (0: all)")

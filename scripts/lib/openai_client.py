@@ -4,7 +4,9 @@ A message's tool calls are {"name", "arguments"}. The arguments of an answer are
 that is no JSON object: `call_tool` takes both, and tells the model what is wrong with the text.
 """
 
+import argparse
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +15,16 @@ import openai
 from model.chat import MessageParser, parse_json
 from model.cli import Failure, UserError, first_line
 
+LOCAL_SERVER = "http://127.0.0.1:8998/v1"  # scripts/serve_openai_api.py
 Event = tuple[str, object]  # of MessageParser, or ("tokens", how many more), or ("end", finish_reason)
+
+
+def add_endpoint_args(parser: argparse.ArgumentParser, key_variable: str) -> None:
+    """Flags that name a model behind a server; its key is in the environment's `key_variable`, too."""
+    parser.add_argument("--base_url", default=LOCAL_SERVER, help="of the server (default: %(default)s)")
+    parser.add_argument("--api_key", default=os.environ.get(key_variable),
+                        help=f"if the server wants one (default: ${key_variable})")
+    parser.add_argument("--model", default="minimind", help="name of the model there (default: %(default)s)")
 
 
 class RequestRefused(UserError):

@@ -10,26 +10,24 @@ import streamlit as st
 from model.cli import Failure, Parser
 from model.device import choose_device
 from model.inference.engine import SamplingParams
-from model.loading import load_for_inference
+from model.loading import add_folder_args, load_for_inference
 from model.model_lora import compatible_adapters
 from model.transformers_io import load_folder
-from model.weights import OUT_DIR, find_models, load_weight, weights_hash
+from model.weights import find_models, load_weight, weights_hash
+from scripts.lib.openai_client import LOCAL_SERVER
 from scripts.web.answers import LocalModel, RemoteModel, Reply
 
 ENGLISH, CHINESE = "English", "中文"
 STYLE = """<style>
 .stChatMessage:has([aria-label="Chat message from user"]) { background: rgba(127, 133, 120, .12); }
 </style>"""
-LOCAL_SERVER = "http://127.0.0.1:8998/v1"  # scripts/serve_openai_api.py
 PERSIST = {"persist_state": "session"}  # a setting survives the visit of another page
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Chat with the models of this machine, or of any OpenAI-compatible URL, in a browser.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of weights and logs")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+    add_folder_args(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
     parser.add_argument("--port", type=int, default=8501, help="port to listen on")
     return parser.parse_args(argv)
