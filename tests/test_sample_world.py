@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dataset import sample_world as sw
+from dataset.sample_texts import LANGS, TOOLS
+
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset" / "sample_world.py"
-sys.path.insert(0, str(SCRIPT.parents[1]))
-from dataset import sample_world as sw  # noqa: E402
 
 TRAINING = ("sft", "dpo", "reward", "rlaif", "agent_rl", "lora_identity")  # what a held-out case must not occur in
 SCALE = 0.1
@@ -127,7 +128,7 @@ def test_sizes_and_mix(world):
     share = sum(row["conversations"][0]["role"] == "system" for row in world["sft"]) / len(world["sft"])
     assert abs(share - sw.SFT_MIX[sw.SKILLS.index("tools")] / 100) < 0.05
     for skill in sw.SKILLS:
-        for lang in sw.LANGS:
+        for lang in LANGS:
             assert sum(row["skill"] == skill and row["lang"] == lang for row in world["heldout"]) == sw.HELDOUT_CASES
     for row in world["heldout"]:
         chinese = bool(re.search("[\u4e00-\u9fff]", "".join(prompt(row["conversations"]))))
@@ -181,7 +182,7 @@ def test_heldout_combinations_are_in_no_training_row(world):
 def test_a_tool_call_belongs_to_one_split():
     world = sw.World(3)
     world.random_tree = lambda: ("*", world.rng.randint(10, 19), world.rng.randint(10, 19))  # few enough to collide
-    for name in [name for name in sw.TOOLS if name != "get_current_time"]:  # there the wording is what is new
+    for name in [name for name in TOOLS if name != "get_current_time"]:  # there the wording is what is new
         for world.lang in (0, 1):
             calls = {}
             for world.split in ("train", "val", "heldout"):
@@ -194,16 +195,16 @@ def test_pretrain_states_every_heldout_fact(world):
     text = "".join(row["text"] for row in world["pretrain"])
     truth = sw.World(0)
     answers = {lang: {row["conversations"][-1]["content"] for row in world["heldout"]
-                      if (row["skill"], row["lang"]) == ("facts", lang)} for lang in sw.LANGS}
-    for lang, name in enumerate(sw.LANGS):
+                      if (row["skill"], row["lang"]) == ("facts", lang)} for lang in LANGS}
+    for lang, name in enumerate(LANGS):
         expected = set()
         for entity, attribute in truth.pairs["heldout"]:
             value = truth.facts[entity, attribute][lang]
-            told = [say.format(e=entity[lang], v=value) for say in attribute.say[lang].split("|")]
+            told = [say.format(e=entity[lang], v=value) for say in attribute.statements[lang].split("|")]
             told = [say[0].upper() + say[1:] for say in told]
             assert any(say in text for say in told), told
             for other in attribute.values:  # the world does not contradict itself
-                false = attribute.say[lang].split("|")[0].format(e=entity[lang], v=other[lang])
+                false = attribute.statements[lang].split("|")[0].format(e=entity[lang], v=other[lang])
                 assert other[lang] == value or false[0].upper() + false[1:] not in text, false
             expected.add(told[0])
         assert answers[name] <= expected and len(answers[name]) == sw.HELDOUT_CASES

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from dataset import sample_world
-from dataset.sample_world import TOOLS as TASKS
+from dataset import sample_texts, sample_world
+from dataset.sample_texts import TOOLS as TASKS
 from dataset.sample_world import World
 from trainer.rl import tools
 from trainer.rl.builtin_tools import WEATHER
@@ -81,7 +81,7 @@ def test_what_can_be_computed_is_what_the_sample_world_says():
 def test_every_task_of_the_sample_world_has_a_result_of_its_shape():
     world = World()
     assert {name: sample_world.tool_schema(name) for name in TASKS} == SCHEMAS and set(TASKS) == set(TOOLS)
-    assert list(sample_world.WEATHER) == WEATHER
+    assert list(sample_texts.WEATHER) == WEATHER
     for number, name in enumerate(list(TASKS) * 40):
         world.lang = number // len(TASKS) % 2
         _, call, result, _ = world.task(name).messages
