@@ -25,7 +25,7 @@ from eval_llm import Chat
 from model.chat import TOKENIZER_DIR, AssistantMessage, ChatTokenizer
 from model.cli import Parser, UserError, add_sampling_args, positive_int, run_main
 from model.files import write_atomically
-from model.inference.engine import SamplingParams
+from model.inference.engine import Engine, SamplingParams
 from model.loading import add_loading_args, load_from_args
 from scripts.chat_api import ApiChat
 from scripts.lib.openai_client import LOCAL_SERVER, ChatClient
@@ -36,9 +36,9 @@ from trainer.rl.episodes import run_calls, run_episodes
 from trainer.rl.rewards import NUMBER
 from trainer.rl.tools import SCHEMAS, call_tool
 from trainer.rl.trajectory import Trajectory
-from trainer.rollout_engine import LocalRolloutEngine
 
 MAX_TURNS = 5
+MAX_BATCH = 64  # episodes that run at once
 API_CONCURRENCY = 8  # requests
 RolloutFn = Callable[[list[Prompt], int], list[Trajectory]]  # prompts and the limit of turns → one episode per prompt
 
@@ -54,8 +54,9 @@ def local_rollouts(model, tokenizer: ChatTokenizer, args: argparse.Namespace) ->
         fitting = [prompt for prompt in prompts if len(prompt.ids) < max_len]
         samplings = [SamplingParams(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed + number)
                      for number in range(len(fitting))]
-        episodes = iter(run_episodes(LocalRolloutEngine(model, tokenizer), fitting, samplings, tokenizer, max_turns,
-                                     max_len, partial(call_tool, seed=args.seed)))
+        engine = Engine(model, max_batch=max(1, min(MAX_BATCH, len(fitting))))
+        episodes = iter(run_episodes(engine, fitting, samplings, tokenizer, max_turns, max_len,
+                                     partial(call_tool, seed=args.seed)))
         return [next(episodes) if len(prompt.ids) < max_len else Trajectory(prompt, finish_reason="length")
                 for prompt in prompts]
     return rollout

@@ -21,7 +21,7 @@ import random
 import statistics
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -201,15 +201,6 @@ class Reciting(Engine):
         return [self.scripts[episode][turn][place] for (turn, episode), place in asked], *rest
 
 
-class RecitingEngine(LocalRolloutEngine):
-    """A LocalRolloutEngine whose answers are known before."""
-
-    @contextmanager
-    def open(self, requests: int):
-        with torch.no_grad(), self.autocast:
-            yield Reciting(self.model, max_batch=max(1, min(self.max_batch, requests)))
-
-
 def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: random.Random,
                      device: torch.device) -> dict:
     """Episodes of two calls and an answer, eight to a prompt: all at once, and one after the other, read anew."""
@@ -230,7 +221,9 @@ def compare_episodes(config: MiniMindConfig, episodes: int, repeats: int, dice: 
         Reciting.scripts = scripts
         began = now(device)
         samplings = [SamplingParams(64, 1.0, 1.0, seed=number) for number in range(episodes)]
-        played = run_episodes(RecitingEngine(model, tokenizer, half_where_fast(device)), prompts, samplings, tokenizer)
+        with half_where_fast(device):
+            engine = Reciting(model, max_batch=min(64, episodes))
+            played = run_episodes(engine, prompts, samplings, tokenizer)
         speeds["ours"].append(sum(sum(episode.action_mask) for episode in played) / (now(device) - began))
         assert all(len(episode.turns) == 3 for episode in played), "an episode did not go as written"
         few, began = played[::PER_PROMPT], now(device)

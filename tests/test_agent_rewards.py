@@ -7,10 +7,9 @@ from test_episodes import OFFER, PRODUCT, SUM, ask, calls, says, told
 
 from dataset.prompts import Prompt
 from model.chat import END_CALL, END_THINK, EOS
-from model.inference.engine import SamplingParams
+from model.inference.engine import Engine, SamplingParams
 from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS
 from trainer.rl.episodes import run_episodes
-from trainer.rollout_engine import LocalRolloutEngine
 
 MIX = {name: float(weight) for name, weight in (part.split("=") for part in AGENT_REWARD_MIX.split(","))}
 QUESTION = [OFFER, ask("What is 1 + 2?")]
@@ -24,7 +23,7 @@ def scores(*talk: dict, raw: list[int] | None = None, gt: tuple = ("3",), thinki
     if raw is not None:
         row = (TOKENIZER.prompt([*QUESTION, *talk], open_thinking=thinking)) + raw
     prompt = Prompt(TOKENIZER.prompt(QUESTION, open_thinking=thinking), QUESTION, thinking, list(gt))
-    engine = LocalRolloutEngine(Reciter([row]), TOKENIZER)
+    engine = Engine(Reciter([row]), max_batch=1)
     episode, = run_episodes(engine, [prompt], [SamplingParams(300, temperature=0)], TOKENIZER, max_turns)
     return {name: rule(prompt, episode) for name, rule in AGENT_REWARDS.items()}
 

@@ -13,8 +13,9 @@ from reciter import Reciter
 from dataset.prompts import Prompt
 from model.chat import CALL, END_CALL, EOS, PAD, generation_prompt, render
 from model.inference.engine import SamplingParams
-from trainer.rl.episodes import observation, run_episodes
+from trainer.rl.episodes import observation, open_session, run_episodes
 from trainer.rl.tools import SCHEMAS, call_tool
+from trainer.rl.trajectory import Trajectory
 from trainer.rollout_engine import LocalRolloutEngine
 
 OFFER = {"role": "system", "content": "", "tools": [SCHEMAS["calculate_math"], SCHEMAS["text_length"]]}
@@ -86,9 +87,14 @@ def prompt(text: str, thinking: bool = False) -> Prompt:
     return Prompt(TOKENIZER.prompt(messages, open_thinking=thinking), messages, thinking)
 
 
-def play(engine, *texts: str, thinking: bool = False, sampling: SamplingParams = GREEDY, **options) -> list:
+def run(engine, prompts: list[Prompt], samplings: list[SamplingParams], **options) -> list[Trajectory]:
+    with open_session(engine, len(prompts)) as session:
+        return run_episodes(session, prompts, samplings, TOKENIZER, **options)
+
+
+def play(engine, *texts: str, thinking: bool = False, sampling: SamplingParams = GREEDY, **options) -> list[Trajectory]:
     prompts = [prompt(text, thinking) for text in texts]
-    return run_episodes(engine, prompts, [sampling] * len(prompts), TOKENIZER, **options)
+    return run(engine, prompts, [sampling] * len(prompts), **options)
 
 
 # -- what is in a trajectory -------------------------------------------------------------------------------------------
@@ -114,7 +120,7 @@ def test_a_canonical_episode_has_the_ids_of_the_whole_conversation(engine, name,
 def test_log_probabilities_are_those_of_the_whole_distribution():
     model = small_model().eval().requires_grad_(False)
     engine = LocalRolloutEngine(model, TOKENIZER)
-    episode, = run_episodes(engine, [prompt("sum")], [SamplingParams(20, 1.0, top_p=1.0)], TOKENIZER)
+    episode, = run(engine, [prompt("sum")], [SamplingParams(20, 1.0, top_p=1.0)])
     logits = model(torch.tensor([episode.tokens])).logits[0].log_softmax(-1)
     start = len(episode.prompt.ids)
     assert episode.logprobs == pytest.approx(
@@ -145,9 +151,9 @@ def test_sampled_episodes_depend_on_their_own_seed_alone(engine):
     engine.model.sure = 5.0
     wild = [SamplingParams(12, 1.0, top_p=1.0, seed=seed) for seed in (1, 2, 1)]
     prompts = [prompt("sum")] * 3
-    one, two, three = run_episodes(engine, prompts, wild, TOKENIZER)
+    one, two, three = run(engine, prompts, wild)
     assert one.completion_ids == three.completion_ids != two.completion_ids
-    assert run_episodes(engine, prompts[:1], wild[1:2], TOKENIZER)[0].completion_ids == two.completion_ids
+    assert run(engine, prompts[:1], wild[1:2])[0].completion_ids == two.completion_ids
 
 
 def test_each_turn_draws_with_a_seed_of_its_own(engine):

@@ -20,16 +20,17 @@ from trainer.trainer import Run
 
 def load_teacher(run: Run) -> nn.Module:
     """The frozen teacher: a weight of ours or a transformers folder, of the student's vocabulary."""
-    args, ours = run.args, run.tokenizer
+    args, tokenizer = run.args, run.tokenizer
     if args.teacher_load_from == "model":
         use_moe = None if args.teacher_use_moe is None else bool(args.teacher_use_moe)
-        teacher, _ = load_weight(args.from_teacher_weight, args.save_dir, args.teacher_hidden_size, use_moe, ours)
-        there, asked = teacher.config.num_hidden_layers, args.teacher_num_layers
-        if asked not in (None, there):
-            raise UserError(f"--teacher_num_layers {asked}, but weight {args.from_teacher_weight} has {there}")
+        teacher, _ = load_weight(args.from_teacher_weight, args.save_dir, args.teacher_hidden_size, use_moe, tokenizer)
+        num_layers = teacher.config.num_hidden_layers
+        if args.teacher_num_layers not in (None, num_layers):
+            raise UserError(f"--teacher_num_layers {args.teacher_num_layers}, but weight {args.from_teacher_weight} "
+                            f"has {num_layers}")
     else:
-        teacher, tokenizer = load_folder(args.teacher_load_from)
-        if tokenizer.token_bytes != ours.token_bytes or teacher.config.vocab_size != ours.vocab_size:
+        teacher, its_tokenizer = load_folder(args.teacher_load_from)
+        if its_tokenizer.token_bytes != tokenizer.token_bytes or teacher.config.vocab_size != tokenizer.vocab_size:
             raise UserError(f"--teacher_load_from {args.teacher_load_from}: not the vocabulary of the student; let it "
                             "write answers instead (scripts/generate_answers.py) and fine-tune on them")
     return run.frozen(teacher)
@@ -59,12 +60,14 @@ def main() -> None:
     args = parse_args(parser)
     extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
-        model, teacher = run.load_model(), load_teacher(run)  # in this order the seed gives a student of any teacher
+        student = run.load_model()  # before the teacher, so that the seed gives one student whatever the teacher
+        teacher = load_teacher(run)
         data = run.dataset(SFTDataset, args.data_path, **extras)
         val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
         settings = {"alpha": args.alpha, "temperature": args.temperature, "reverse": bool(args.reverse_kl)}
-        run.fit(model, data, partial(distillation_loss, teacher=teacher, **settings), val_data,
-                teacher=weights_hash(teacher), **settings)
+        # Loss: α·(-log p(target)) + (1 - α)·T²·KL(teacher ‖ student) at temperature T, over the supervised tokens.
+        loss = partial(distillation_loss, teacher=teacher, **settings)
+        run.fit(student, data, loss, val_data, teacher=weights_hash(teacher), **settings)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""DPO: prefer the chosen answer to the rejected one, without leaving the reference, the weight it starts from."""
+"""DPO: prefer the chosen answer to the rejected one, without leaving the reference, which is where training starts."""
 
 import sys
 import time
@@ -23,26 +23,26 @@ from trainer.trainer import Run, to_device
 
 @torch.no_grad()
 def reference_log_probs(run: Run, model: nn.Module, base: str, data: DPODataset) -> torch.Tensor:
-    """Σ log p of every answer under `model`, [documents] in the order of the rows; computed once, kept beside `data`.
+    """log p of every answer under `model`, [documents] in the order of the rows; computed once, cached beside `data`.
 
-    In the precision and in the very blocks that the policy is trained with, so that their ratio starts at 1.
+    In the same precision and the same (compiled) blocks as the policy is trained, so that their ratio starts at 1.
     """
     name = f"{data.row_index_path.stem}_{base}_{run.device.type}_{str(run.dtype)[6:]}.pt"
     path, world, B = data.row_index_path.with_name(name), run.world, run.args.batch_size
     if world.any(not path.exists()):
         run.prepare(model)
-        began, mine = time.perf_counter(), {}
+        start, by_row = time.perf_counter(), {}
         for begin in range(world.rank * B, len(data), world.size * B):
             rows = np.arange(begin, begin + B)
             rows[rows >= len(data)] = -1
             with run.autocast():
-                mine[begin] = answer_log_probs(model, to_device(data.batch(rows), run.device))[0].cpu()
-        parts = {begin: part for rank in world.gather(mine) for begin, part in rank.items()}
+                by_row[begin] = answer_log_probs(model, to_device(data.batch(rows), run.device))[0].cpu()
+        by_row = {begin: part for rank in world.gather(by_row) for begin, part in rank.items()}
         if world.local_rank == 0:
             with open_atomically(path) as file:
-                torch.save(torch.cat([parts[begin] for begin in sorted(parts)]), file)
-        world.gather(None)  # the others wait until it is there
-        seconds = time.perf_counter() - began
+                torch.save(torch.cat([by_row[begin] for begin in sorted(by_row)]), file)
+        world.gather(None)  # the other ranks wait until it is written
+        seconds = time.perf_counter() - start
         run.say(f"reference: {int(data.num_tokens.sum()):,} tokens of {data.path.name} in {seconds:.1f} s")
     return torch.load(path, weights_only=True)
 
@@ -65,9 +65,12 @@ def main() -> None:
     with Run(args) as run:
         model = run.load_model()
         base = weights_hash(model)
+        # 1. Pairs: a chosen and a rejected answer to one prompt.
         data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
-        for rows in filter(None, (data, val_data) if args.loss_type != "simpo" else ()):
-            rows.ref_logprobs = reference_log_probs(run, model, base, rows)
+        # 2. Reference log-probabilities: log π_ref(y | x) of both answers, before the first step.
+        for dataset in filter(None, (data, val_data) if args.loss_type != "simpo" else ()):
+            dataset.ref_logprobs = reference_log_probs(run, model, base, dataset)
+        # 3. Loss: -log σ(β·(log π_θ/π_ref (chosen) - log π_θ/π_ref (rejected))), or another --loss_type.
         settings = {"beta": args.beta, "label_smoothing": args.label_smoothing, "gamma": args.simpo_gamma}
         loss = partial(dpo_loss, loss_type=args.loss_type, **settings)
         run.fit(model, data, loss, val_data, val_loss=loss, base=base, kind=args.loss_type, **settings)

@@ -22,21 +22,22 @@ def main() -> None:
         __doc__, data_path=str(ROOT / "dataset/dpo.jsonl"), from_weight="full_sft", save_weight="reward",
         max_seq_len=1024, batch_size=4, learning_rate=1e-5, epochs=1, wandb_project="MiniMind-Reward")
     parser.add_argument("--extra_layers", type=nonneg_int, default=0,
-                        help="layers to put on top, begun as copies of the first ones: room to judge what those say")
+                        help="layers to add on top, initialised as copies of the first ones")
     parser.add_argument("--token_weight", type=nonneg_float, default=0.0,
-                        help="of the same loss on the sum of what each token of the answer is given")
+                        help="weight of the same loss on the sum of the rewards of an answer's tokens")
     args = parse_args(parser)
     with Run(args) as run:
         decoder = run.load_model()
         model = MiniMindForSequenceClassification.from_decoder(decoder, args.extra_layers)
         data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
+        # Loss: -log σ(r(chosen) - r(rejected)).
         loss = partial(reward_loss, token_weight=args.token_weight)
         run.fit(model, data, loss, val_data, val_loss=reward_loss, base=weights_hash(decoder),
                 extra_layers=args.extra_layers, token_weight=args.token_weight)
-        whole = run.parallel.gathered()
+        trained = run.parallel.gathered()
         if run.world.main:
             folder = args.save_dir / file_stem(args.save_weight, model.config)
-            save_folder(whole, folder, run.tokenizer, "SequenceClassification", num_labels=1)
+            save_folder(trained, folder, run.tokenizer, "SequenceClassification", num_labels=1)
             run.say(f"train: {folder} opens with transformers' AutoModelForSequenceClassification")
 
 

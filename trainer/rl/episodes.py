@@ -1,18 +1,18 @@
-"""Episodes: the model calls tools, they run, it reads what they said, until it answers. Many advance together.
+"""Episodes: the model calls tools, they run, it reads their results, until it answers. Many advance together.
 
-Token in, token out: an episode is the ids that were sampled and the ids of what was observed between; nothing is
+Token in, token out: an episode is the ids that were sampled and the ids of the observations between them; nothing is
 tokenised again. All episodes share one engine. When a turn of one ends, its tools run and its next turn is queued
-while the others go on; the engine still holds the earlier turns, so only the observation is read.
+while the others go on; the engine still caches the earlier turns, so only the observation is computed.
 
 How a turn ends, and what follows:
 
-    tool calls, whole or malformed   each is answered in one `<tool_response>` turn (malformed ones last), then the next
-                                     turn; a malformed call, an unknown tool, one that was not offered and wrong
-                                     arguments are answered {"error": why}
-    an answer, or nothing            the episode is over: "stop"
-    cut off (no <|im_end|>)          over: "length"; a call it had begun, or ended, is not run
-    calls in the last turn           over: "turns"; they are not run, since nobody would read the results
-    no room for results and a token  over: "length"; the results are not appended
+    tool calls, valid or malformed    each is answered in one `<tool_response>` turn (malformed ones last), then the
+                                      next turn; a malformed call, an unknown tool, one that was not offered and wrong
+                                      arguments are answered {"error": why}
+    an answer, or nothing             the episode is over: "stop"
+    cut off (no <|im_end|>)           over: "length"; its calls, finished or not, are not run
+    calls in the last turn            over: "turns"; they are not run, since nobody would read the results
+    results and a token do not fit    over: "length"; the results are not appended
 
 With `thinking`, every turn of the episode thinks.
 """
@@ -20,63 +20,115 @@ With `thinking`, every turn of the episode thinks.
 import json
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from dataset.prompts import Prompt
 from model.chat import EOS, AssistantMessage, ChatTokenizer, generation_prompt, parse_json, parse_message, render
-from model.inference.engine import SamplingParams
+from model.inference.engine import Engine, SamplingParams
 from trainer.rl.tools import call_tool
 from trainer.rl.trajectory import Trajectory
-from trainer.rollout_engine import LocalRolloutEngine
 
 TURN_SEED_STRIDE = 1_000_003  # between the seeds of an episode's turns: far from those of its neighbours
+CallFn = Callable[[str, dict], dict]  # name, arguments → result
 
 
-def run_episodes(engine, prompts: list[Prompt], samplings: list[SamplingParams], tokenizer: ChatTokenizer,
-                 max_turns: int = 4, max_total_len: int = 2048,
-                 call: Callable[[str, dict], dict] = call_tool) -> list[Trajectory]:
-    """One episode to each prompt, in the same order.
+def run_episodes(session: "Engine | BatchedTurns", prompts: list[Prompt], samplings: list[SamplingParams],
+                 tokenizer: ChatTokenizer, max_turns: int = 4, max_total_len: int = 2048,
+                 call: CallFn = call_tool) -> list[Trajectory]:
+    """One episode for each prompt, in the same order.
 
-    `engine` is a LocalRolloutEngine, or anything with its `generate`, which is then asked turn by turn. A turn has at
-    most `max_new_tokens` of its sampling, the episode with its prompt `max_total_len` tokens. `call(name, arguments)`
-    runs a tool: in training, `partial(call_tool, seed=…)`. Raises ValueError for a prompt that leaves no room.
+    A turn has at most `max_new_tokens` of its sampling, the episode with its prompt `max_total_len` tokens.
+    `call(name, arguments)` runs a tool. Raises ValueError for a prompt that leaves no room for an answer.
+
+    1. Queue first turns, as many as the session runs at once. 2. Step: every turn gets a token. 3. Of each turn that
+    ended, run the calls and queue the next one, until its episode ends.
     """
+    max_len = min(max_total_len, session.max_seq_len)
     episodes = [Trajectory(prompt) for prompt in prompts]
     waiting, running = deque(zip(episodes, samplings, strict=True)), {}
-    together = hasattr(engine, "open")
-    with engine.open(len(prompts)) if together else nullcontext(BatchedTurns(engine, len(prompts))) as opened:
-        limit = min(max_total_len, opened.max_seq_len)
 
-        def ask(episode: Trajectory, sampling: SamplingParams) -> None:
-            tokens = episode.tokens
-            if len(tokens) >= limit:
-                raise ValueError(f"{episode.prompt.source}: a prompt of {len(tokens):,} tokens leaves no room for an "
-                                 f"answer within {limit:,}")
-            seed = sampling.seed + TURN_SEED_STRIDE * len(episode.turns)
-            how = replace(sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, limit - len(tokens)))
-            running[opened.add(tokens, how)] = episode, sampling
+    def queue_turn(episode: Trajectory, sampling: SamplingParams) -> None:
+        tokens = episode.tokens
+        if len(tokens) >= max_len:
+            raise ValueError(f"{episode.prompt.source}: a prompt of {len(tokens):,} tokens leaves no room for an "
+                             f"answer within {max_len:,}")
+        params = replace(sampling, seed=sampling.seed + TURN_SEED_STRIDE * len(episode.turns),
+                         max_new_tokens=min(sampling.max_new_tokens, max_len - len(tokens)))
+        running[session.add(tokens, params)] = episode, sampling
 
-        while waiting or running:
-            # no more than the engine holds at once: a later one would take the place of what the earlier ones reuse
-            while waiting and len(running) < opened.max_batch:
-                ask(*waiting.popleft())
-            for sequence in opened.step():
-                if sequence.finish_reason is not None:
-                    episode, sampling = running.pop(sequence)
-                    assert sequence.prompt_ids == episode.tokens, "a turn must go on from the very ids before it"
-                    take_turn(episode, sequence, tokenizer, max_turns, limit, call)
-                    if not episode.finish_reason:
-                        ask(episode, sampling)
+    while waiting or running:
+        # no more than fit at once: a further one would evict the cache that the running ones reuse in their next turn
+        while waiting and len(running) < session.max_batch:
+            queue_turn(*waiting.popleft())
+        for sequence in session.step():
+            if sequence.finish_reason is not None:
+                episode, sampling = running.pop(sequence)
+                assert sequence.prompt_ids == episode.tokens, "a turn must go on from the very ids before it"
+                finish_turn(episode, sequence, tokenizer, max_turns, max_len, call)
+                if not episode.finish_reason:
+                    queue_turn(episode, sampling)
     return episodes
+
+
+def finish_turn(episode: Trajectory, sequence, tokenizer: ChatTokenizer, max_turns: int, max_len: int,
+                call: CallFn) -> None:
+    """Append what was sampled; run its calls and append the observation, or set `finish_reason`."""
+    ids = sequence.completion_ids
+    episode.completion_ids += ids
+    episode.logprobs += sequence.logprobs
+    episode.action_mask += [True] * len(ids)
+    episode.answer = parse_message(tokenizer, ids, episode.prompt.thinking)
+    episode.turns.append(episode.answer)
+    if ids[-1:] != [EOS]:
+        episode.finish_reason = "length"
+    elif not (episode.answer.tool_calls or episode.answer.malformed):
+        episode.finish_reason = "stop"
+    elif len(episode.turns) >= max_turns:
+        episode.finish_reason = "turns"
+    else:
+        calls = run_calls(episode.answer, offered_tools(episode.prompt), call)
+        episode.calls += calls
+        observed = observation(tokenizer, [result for _, result in calls], episode.prompt.thinking)
+        if len(episode.tokens) + len(observed) >= max_len:
+            episode.finish_reason = "length"
+            return
+        episode.completion_ids += observed
+        episode.logprobs += [0.0] * len(observed)
+        episode.action_mask += [False] * len(observed)
+
+
+def run_calls(answer: AssistantMessage, offered: list[str], call: CallFn) -> list[tuple[dict, dict]]:
+    """Run the calls of a turn. → ({"name", "arguments"}, result) of each, malformed ones last and without a name"""
+    results = []
+    for tool_call in answer.tool_calls:
+        name = tool_call["name"]
+        unknown = {"error": f"unknown tool {name!a:.80}; offered: {', '.join(offered) or 'none'}"}
+        results.append((tool_call, call(**tool_call) if name in offered else unknown))
+    malformed = {"error": 'malformed call; write {"name": its name, "arguments": {its arguments}}'}
+    return results + [({"name": "", "arguments": {}}, malformed) for _ in answer.malformed]
+
+
+def offered_tools(prompt: Prompt) -> list[str]:
+    """Names of the tools on the first message, where they may be flat or nested as OpenAI's are."""
+    return [tool.get("function", tool).get("name") for tool in parse_json(prompt.tools, "tools", list)]
+
+
+def observation(tokenizer: ChatTokenizer, results: list[dict], thinking: bool) -> list[int]:
+    """The ids between one turn's `<|im_end|>` and the next turn's first: as the chat format renders these messages."""
+    messages = [{"role": "tool", "content": json.dumps(result, ensure_ascii=False)} for result in results]
+    return tokenizer.encode_segments([[("\n", False), *render(messages), *generation_prompt(thinking)]])[0][0]
+
+
+# -- on which engine ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class EpisodeEngine:
-    """An engine whose answers are episodes with tools, for training: what a tool says depends on `seed` alone."""
+    """A rollout engine whose answers are episodes, for training: tool results depend on `seed` and arguments alone."""
 
-    engine: LocalRolloutEngine
+    engine: object  # local or remote
     tokenizer: ChatTokenizer
     max_turns: int
     max_total_len: int
@@ -86,62 +138,21 @@ class EpisodeEngine:
         self.engine.update()
 
     def generate(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Trajectory]:
-        """One episode to each prompt, in the same order."""
-        return run_episodes(self.engine, prompts, samplings, self.tokenizer, self.max_turns, self.max_total_len,
-                            partial(call_tool, seed=self.seed))
+        """One episode for each prompt, in the same order."""
+        with open_session(self.engine, len(prompts)) as session:
+            return run_episodes(session, prompts, samplings, self.tokenizer, self.max_turns, self.max_total_len,
+                                partial(call_tool, seed=self.seed))
 
 
-def take_turn(episode: Trajectory, sequence, tokenizer: ChatTokenizer, max_turns: int, limit: int,
-              call: Callable[[str, dict], dict]) -> None:
-    """Append what was sampled; run its calls and append what they said, or set `finish_reason`."""
-    episode.completion_ids += sequence.completion_ids
-    episode.logprobs += sequence.logprobs
-    episode.action_mask += [True] * len(sequence.completion_ids)
-    episode.answer = parse_message(tokenizer, sequence.completion_ids, episode.prompt.thinking)
-    episode.turns.append(episode.answer)
-    if sequence.completion_ids[-1:] != [EOS]:
-        episode.finish_reason = "length"
-    elif not (episode.answer.tool_calls or episode.answer.malformed):
-        episode.finish_reason = "stop"
-    elif len(episode.turns) >= max_turns:
-        episode.finish_reason = "turns"
-    else:
-        done = run_calls(episode.answer, offered_tools(episode.prompt), call)
-        episode.calls += done
-        seen = observation(tokenizer, [result for _, result in done], episode.prompt.thinking)
-        if len(episode.tokens) + len(seen) >= limit:
-            episode.finish_reason = "length"
-            return
-        episode.completion_ids += seen
-        episode.logprobs += [0.0] * len(seen)
-        episode.action_mask += [False] * len(seen)
-
-
-def run_calls(answer: AssistantMessage, offered: list[str],
-              call: Callable[[str, dict], dict]) -> list[tuple[dict, dict]]:
-    """Run the calls of a turn. → ({"name", "arguments"}, result) of each, malformed ones last and without a name"""
-    done = []
-    for asked in answer.tool_calls:
-        unknown = {"error": f"unknown tool {asked['name']!a:.80}; offered: {', '.join(offered) or 'none'}"}
-        done.append((asked, call(**asked) if asked["name"] in offered else unknown))
-    wrong = {"error": 'malformed call; write {"name": its name, "arguments": {its arguments}}'}
-    return done + [({"name": "", "arguments": {}}, wrong) for _ in answer.malformed]
-
-
-def offered_tools(prompt: Prompt) -> list[str]:
-    """Names of the tools on the first message, which stand there flat or as OpenAI nests them."""
-    return [tool.get("function", tool).get("name") for tool in parse_json(prompt.tools, "tools", list)]
-
-
-def observation(tokenizer: ChatTokenizer, results: list[dict], thinking: bool) -> list[int]:
-    """The ids between one turn's `<|im_end|>` and the next turn's first: as the chat format renders these messages."""
-    said = [{"role": "tool", "content": json.dumps(result, ensure_ascii=False)} for result in results]
-    return tokenizer.encode_segments([[("\n", False), *render(said), *generation_prompt(thinking)]])[0][0]
+def open_session(engine, num_requests: int) -> "AbstractContextManager[Engine | BatchedTurns]":
+    """What `run_episodes` runs on: the engine of this process, or, for a server, whole batches of turns."""
+    is_streaming = hasattr(engine, "open")
+    return engine.open(num_requests) if is_streaming else nullcontext(BatchedTurns(engine, num_requests))
 
 
 @dataclass(eq=False)
 class TurnRequest:
-    """A request to an engine that answers whole batches, in the words of `model.inference.engine.Sequence`."""
+    """A turn on an engine that answers whole batches, with the fields of `model.inference.engine.Sequence`."""
 
     prompt_ids: list[int]
     params: SamplingParams
