@@ -1,10 +1,9 @@
-"""Decoded tokens a second: the engine against the plain loop, same model, same prompts, in one run.
+"""Decoded tokens per second: the engine against the plain loop, same model, same prompts, in one run.
 
-Plain: one batch of equal prompts from beginning to end, products as `F.linear` makes them, the cache grown by
-concatenation, a full sort for top-p, fp32 on a CPU (fp16 on CUDA). Engine: as `load_for_inference` and the
-engine come. Cases: one request alone, 32 at once, 256 at once, and 32 different requests that arrive while
-others are answered (the plain loop takes them one by one). Weights are random: speed does not depend on what they say.
-The two take turns, and the median of the repeats counts.
+Plain: benchmarks/plain.py, fp32 on a CPU, fp16 on CUDA. Engine: with its defaults, in the dtype of inference. Cases:
+one request alone, 32 at once, 256 at once, and 32 different requests that arrive while others are answered (the plain
+loop takes them one by one). Weights are random: speed does not depend on them. The two take turns, and the median of
+the repeats counts.
 
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --use_moe 1
@@ -24,53 +23,18 @@ from unittest import mock
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.machine import save_result
+from benchmarks.machine import model_config, model_parser, random_prompt, result_name, save_result
+from benchmarks.plain import TEMPERATURE, TOP_P, plain_loop
 from model import model_minimind
-from model.cli import Parser, positive_int, run_main
+from model.cli import positive_int, run_main
 from model.device import choose_device, inference_dtype
 from model.inference.engine import Engine, SamplingParams
 from model.inference.prepacked import use_prepacked
 from model.linear import linear
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindForCausalLM
 from trainer.metrics import peak_flops, synchronise
-
-TEMPERATURE, TOP_P = 0.85, 0.95
-
-
-class GrowingCache:
-    """Keys and values of all layers, one concatenation a token."""
-
-    def __init__(self):
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def get_seq_length(self) -> int:
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        if layer in self.layers:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v), strict=True))
-        self.layers[layer] = k, v
-        return k, v
-
-
-@torch.inference_mode()
-@mock.patch("model.linear.linear", F.linear)
-@mock.patch("model.moe.linear", F.linear)
-def plain_loop(model: nn.Module, prompts: list[list[int]], tokens: int) -> Tensor:
-    """Sample `tokens` after each of the equally long prompts. → [B, tokens]"""
-    ids, cache, answers = torch.tensor(prompts, device=model.device), GrowingCache(), []
-    for _ in range(tokens):
-        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].float() / TEMPERATURE
-        ordered, order = logits.sort(-1, descending=True)
-        probability = ordered.softmax(-1)
-        ordered[probability.cumsum(-1) - probability >= TOP_P] = -float("inf")
-        logits = torch.full_like(logits, -float("inf")).scatter(-1, order, ordered)
-        ids = torch.multinomial(logits.softmax(-1), 1)
-        answers.append(ids)
-    return torch.cat(answers, 1)
 
 
 def engine_run(engine: Engine, requests: list[tuple[list[int], int]], every: int = 0) -> None:
@@ -184,7 +148,7 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
 
 
 @torch.inference_mode()
-def profile_arriving(model: nn.Module, requests: list[tuple[list[int], int]], every: int) -> dict[str, dict]:
+def profile_requests(model: nn.Module, requests: list[tuple[list[int], int]], every: int) -> dict[str, dict]:
     """Seconds that requests take which arrive `every` so many steps, or all at once: where they go.
 
     "least": the products' FLOP at the speed of a large product, but at least the weights read once in each pass.
@@ -231,61 +195,54 @@ def profile_arriving(model: nn.Module, requests: list[tuple[list[int], int]], ev
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=positive_int, default=768)
-    parser.add_argument("--num_hidden_layers", type=positive_int, default=8)
-    parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
+    parser = model_parser(__doc__)
     parser.add_argument("--prompt", type=positive_int, default=64, help="tokens of a prompt (alone, at once)")
     parser.add_argument("--tokens", type=positive_int, default=128, help="tokens of an answer (alone, at once)")
     parser.add_argument("--repeats", type=positive_int, default=3)
     parser.add_argument("--cases", nargs="+", help="(default: all; on a CPU without 256 at once)")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=0)
     parser.add_argument("--graphs", type=int, choices=(0, 1), default=1, help="decode by CUDA graphs where possible")
-    parser.add_argument("--profile", action="store_true", help="instead: where the milliseconds of a step go, on a CPU")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--profile", action="store_true",
+                        help="instead: where the milliseconds of a step go, on a CPU")
     args = parser.parse_args()
     device = choose_device(args.device)
     torch.manual_seed(0)
-    config = MiniMindConfig(args.hidden_size, args.num_hidden_layers, bool(args.use_moe))
+    config = model_config(args)
     plain = MiniMindForCausalLM(config).eval().requires_grad_(False).to(device)
     fast = MiniMindForCausalLM(config).eval().requires_grad_(False)
     fast.load_state_dict(plain.state_dict())
     fast.to(device, inference_dtype(device, config.use_moe))
     if device.type == "cuda":
         plain.half()
-
-    dice = random.Random(0)
-
-    def prompt(length: int) -> list[int]:
-        return [dice.randrange(36, config.vocab_size) for _ in range(length)]
-
+    rng = random.Random(0)
+    # requests (prompt, tokens of the answer), and whether they come at once
     cases = {
-        "alone": ([(prompt(args.prompt), args.tokens)], True),
-        "at once": ([(prompt(args.prompt), args.tokens) for _ in range(32)], True),
-        "arriving": ([(prompt(dice.randint(16, 200)), dice.randint(32, 192)) for _ in range(32)], False),
-        "256 at once": ([(prompt(args.prompt), args.tokens) for _ in range(256)], True),
+        "alone": ([(random_prompt(rng, args.prompt), args.tokens)], True),
+        "at once": ([(random_prompt(rng, args.prompt), args.tokens) for _ in range(32)], True),
+        "arriving": ([(random_prompt(rng, rng.randint(16, 200)), rng.randint(32, 192)) for _ in range(32)], False),
+        "256 at once": ([(random_prompt(rng, args.prompt), args.tokens) for _ in range(256)], True),
     }
-    kind = "_moe" * args.use_moe + "_compiled" * args.compile
+    compiled = "_compiled" * args.compile
     if args.profile:
         counts = (1, 8, 32)
-        results = {str(n): profile(fast, [prompt(64) for _ in range(n)], bool(args.compile)) for n in counts}
-        for name in results["1"]:
-            print(f"{name:20}", *(f"{results[str(n)][name]:8.1f}" for n in counts), "ms")
+        results = {str(n): profile(fast, [random_prompt(rng, 64) for _ in range(n)], bool(args.compile))
+                   for n in counts}
+        for part in results["1"]:
+            print(f"{part:20}", *(f"{results[str(n)][part]:8.1f}" for n in counts), "ms")
         if not args.compile:  # which would hide what a pass is made of
-            clients = [(prompt(200), 64) for _ in range(32)]  # as benchmarks/serve_load.py --rounds 1 --tokens 64
+            # as benchmarks/serve_load.py --rounds 1 --tokens 64
+            clients = [(random_prompt(rng, 200), 64) for _ in range(32)]
             for name, requests, every in (("arriving", cases["arriving"][0], 2), ("32 clients", clients, 0)):
-                results[name] = profile_arriving(fast, requests, every)
-                parts = list(dict.fromkeys(part for of in results[name].values() for part in of))
+                results[name] = profile_requests(fast, requests, every)
                 print(f"\n{name}, seconds", *(f"{phase:>12}" for phase in results[name]))
-                for part in parts:
-                    print(f"{part:20}", *(f"{of[part]:12,.2f}" for of in results[name].values()))
-        save_result(f"decode_profile{kind}_{args.hidden_size}x{args.num_hidden_layers}", results)
-        return
-    wanted = args.cases or [name for name in cases if device.type == "cuda" or "256" not in name]
-    if unknown := [name for name in wanted if name not in cases]:
+                for part in dict.fromkeys(part for times in results[name].values() for part in times):
+                    print(f"{part:20}", *(f"{times[part]:12,.2f}" for times in results[name].values()))
+        return save_result(result_name(f"decode_profile{compiled}", args), results)
+    names = args.cases or [name for name in cases if device.type == "cuda" or "256" not in name]
+    if unknown := [name for name in names if name not in cases]:
         parser.error(f"--cases {unknown[0]}: there are {', '.join(cases)}")
-    results = {name: compare(name, cases[name][0], plain, fast, args, cases[name][1]) for name in wanted}
-    save_result(f"decode_speed{kind}_{args.hidden_size}x{args.num_hidden_layers}",
+    results = {name: compare(name, cases[name][0], plain, fast, args, cases[name][1]) for name in names}
+    save_result(result_name(f"decode_speed{compiled}", args),
                 {"dtype": str(fast.dtype).removeprefix("torch."), **results})
 
 

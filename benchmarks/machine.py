@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from model.device import cpu_has_bfloat16
 from model.files import write_atomically
 from model.model_minimind import MiniMindConfig
 from model.weights import ROOT
+from trainer.metrics import synchronise
 
 
 def model_parser(description: str) -> Parser:
@@ -35,6 +38,17 @@ def model_config(args: argparse.Namespace) -> MiniMindConfig:
 def result_name(name: str, args: argparse.Namespace) -> str:
     """`{name}[_moe]_{hidden_size}x{num_hidden_layers}`"""
     return f"{name}{'_moe' * args.use_moe}_{args.hidden_size}x{args.num_hidden_layers}"
+
+
+def random_prompt(rng: random.Random, length: int) -> list[int]:
+    """Ids of our tokenizer, none of them special."""
+    return [rng.randrange(36, 6400) for _ in range(length)]
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done all the work it was given."""
+    synchronise(device)
+    return time.perf_counter()
 
 
 def train(command: list, flags: dict, folder: Path) -> tuple[list[dict], str]:

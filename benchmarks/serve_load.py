@@ -9,7 +9,6 @@ and the clients. Weights are random. Clients and server share the machine.
     python benchmarks/serve_load.py --hidden_size 256 --num_hidden_layers 2 --clients 1 8   # a quick look
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -28,13 +27,13 @@ import httpx
 import torch
 from torch import nn
 
-from benchmarks.decode_speed import plain_loop
-from benchmarks.machine import save_result
+from benchmarks.machine import model_config, model_parser, random_prompt, result_name, save_result
+from benchmarks.plain import plain_loop
 from model.chat import ChatTokenizer
-from model.cli import Failure, Parser, positive_int, run_main
+from model.cli import Failure, positive_int, run_main
 from model.device import choose_device
 from model.inference.engine import SamplingParams, generate
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindForCausalLM
 from model.weights import ROOT, load_weight, save_weight
 
 
@@ -92,22 +91,17 @@ def engine_alone(model: nn.Module, prompts: list[list[int]], clients: int, token
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=positive_int, default=768)
-    parser.add_argument("--num_hidden_layers", type=positive_int, default=8)
-    parser.add_argument("--use_moe", type=int, choices=(0, 1), default=0)
+    parser = model_parser(__doc__)
     parser.add_argument("--clients", type=positive_int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=positive_int, default=2, help="requests a client (a lone one: 8 times that)")
+    parser.add_argument("--rounds", type=positive_int, default=2, help="requests per client (a lone one: 8 times that)")
     parser.add_argument("--prompt", type=positive_int, default=200, help="tokens of a prompt")
     parser.add_argument("--tokens", type=positive_int, default=128, help="tokens of an answer")
-    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    device, dice = choose_device(args.device), random.Random(0)
+    device, rng, config = choose_device(args.device), random.Random(0), model_config(args)
     torch.manual_seed(0)
-    config = MiniMindConfig(args.hidden_size, args.num_hidden_layers, bool(args.use_moe))
 
     def prompts(count: int) -> list[list[int]]:
-        return [[dice.randrange(36, config.vocab_size) for _ in range(args.prompt)] for _ in range(count)]
+        return [random_prompt(rng, args.prompt) for _ in range(count)]
 
     with tempfile.TemporaryDirectory() as folder:
         save_weight(MiniMindForCausalLM(config), "random", Path(folder), ChatTokenizer())
@@ -117,7 +111,7 @@ def main() -> None:
         plain_loop(model, prompts(1), 4)  # warm-up
         began = time.perf_counter()
         for prompt in prompts(3):
-            plain_loop(model, [prompt], args.tokens).cpu()
+            plain_loop(model, [prompt], args.tokens)[0].cpu()
         plain = 3 * args.tokens / (time.perf_counter() - began)
         print(f"plain loop, one request at a time: {plain:,.1f} tokens/s", flush=True)
         results = {}
@@ -133,8 +127,8 @@ def main() -> None:
                       f"{result['first_token_p50_s']:.3f} s  p95 {result['first_token_p95_s']:.3f} s  all "
                       f"{result['seconds']:.2f} s, the engine alone {alone:.2f} s, the clients' CPU "
                       f"{result['clients_cpu_s']:.2f} s", flush=True)
-    name = f"serve_load{'_moe' if args.use_moe else ''}_{args.hidden_size}x{args.num_hidden_layers}"
-    save_result(name, {"plain_tokens_per_s": plain, "prompt": args.prompt, "tokens": args.tokens, "clients": results})
+    save_result(result_name("serve_load", args), {
+        "plain_tokens_per_s": plain, "prompt": args.prompt, "tokens": args.tokens, "clients": results})
 
 
 if __name__ == "__main__":
