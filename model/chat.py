@@ -1,17 +1,18 @@
-"""THE chat format: messages to tokens with a loss mask, and tokens back to content, reasoning and tool calls.
+"""The chat format: messages to token ids with a loss mask, and ids back to content, reasoning and tool calls.
 
-A turn is `<|im_start|>role\n…<|im_end|>\n`. What an assistant says starts with its thinking between `<think>\n` and
+A turn is `<|im_start|>role\n…<|im_end|>\n`. An assistant's turn begins with its reasoning between `<think>\n` and
 `\n</think>\n\n` and may end in `<tool_call>\n{"name": …, "arguments": {…}}\n</tool_call>`; a tool's result is a user
-turn holding `<tool_response>\n…\n</tool_response>`. Rendering n + 1 messages begins with the rendering of n.
+turn holding `<tool_response>\n…\n</tool_response>`. The rendering of n + 1 messages begins with that of the first n.
 
-Text and markers never meet in one string: the renderer yields them apart, text is tokenised by an encoder that knows
-no markers, and so no text, whatever it contains, becomes a special token. `chat_template.jinja` says the same to other
-programs.
+Text and special tokens are never joined into one string: messages are rendered as segments of either kind, and text is
+tokenised by an encoder without special tokens, so no text, whatever it contains, can forge one.
+`chat_template.jinja` is the same format for other programs.
 """
 
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,13 @@ from model.cli import UserError
 
 TOKENIZER_DIR = Path(__file__).resolve().parent
 PAD, BOS, EOS = 0, 1, 2  # <|endoftext|> <|im_start|> <|im_end|>
-SPECIAL_TOKENS = {"<tool_call>": 21, "</tool_call>": 22, "<tool_response>": 23, "</tool_response>": 24,
-           "<think>": 25, "</think>": 26}
+NUM_SPECIAL = 36  # ids below are special tokens, ids from here on are text
+SPECIAL_TOKENS = {"<tool_call>": 21, "</tool_call>": 22, "<tool_response>": 23, "</tool_response>": 24, "<think>": 25,
+                  "</think>": 26}
 CALL, END_CALL, RESPONSE, END_RESPONSE, THINK, END_THINK = SPECIAL_TOKENS.values()
 ROLES = ("system", "user", "assistant", "tool")
 
-Segment = tuple[str | int, bool]  # text or marker id, and whether the assistant said it
+Segment = tuple[str | int, bool]  # text or the id of a special token, and whether it is a target of the loss
 
 
 def unicode_to_byte() -> dict[str, int]:
@@ -39,17 +41,17 @@ def unicode_to_byte() -> dict[str, int]:
 
 @dataclass
 class AssistantMessage:
-    """What an assistant said, taken apart. `malformed` holds the text of tool calls that could not be read."""
+    """The parts of what an assistant wrote."""
 
     content: str = ""
     reasoning: str = ""
     tool_calls: list[dict] = field(default_factory=list)  # [{"name": str, "arguments": dict}]
-    malformed: list[str] = field(default_factory=list)
+    malformed: list[str] = field(default_factory=list)  # texts of tool calls that cannot be read
 
     def to_dict(self) -> dict:
-        """As a message of the chat format, to append to the conversation."""
+        """The message to append to the conversation."""
         message = {"role": "assistant", "content": self.content}
-        if self.reasoning or "</think>" in self.content:  # with the field, the content is all content
+        if self.reasoning or "</think>" in self.content:  # beside this field, no reasoning is looked for in the content
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = self.tool_calls
@@ -57,7 +59,7 @@ class AssistantMessage:
 
 
 def hash_tokenizer(text: str) -> str:
-    """By which the .json of a weight names its tokenizer: a hash of the text of tokenizer.json."""
+    """Hash of the text of tokenizer.json, by which the metadata of weights names their tokenizer."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -71,31 +73,31 @@ class ChatTokenizer:
         text = path.read_text("utf-8")
         self.folder = Path(folder)
         self.hash = hash_tokenizer(text)
-        layout = json.loads(text)
-        added = {token["content"]: token["id"] for token in layout["added_tokens"]}
+        settings = json.loads(text)
+        added = {token["content"]: token["id"] for token in settings["added_tokens"]}
         for token, expected in {"<|endoftext|>": PAD, "<|im_start|>": BOS, "<|im_end|>": EOS, **SPECIAL_TOKENS}.items():
             if added.get(token) != expected:
                 raise UserError(f"{path}: token {token} must have id {expected}, found {added.get(token)}")
-        self._plain = Tokenizer.from_str(json.dumps(layout | {"added_tokens": []}))
-        self.vocab_size = self._plain.get_vocab_size()
-        names = {number: token for token, number in self._plain.get_vocab().items()} | {i: t for t, i in added.items()}
-        alphabet = unicode_to_byte()
-        #: the bytes each token stands for, by id: what it adds to a UTF-8 text
-        self.token_bytes = [names[i].encode() if names[i] in added else bytes(alphabet[c] for c in names[i])
+        self._bpe = Tokenizer.from_str(json.dumps(settings | {"added_tokens": []}))
+        self.vocab_size = self._bpe.get_vocab_size()
+        tokens = {i: token for vocabulary in (self._bpe.get_vocab(), added) for token, i in vocabulary.items()}
+        byte_of = unicode_to_byte()
+        #: by id: the bytes that a token adds to a UTF-8 text
+        self.token_bytes = [tokens[i].encode() if tokens[i] in added else bytes(byte_of[c] for c in tokens[i])
                             for i in range(self.vocab_size)]
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text. Markers in it stay text."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        """Token ids of text; special tokens that are spelt in it stay text."""
+        return self._bpe.encode(text, add_special_tokens=False).ids
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        """The same for many texts at once, on all cores."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        """`encode_text` of many texts at once, on all cores."""
+        return [encoding.ids for encoding in self._bpe.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], keep_special_tokens: bool = False) -> str:
-        """Text of the ids; special tokens (below 36) are left out unless `keep_special_tokens`."""
-        kept = (self.token_bytes[i] for i in ids if keep_special_tokens or i > 35)
-        return b"".join(kept).decode("utf-8", errors="replace")
+        """Text of the ids; special tokens are left out unless `keep_special_tokens`."""
+        parts = (self.token_bytes[i] for i in ids if keep_special_tokens or i >= NUM_SPECIAL)
+        return b"".join(parts).decode("utf-8", errors="replace")
 
     def encode_segments(self, conversations: list[list[Segment]]) -> list[tuple[list[int], list[bool]]]:
         """Ids and loss mask of rendered conversations, tokenised in one batch."""
@@ -104,28 +106,28 @@ class ChatTokenizer:
         rows = []
         for segments in conversations:
             ids, mask = [], []
-            for segment, said in segments:
-                tokens = next(encoded) if isinstance(segment, str) else [segment]
-                ids += tokens
-                mask += [said] * len(tokens)
+            for segment, is_target in segments:
+                segment_ids = next(encoded) if isinstance(segment, str) else [segment]
+                ids += segment_ids
+                mask += [is_target] * len(segment_ids)
             rows.append((ids, mask))
         return rows
 
     def encode(self, messages: list[dict], tools: list | str | None = None,
                keep_empty_think: bool = True) -> tuple[list[int], list[bool]]:
-        """Messages → ids and loss mask: True on what an assistant said and on its `<|im_end|>`, nowhere else."""
+        """Messages → ids and loss mask: True on what assistants wrote, with their `<|im_end|>`, and nowhere else."""
         return self.encode_segments([render(messages, tools, keep_empty_think)])[0]
 
     def prompt(self, messages: list[dict], tools: list | str | None = None, open_thinking: bool = False) -> list[int]:
-        """Messages → ids that an assistant's answer follows: inside `<think>\n`, or after an empty think block."""
+        """Messages → ids that the next answer continues: inside `<think>\n`, or after an empty think block."""
         segments = [*render(messages, tools), *generation_prompt(open_thinking)]
         return self.encode_segments([segments])[0][0]
 
 
 def generation_prompt(open_thinking: bool) -> list[Segment]:
-    """The segments that stand between a conversation and the assistant's next words."""
-    thinking = [(THINK, False), ("\n", False)] if open_thinking else empty_think_block()
-    return [(BOS, False), ("assistant\n", False), *thinking]
+    """The segments between a conversation and the assistant's next tokens."""
+    think = [(THINK, False), ("\n", False)] if open_thinking else empty_think_block()
+    return [(BOS, False), ("assistant\n", False), *think]
 
 
 def empty_think_block() -> list[Segment]:
@@ -133,9 +135,9 @@ def empty_think_block() -> list[Segment]:
 
 
 def render(messages: list[dict], tools: list | str | None = None, keep_empty_think: bool = True) -> list[Segment]:
-    """Messages → segments. Without `keep_empty_think`, an assistant turn without reasoning has no think block at all.
+    """Messages → segments. Without `keep_empty_think`, an assistant's turn without reasoning has no think block.
 
-    `tools` may also sit on the first message. Raises ValueError saying what is wrong.
+    `tools` may also be a field of the first message. Raises ValueError with the number of the message and the reason.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("a conversation is a non-empty list of messages")
@@ -155,15 +157,14 @@ def render(messages: list[dict], tools: list | str | None = None, keep_empty_thi
 
 
 def turn(role: str, segments: list[Segment]) -> list[Segment]:
-    said = role == "assistant"
     for segment, _ in segments:
         if isinstance(segment, str):
             check_text(segment)
-    return [(BOS, False), *segments, (EOS, said), ("\n", False)]
+    return [(BOS, False), *segments, (EOS, role == "assistant"), ("\n", False)]
 
 
 def message_segments(message: dict, tools: list, keep_empty_think: bool) -> tuple[str, list[Segment]]:
-    """One message → its role and what stands between `<|im_start|>` and `<|im_end|>`."""
+    """One message → its role and the segments between `<|im_start|>` and `<|im_end|>`."""
     role, content = message.get("role"), content_text(message.get("content"))
     if role == "system":
         return role, system_segments(content, tools)
@@ -179,9 +180,9 @@ def message_segments(message: dict, tools: list, keep_empty_think: bool) -> tupl
 def system_segments(content: str, tools: list) -> list[Segment]:
     if not tools:
         return [(f"system\n{content}", False)]
-    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     start = f"system\n{content}\n\n# Tools\n" if content else "system\n# Tools\n"
-    return [(f"{start}{listed}\nTo call a tool, write ", False), (CALL, False),
+    return [(f"{start}{schemas}\nTo call a tool, write ", False), (CALL, False),
             ('\n{"name": its name, "arguments": {its arguments}}\n', False), (END_CALL, False)]
 
 
@@ -189,7 +190,7 @@ def assistant_segments(message: dict, content: str, keep_empty_think: bool) -> l
     reasoning = message.get("reasoning_content")
     if reasoning is not None and not isinstance(reasoning, str):
         raise ValueError(f"reasoning_content is text, not {type(reasoning).__name__}")
-    if reasoning is None and "</think>" in content:  # older files keep the thinking inside the content
+    if reasoning is None and "</think>" in content:  # older data sets keep the reasoning in the content
         before, content = content.split("</think>", 1)
         reasoning = before.split("<think>", 1)[-1]
     reasoning, content = (reasoning or "").strip("\n"), content.lstrip("\n")
@@ -209,14 +210,14 @@ def assistant_segments(message: dict, content: str, keep_empty_think: bool) -> l
 
 
 def content_text(content: str | list | None) -> str:
-    """The content of a message: text, OpenAI's text parts, or nothing."""
+    """The text of a message's content: text, OpenAI's list of text parts, or None."""
     if content is None:
         return ""
     if isinstance(content, list):
-        content = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(isinstance(part, str) for part in content):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError('a part of the content is {"type": "text", "text": text}')
-        return "".join(content)
+        return "".join(texts)
     if not isinstance(content, str):
         raise ValueError(f"content is text, not {type(content).__name__}")
     return content
@@ -245,7 +246,7 @@ def parse_json(value: object, name: str, kind: type) -> list | dict:
 
 
 def read_json(text: str) -> object:
-    """JSON text → value. Raises ValueError when it is none, or when a string in it is no text."""
+    """JSON text → value. Raises ValueError when it is not JSON, or when a string in it is not Unicode text."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -264,11 +265,15 @@ def check_text(text: str) -> None:
 
 
 class MessageParser:
-    """Takes an answer apart while it is written: feed ids or text, get events, read `answer` at any time.
+    """Parses an assistant's answer while it is written: feed ids or text, get events; `message` is the answer so far.
 
     An event is ("content" | "reasoning", text), ("tool_call", {"name", "arguments"}) or ("malformed", text).
-    Half a character and half a marker are held back until they are whole. Newlines around the thinking, the
-    content and the calls belong to the format and are left out.
+    Incomplete characters and special tokens are held back. Newlines at the ends of the reasoning, the content and the
+    calls belong to the format and are left out.
+
+    1. `feed` and `feed_text` split their input into text and special tokens.
+    2. `_special_token` changes the section: reasoning, content or tool_call. A call is parsed when its section ends.
+    3. `_text` adds to the section; newlines wait until something follows them.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, open_thinking: bool = False):
@@ -276,69 +281,64 @@ class MessageParser:
         self.message = AssistantMessage()
         self._section = "reasoning" if open_thinking else "content"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._text = ""  # fed as text, may end in half a marker
-        self._newlines = ""  # may be the format's or the text's: known when something follows
-        self._call = ""
+        self._pending_text = ""  # from feed_text: may be the beginning of a special token
+        self._pending_newlines = ""  # of the text if more of it follows, else of the format
+        self._call = ""  # text of the tool call being written
 
-    def feed(self, segments: Iterable[int | str]) -> Iterator[tuple[str, str | dict]]:
-        """Events of the next token ids, or of text in which no marker is meant. Other special tokens say nothing."""
-        for i in segments:
-            if isinstance(i, str):
-                yield from self._say(i)
-            elif i > 35:
-                yield from self._say(self._utf8.decode(self.tokenizer.token_bytes[i]))
-            elif i in SPECIAL_TOKENS.values():
-                yield from self._say(self._utf8.decode(b"", final=True))
-                yield from self._switch(i)
+    def feed(self, tokens: Iterable[int | str]) -> Iterator[tuple[str, str | dict]]:
+        """Events of the next token ids, or of text in which no special token is meant. Other specials are skipped."""
+        for token in tokens:
+            if isinstance(token, str):
+                yield from self._text(token)
+            elif token >= NUM_SPECIAL:
+                yield from self._text(self._utf8.decode(self.tokenizer.token_bytes[token]))
+            elif token in SPECIAL_TOKENS.values():
+                yield from self._text(self._utf8.decode(b"", final=True))
+                yield from self._special_token(token)
 
     def feed_text(self, text: str) -> Iterator[tuple[str, str | dict]]:
-        """Events of the next segment of text, for answers that come from elsewhere as text."""
-        self._text += text
-        while found := min(((self._text.find(m), m) for m in SPECIAL_TOKENS if m in self._text), default=None):
-            start, marker = found
-            before, self._text = self._text[:start], self._text[start + len(marker):]
-            yield from self._say(before)
-            yield from self._switch(SPECIAL_TOKENS[marker])
-        held = max((n for m in SPECIAL_TOKENS for n in range(1, len(m)) if self._text.endswith(m[:n])), default=0)
-        ready, self._text = self._text[:len(self._text) - held], self._text[len(self._text) - held:]
-        yield from self._say(ready)
+        """Events of the next piece of text in which special tokens are spelt out, as other servers send it."""
+        *parts, tail = re.split(f"({'|'.join(SPECIAL_TOKENS)})", self._pending_text + text)
+        for part in parts:
+            yield from self._special_token(SPECIAL_TOKENS[part]) if part in SPECIAL_TOKENS else self._text(part)
+        held_back = [tail[-n:] for token in SPECIAL_TOKENS for n in range(1, len(token)) if tail.endswith(token[:n])]
+        self._pending_text = max(held_back, key=len, default="")
+        yield from self._text(tail[:len(tail) - len(self._pending_text)])
 
     def finish(self) -> Iterator[tuple[str, str | dict]]:
         """Events of what was held back. A call that was never closed is malformed."""
-        yield from self._say(self._utf8.decode(b"", final=True) + self._text)
-        self._text = ""
+        yield from self._text(self._utf8.decode(b"", final=True) + self._pending_text)
+        self._pending_text = ""
         if self._section == "tool_call":
             yield from self._malformed()
 
-    def _say(self, text: str) -> Iterator[tuple[str, str]]:
+    def _text(self, text: str) -> Iterator[tuple[str, str]]:
         if self._section == "tool_call":
             self._call += text
             return
-        name = self._section
-        so_far = getattr(self.message, name)
-        text = self._newlines + text
+        so_far = getattr(self.message, self._section)
+        text = self._pending_newlines + text
         text = text if so_far else text.lstrip("\n")
-        said = text.rstrip("\n")
-        self._newlines = text[len(said):]
-        if said:
-            setattr(self.message, name, so_far + said)
-            yield name, said
+        stripped = text.rstrip("\n")
+        self._pending_newlines = text[len(stripped):]
+        if stripped:
+            setattr(self.message, self._section, so_far + stripped)
+            yield self._section, stripped
 
-    def _switch(self, marker: int) -> Iterator[tuple[str, str | dict]]:
-        if marker in (RESPONSE, END_RESPONSE):  # not the assistant's to say
+    def _special_token(self, token: int) -> Iterator[tuple[str, str | dict]]:
+        if token in (RESPONSE, END_RESPONSE):  # an assistant has no use for them
             return
         if self._section == "tool_call":
-            if marker != END_CALL:
+            try:
+                if token != END_CALL:
+                    raise ValueError("the call is not closed")
+                call, = parse_tool_calls({"tool_calls": [parse_json(self._call, "tool call", dict)]})
+                self.message.tool_calls.append(call)
+                yield "tool_call", call
+            except ValueError:
                 yield from self._malformed()
-            else:
-                try:
-                    call, = parse_tool_calls({"tool_calls": [parse_json(self._call, "tool call", dict)]})
-                    self.message.tool_calls.append(call)
-                    yield "tool_call", call
-                except ValueError:
-                    yield from self._malformed()
-        self._newlines, self._call = "", ""
-        self._section = {THINK: "reasoning", CALL: "tool_call"}.get(marker, "content")
+        self._pending_newlines, self._call = "", ""
+        self._section = {THINK: "reasoning", CALL: "tool_call"}.get(token, "content")
 
     def _malformed(self) -> Iterator[tuple[str, str]]:
         self.message.malformed.append(self._call.strip("\n"))
@@ -347,7 +347,7 @@ class MessageParser:
 
 def parse_message(tokenizer: ChatTokenizer, answer: Iterable[int] | str,
                   open_thinking: bool = False) -> AssistantMessage:
-    """A whole answer, as ids or text, taken apart."""
+    """The parts of a complete answer, given as ids or text. `open_thinking`: its prompt ended inside `<think>`."""
     parser = MessageParser(tokenizer, open_thinking)
     list(parser.feed_text(answer) if isinstance(answer, str) else parser.feed(answer))
     list(parser.finish())
