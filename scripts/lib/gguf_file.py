@@ -1,8 +1,8 @@
-"""A model → one GGUF file, which llama.cpp and what is built on it (Ollama, LM Studio, …) run, and Ollama's Modelfile.
+"""A model → one GGUF file for llama.cpp and the programs built on it (Ollama, LM Studio, …), and Ollama's Modelfile.
 
 Written with the names and the metadata that llama.cpp's `qwen3` and `qwen3moe` read. `qwen3moe` always lets the weights
 of the chosen experts sum to 1. A MoE that weights by the raw router probability is therefore written as `bailingmoe2`,
-which has a switch for it and is the same otherwise, but for one more expert that is always on: it gets zeros.
+which has a switch for it and differs only by one more expert that is always on: its weights are zeros.
 """
 
 import json
@@ -34,7 +34,7 @@ def architecture(config: MiniMindConfig) -> str:
 
 
 def layout(model: MiniMindForCausalLM) -> Iterator[tuple[str, list[Tensor]]]:
-    """The tensors of the file: name and the parameters, or parts of them, that lie in it one under the other."""
+    """The tensors of the file: name, and the parameters, or parts of them, that are concatenated in it."""
     config, raw = model.config, architecture(model.config) == "bailingmoe2"
     yield "token_embd", [model.model.embed_tokens.weight]
     yield "output_norm", [model.model.norm.weight]
@@ -63,15 +63,15 @@ def layout(model: MiniMindForCausalLM) -> Iterator[tuple[str, list[Tensor]]]:
         yield from ((f"blk.{i}.{name}", [module.weight]) for name, module in parts.items())
 
 
-def kind_of(name: str, value: Tensor, dtype: str) -> Kind:
-    """How a tensor is stored: norms and routers exactly, rows that are no whole blocks as f16 instead of q8_0."""
+def tensor_type(name: str, value: Tensor, dtype: str) -> Kind:
+    """The type of a tensor: fp32 for norms and routers, f16 instead of q8_0 where rows are no whole blocks."""
     if value.dim() == 1 or name.endswith("ffn_gate_inp"):
         return Kind.F32
     return Kind.F16 if dtype == "q8_0" and value.shape[-1] % BLOCK else KINDS[dtype]
 
 
 def pre_tokenizer(settings: dict) -> str:
-    """llama.cpp's name of the way a tokenizer.json splits text. Raises UserError for one that it has no name of."""
+    """llama.cpp's name for the way a tokenizer.json splits text. Raises UserError where it has none."""
     split = settings.get("pre_tokenizer") or {}
     steps = split.get("pretokenizers", [split])
     patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
@@ -84,8 +84,8 @@ def pre_tokenizer(settings: dict) -> str:
                     "of Qwen2 nor that of GPT-2")
 
 
-def describe(writer: gguf.GGUFWriter, **facts) -> None:
-    for name, value in facts.items():
+def add_metadata(writer: gguf.GGUFWriter, **fields) -> None:
+    for name, value in fields.items():
         getattr(writer, f"add_{name}")(value)
 
 
@@ -94,12 +94,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: ChatTokenizer) -> None:
     added = {token["id"]: token for token in settings["added_tokens"]}
     names = {number: name for name, number in settings["model"]["vocab"].items()}
     names |= {number: token["content"] for number, token in added.items()}
-    kinds = [TokenType.NORMAL if i not in added else TokenType.CONTROL if added[i]["special"] else
+    types = [TokenType.NORMAL if i not in added else TokenType.CONTROL if added[i]["special"] else
              TokenType.USER_DEFINED for i in range(len(names))]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in settings["model"]["merges"]]
-    describe(writer, tokenizer_model="gpt2", tokenizer_pre=pre_tokenizer(settings), token_merges=merges,
-             token_list=[names[i] for i in range(len(names))], token_types=kinds, bos_token_id=BOS, eos_token_id=EOS,
-             pad_token_id=PAD, add_bos_token=False, chat_template=chat_template(tokenizer))
+    add_metadata(writer, tokenizer_model="gpt2", tokenizer_pre=pre_tokenizer(settings), token_merges=merges,
+                 token_list=[names[i] for i in range(len(names))], token_types=types, bos_token_id=BOS,
+                 eos_token_id=EOS, pad_token_id=PAD, add_bos_token=False, chat_template=chat_template(tokenizer))
 
 
 def write_gguf(model: MiniMindForCausalLM, path: Path, tokenizer: ChatTokenizer, dtype: str) -> None:
@@ -109,22 +109,22 @@ def write_gguf(model: MiniMindForCausalLM, path: Path, tokenizer: ChatTokenizer,
         raise UserError("--format gguf: llama.cpp takes raw router weights only where all query heads are together as "
                         "wide as the model")
     writer = gguf.GGUFWriter(path, arch)
-    describe(writer, name=path.stem, file_type=gguf.LlamaFileType[FILE_TYPES[dtype]], vocab_size=config.vocab_size,
-             context_length=config.max_position_embeddings, embedding_length=config.hidden_size,
-             block_count=config.num_hidden_layers, feed_forward_length=config.intermediate_size,
-             head_count=config.num_attention_heads, head_count_kv=config.num_key_value_heads,
-             key_length=config.head_dim, value_length=config.head_dim, rope_dimension_count=config.head_dim,
-             rope_freq_base=config.rope_theta, layer_norm_rms_eps=config.rms_norm_eps)
+    add_metadata(writer, name=path.stem, file_type=gguf.LlamaFileType[FILE_TYPES[dtype]], vocab_size=config.vocab_size,
+                 context_length=config.max_position_embeddings, embedding_length=config.hidden_size,
+                 block_count=config.num_hidden_layers, feed_forward_length=config.intermediate_size,
+                 head_count=config.num_attention_heads, head_count_kv=config.num_key_value_heads,
+                 key_length=config.head_dim, value_length=config.head_dim, rope_dimension_count=config.head_dim,
+                 rope_freq_base=config.rope_theta, layer_norm_rms_eps=config.rms_norm_eps)
     if config.use_moe:
-        describe(writer, expert_count=config.num_experts, expert_used_count=config.num_experts_per_tok,
-                 expert_feed_forward_length=config.moe_intermediate_size)
+        add_metadata(writer, expert_count=config.num_experts, expert_used_count=config.num_experts_per_tok,
+                     expert_feed_forward_length=config.moe_intermediate_size)
     if arch == "bailingmoe2":
-        describe(writer, expert_weights_norm=False, expert_gating_func=gguf.ExpertGatingFuncType.SOFTMAX,
-                 expert_shared_count=1, expert_shared_feed_forward_length=BLOCK)
+        add_metadata(writer, expert_weights_norm=False, expert_gating_func=gguf.ExpertGatingFuncType.SOFTMAX,
+                     expert_shared_count=1, expert_shared_feed_forward_length=BLOCK)
     add_tokenizer(writer, tokenizer)
     for name, parts in layout(model):
         value = torch.cat(parts, dim=max(parts[0].dim() - 2, 0)).detach().float().contiguous()
-        kind = kind_of(name, value, dtype)
+        kind = tensor_type(name, value, dtype)
         writer.add_tensor(f"{name}.weight", gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -141,8 +141,8 @@ def read_gguf(path: Path, config: MiniMindConfig) -> MiniMindForCausalLM:
         tensor = stored.pop(f"{name}.weight")
         value = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         dim = max(value.dim() - 2, 0)
-        for part, piece in zip(parts, value.split([part.shape[dim] for part in parts], dim), strict=True):
-            part.copy_(piece)
+        for part, chunk in zip(parts, value.split([part.shape[dim] for part in parts], dim), strict=True):
+            part.copy_(chunk)
     assert not stored, f"{path} holds more: {list(stored)}"
     return model
 
