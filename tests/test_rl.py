@@ -22,8 +22,7 @@ from trainer.arguments import parse_policy_args, policy_parser
 from trainer.distributed import World
 from trainer.losses import kl_k3, policy_losses, policy_objective, value_losses
 from trainer.rl.advantages import GAE, GroupRelative, SPOValueTracker, gae, group_advantages
-from trainer.rl.evaluation import colorize_advantages
-from trainer.rl.packing import group_by_prefix
+from trainer.rl.packing import colorize_advantages, group_by_prefix
 from trainer.rl.rollouts import RolloutStream
 from trainer.rl.trajectory import RolloutGroup, Trajectory
 from trainer.rollout_engine import LocalRolloutEngine, policy_sampling_params

@@ -15,9 +15,8 @@ from trainer.losses import policy_loss
 from trainer.rl.advantages import GroupRelative
 from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS
 from trainer.rl.episodes import EpisodeEngine
-from trainer.rl.evaluation import make_rollout_eval
 from trainer.rl.rewards import add_reward_args, make_rewards
-from trainer.rl.rollouts import RolloutStream
+from trainer.rl.rollouts import RolloutStream, make_rollout_eval
 from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
 from trainer.trainer import Run
 

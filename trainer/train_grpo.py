@@ -13,9 +13,8 @@ from model.weights import ROOT
 from trainer.arguments import parse_policy_args, policy_parser, policy_settings
 from trainer.losses import policy_loss
 from trainer.rl.advantages import GroupRelative, SPOValueTracker
-from trainer.rl.evaluation import make_rollout_eval
 from trainer.rl.rewards import add_reward_args, make_rewards
-from trainer.rl.rollouts import RolloutStream
+from trainer.rl.rollouts import RolloutStream, make_rollout_eval
 from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
 from trainer.trainer import Run
 

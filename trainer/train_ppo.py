@@ -19,9 +19,8 @@ from model.weights import ROOT, save_weight
 from trainer.arguments import parse_args, rl_parser
 from trainer.losses import ppo_loss
 from trainer.rl.advantages import GAE
-from trainer.rl.evaluation import make_rollout_eval
 from trainer.rl.rewards import add_reward_args, make_rewards
-from trainer.rl.rollouts import RolloutStream
+from trainer.rl.rollouts import RolloutStream, make_rollout_eval
 from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
 from trainer.trainer import Run
 

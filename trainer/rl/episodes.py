@@ -21,12 +21,12 @@ import json
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from dataset.prompts import Prompt
 from model.chat import EOS, AssistantMessage, ChatTokenizer, generation_prompt, parse_json, parse_message, render
-from model.inference.engine import Engine, SamplingParams
+from model.inference.engine import Engine, SamplingParams, Sequence
 from trainer.rl.tools import call_tool
 from trainer.rl.trajectory import Trajectory
 
@@ -72,7 +72,7 @@ def run_episodes(session: "Engine | BatchedTurns", prompts: list[Prompt], sampli
     return episodes
 
 
-def finish_turn(episode: Trajectory, sequence, tokenizer: ChatTokenizer, max_turns: int, max_len: int,
+def finish_turn(episode: Trajectory, sequence: Sequence, tokenizer: ChatTokenizer, max_turns: int, max_len: int,
                 call: CallFn) -> None:
     """Append what was sampled; run its calls and append the observation, or set `finish_reason`."""
     ids = sequence.completion_ids
@@ -150,17 +150,6 @@ def open_session(engine, num_requests: int) -> "AbstractContextManager[Engine | 
     return engine.open(num_requests) if is_streaming else nullcontext(BatchedTurns(engine, num_requests))
 
 
-@dataclass(eq=False)
-class TurnRequest:
-    """A turn on an engine that answers whole batches, with the fields of `model.inference.engine.Sequence`."""
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    completion_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-
-
 class BatchedTurns:
     """`add` and `step` on top of `generate(prompts, samplings)`: a step answers all that were added."""
 
@@ -169,11 +158,11 @@ class BatchedTurns:
     def __init__(self, engine, max_batch: int):
         self.engine, self.max_batch, self._added = engine, max_batch, []
 
-    def add(self, prompt_ids: list[int], params: SamplingParams) -> TurnRequest:
-        self._added.append(TurnRequest(prompt_ids, params))
+    def add(self, prompt_ids: list[int], params: SamplingParams) -> Sequence:
+        self._added.append(Sequence(prompt_ids, params, None))
         return self._added[-1]
 
-    def step(self) -> list[TurnRequest]:
+    def step(self) -> list[Sequence]:
         turns, self._added = self._added, []
         answers = self.engine.generate([Prompt(turn.prompt_ids, []) for turn in turns], [turn.params for turn in turns])
         for turn, answer in zip(turns, answers, strict=True):

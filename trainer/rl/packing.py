@@ -1,7 +1,6 @@
 """Trajectories → packed micro-batches, in which a prompt stands once for all of its answers."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,15 +8,9 @@ from torch import Tensor
 
 from dataset.packing import best_fit
 from dataset.prefix_sharing import pack_shared_prefix
+from model.chat import ChatTokenizer
+from trainer.batches import Step
 from trainer.rl.trajectory import Trajectory
-
-
-class MiniBatch(NamedTuple):
-    """What one optimizer step of a rollout learns from."""
-
-    micro_batches: list[dict[str, Tensor]]  # this rank's, as many on every rank
-    num_items: int  # what the loss is divided by: sampled tokens, or trajectories, of all ranks
-    num_tokens: int  # computed by all ranks
 
 
 @dataclass
@@ -44,16 +37,16 @@ def group_by_prefix(trajectories: list[Trajectory], max_tokens: int) -> list[Pre
     return groups
 
 
-def pack_mini_batch(run, trajectories: list[Trajectory], indices: np.ndarray, max_tokens: int) -> MiniBatch:
-    """The trajectories `indices` of a rollout as this rank's share of packed micro-batches of up to `max_tokens`.
+def pack_mini_batch(run, trajectories: list[Trajectory], indices: np.ndarray, max_tokens: int) -> Step:
+    """The trajectories `indices` of a rollout as one optimizer step on packed micro-batches of up to `max_tokens`.
 
     1. Answers to one prompt form groups. 2. Groups are packed into rows, best fit first. 3. Every rank takes every
     world.size-th row, so that all have equally many; a missing one is empty. 4. Each row becomes a micro-batch.
     """
-    args, world, chosen = run.args, run.world, [trajectories[i] for i in indices]
+    args, world, trajectories = run.args, run.world, [trajectories[i] for i in indices]
     if not args.use_compile:  # shapes need not be constant, so make rows that give every rank something to do
-        max_tokens = min(max_tokens, -(-sum(len(trajectory.tokens) for trajectory in chosen) // world.size))
-    groups = group_by_prefix(chosen, max_tokens)
+        max_tokens = min(max_tokens, -(-sum(len(trajectory.tokens) for trajectory in trajectories) // world.size))
+    groups = group_by_prefix(trajectories, max_tokens)
     sizes = np.array([group.num_tokens for group in groups])
     max_tokens = max(max_tokens, int(sizes.max()))
     row_of = best_fit(sizes, max_tokens)
@@ -64,11 +57,11 @@ def pack_mini_batch(run, trajectories: list[Trajectory], indices: np.ndarray, ma
         members = [groups[i] for i in np.flatnonzero(row_of == row)]
         num_tokens = sum(group.num_tokens for group in members)
         size = max_tokens if args.use_compile else -(-max(num_tokens, 1) // 64) * 64
-        batch = pack_row(chosen, members, size, by_sequence)
+        batch = pack_row(trajectories, members, size, by_sequence)
         batch["trajectory"] = torch.from_numpy(indices)[batch["trajectory"]]
         micro_batches.append({name: value.to(run.device) for name, value in batch.items()})
-    num_items = len(chosen) if by_sequence else sum(sum(trajectory.action_mask) for trajectory in chosen)
-    return MiniBatch(micro_batches, num_items, int(sizes.sum()))
+    num_items = len(trajectories) if by_sequence else sum(sum(trajectory.action_mask) for trajectory in trajectories)
+    return Step(micro_batches, len(micro_batches), num_items, int(sizes.sum()))
 
 
 def pack_row(trajectories: list[Trajectory], groups: list[PrefixGroup], size: int, by_sequence: bool) -> dict:
@@ -90,3 +83,15 @@ def pack_row(trajectories: list[Trajectory], groups: list[PrefixGroup], size: in
     for name in ("logits_indices", "targets", "trajectory", "document", "weight", "rollout_logprobs"):
         batch[name] = batch[name][is_action]
     return batch
+
+
+def colorize_advantages(tokenizer: ChatTokenizer, batch: dict[str, Tensor], number: int) -> str:
+    """The sampled tokens of trajectory `number` for a terminal: green where the advantage is above 0, red below."""
+    inside = batch["document"] == number
+    advantages, pieces = batch["advantage"][inside].tolist(), []
+    for token, advantage in zip(batch["targets"][inside].tolist(), advantages, strict=True):
+        shade = 40 + int(160 * min(abs(advantage), 2) / 2)
+        red, green = (0, shade) if advantage > 0 else (shade, 0)
+        text = tokenizer.decode([token], keep_special_tokens=True).replace("\n", "⏎")
+        pieces.append(f"\x1b[48;2;{red};{green};0m{text}\x1b[0m")
+    return f"{sum(advantages) / max(len(advantages), 1):+.2f} " + "".join(pieces)

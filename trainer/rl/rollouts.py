@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dataset.prompts import PromptDataset
 from model.cli import UserError
+from model.inference.sampling import SamplingParams
 from trainer.batches import Step, places
 from trainer.losses import Loss, inputs, kl_k3, token_log_probs
 from trainer.rl.advantages import AdvantageEstimator
-from trainer.rl.evaluation import colorize_advantages
-from trainer.rl.packing import MiniBatch, pack_mini_batch
+from trainer.rl.packing import colorize_advantages, pack_mini_batch
 from trainer.rl.trajectory import RolloutGroup, Trajectory
 from trainer.rollout_engine import policy_sampling_params
 
@@ -54,8 +54,8 @@ class RolloutStream:
         self.steps = math.ceil(args.epochs * len(prompts) / self.prompts_per_rollout) * self.steps_per_rollout
         self.settings = {name: getattr(args, name) for name in SETTINGS} | {"prompts": prompts.hash}
         self.cursor = self.rollouts = 0  # prompts drawn so far, and rollouts made
-        self._mini_batches: list[MiniBatch] = []  # of this rollout, each learned from several times,
-        self._pending: list[MiniBatch] = []  # and what of that is still to come
+        self._mini_batches: list[Step] = []  # of this rollout, each learned from several times,
+        self._pending: list[Step] = []  # and what of that is still to come
         self._metrics: dict[str, float] = {}
         self._approx_kl, self._num_items = torch.zeros((), device=run.device), 1  # of the last update
 
@@ -88,10 +88,10 @@ class RolloutStream:
             self._pending.clear()  # the policy has moved far enough from the one that sampled
         if not self._pending:
             self.rollout()
-        batches, self._num_items, num_tokens = self._pending.pop(0)
-        self._approx_kl = torch.zeros((), device=self.run.device)
-        metrics, self._metrics = self._metrics, {}
-        return Step(batches, len(batches), self._num_items, num_tokens, metrics)
+        mini_batch = self._pending.pop(0)._replace(metrics=self._metrics)
+        self._approx_kl, self._num_items = torch.zeros((), device=self.run.device), mini_batch.num_items
+        self._metrics = {}
+        return mini_batch
 
     def track_kl(self, loss_function: Callable[[nn.Module, dict], Loss]) -> Callable[[nn.Module, dict], Loss]:
         """`loss_function`, adding up its `approx_kl` for --target_kl."""
@@ -122,7 +122,7 @@ class RolloutStream:
         self._mini_batches = [
             pack_mini_batch(self.run, trajectories, part, args.batch_size * self.length) for part in parts]
 
-        batches = [batch for mini_batch in self._mini_batches for batch in mini_batch.micro_batches]
+        batches = [batch for mini_batch in self._mini_batches for batch in mini_batch.batches]
         self.compute_old_and_ref_logprobs(batches)
         self.estimator.compute_advantages(groups, batches, self.world)
 
@@ -192,7 +192,7 @@ class RolloutStream:
     def measure_policy_kl(self) -> float:
         """KL per token from the policy that sampled this rollout to the policy now. Counted once: 0 if called again."""
         sums = torch.zeros(2, device=self.run.device)
-        for batch in (batch for mini_batch in self._mini_batches for batch in mini_batch.micro_batches):
+        for batch in (batch for mini_batch in self._mini_batches for batch in mini_batch.batches):
             with self.run.autocast():
                 kl = kl_k3(batch["old_logprobs"], self._evaluate(self.model, batch)[0])
             sums += torch.stack((kl.sum(), kl.new_tensor(float(len(kl)))))
@@ -217,6 +217,24 @@ class RolloutStream:
         for name, column in zip(self.rewards.names, scores.unbind(1), strict=True):
             self._metrics |= {f"reward_{name}": float(column.mean()), f"reward_{name}_std": float(column.std())}
         if self.args.show_samples and self.world.main:
-            for batch in self._mini_batches[0].micro_batches[:1]:
+            for batch in self._mini_batches[0].batches[:1]:
                 for number in range(min(self.args.show_samples, int(batch["document"].max()) + 1)):
                     print(colorize_advantages(self.run.tokenizer, batch, number), flush=True)
+
+
+def make_rollout_eval(run, prompts: PromptDataset | None, engine, rewards) -> Callable[[], dict] | None:
+    """A validation: → {"val_reward", "val_…" of each component}, means over greedy answers to `prompts`."""
+    if prompts is None:
+        return None
+
+    def validate() -> dict:
+        own = prompts.prompts[run.world.rank::run.world.size]
+        with run.whole():
+            engine.update()
+            greedy = SamplingParams(run.args.max_gen_len, temperature=0)
+            answers = engine.generate(own, [greedy] * len(own)) if own else []
+        scores = rewards.score(own, answers) if own else torch.zeros(0, len(rewards.names))
+        scores = torch.cat(run.world.gather(scores))
+        means = dict(zip(rewards.names, scores.mean(0).tolist(), strict=True))
+        return {"val_reward": float(rewards.total(scores).mean()), **{f"val_{name}": x for name, x in means.items()}}
+    return validate
