@@ -24,8 +24,8 @@ from dataset.jsonl import read_rows
 from dataset.lm_dataset import PretrainDataset
 from model.chat import ChatTokenizer
 from model.cli import Parser, nonneg_float, positive_int, run_main
+from model.device import peak_memory
 from model.weights import ROOT
-from trainer.metrics import peak_memory
 
 CPU = torch.device("cpu")
 

@@ -29,12 +29,12 @@ from benchmarks.machine import model_config, model_parser, random_prompt, result
 from benchmarks.plain import TEMPERATURE, TOP_P, plain_loop
 from model import model_minimind
 from model.cli import positive_int, run_main
-from model.device import choose_device, inference_dtype
+from model.device import choose_device, inference_dtype, synchronise
 from model.inference.engine import Engine, SamplingParams
 from model.inference.prepacked import use_prepacked
 from model.linear import linear
 from model.model_minimind import MiniMindForCausalLM
-from trainer.metrics import peak_flops, synchronise
+from trainer.flops import peak_flops
 
 
 def engine_run(engine: Engine, requests: list[tuple[list[int], int]], every: int = 0) -> None:

@@ -27,9 +27,11 @@ from model.loading import add_model_args
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT
 from trainer import train_pretrain
-from trainer.metrics import flops_per_token
-from trainer.parallel import MOMENTS, STRATEGIES, DeepSpeed, Replicas
-from trainer.trainer import SIZES
+from trainer.flops import flops_per_token
+from trainer.parallel import DDPStrategy
+from trainer.run import MODEL_SIZES
+from trainer.trainer import STRATEGIES
+from trainer.zero import MOMENTS, DeepSpeedStrategy
 
 # bytes of weights, gradients and moments that a rank holds, for P parameters on N ranks (fp32, AdamW)
 STATE = {"ddp": lambda P, N: (4 * P, 4 * P, 8 * P),
@@ -90,15 +92,15 @@ def bytes_of(tensors: Iterable) -> int:
     return sum(getattr(x, "ds_tensor", x.to_local() if hasattr(x, "to_local") else x).nbytes for x in tensors)
 
 
-def held(parallel: Replicas) -> dict[str, int]:
+def held(strategy: DDPStrategy) -> dict[str, int]:
     """Bytes that this rank holds between the backward pass and the update, counted from the live tensors."""
-    weights = list(parallel.model.parameters())
+    weights = list(strategy.model.parameters())
     gradients = [p.grad for p in weights if p.grad is not None]
-    moments = [x for optimizer in parallel.optimizers for state in optimizer.state.values()
+    moments = [x for optimizer in strategy.optimizers for state in optimizer.state.values()
                for key, x in state.items() if key in MOMENTS]
-    if isinstance(parallel, DeepSpeed):  # steps a flat copy, and has gradients of its own from stage 2 on
-        zero = parallel.wrapped.optimizer
-        if parallel.stage == 3:
+    if isinstance(strategy, DeepSpeedStrategy):  # steps a flat copy, and has gradients of its own from stage 2 on
+        zero = strategy.wrapped.optimizer
+        if strategy.stage == 3:
             weights, gradients = weights + zero.fp32_partitioned_groups_flat, [zero.grad_partitions_flat_buffer]
         else:
             weights = weights + list(zero.single_partition_of_fp32_groups)
@@ -109,15 +111,15 @@ def held(parallel: Replicas) -> dict[str, int]:
 
 def hold(target: Path, flags: list[str]) -> None:
     """Run in every rank: train, and write what this rank held before the last update."""
-    def watched(update: Callable) -> Callable:
-        def measured(parallel, limit):
-            if parallel.run.world.main:
-                target.write_text(json.dumps(held(parallel)))
-            return update(parallel, limit)
+    def watched(optimizer_step: Callable) -> Callable:
+        def measured(strategy):
+            if strategy.run.world.main:
+                target.write_text(json.dumps(held(strategy)))
+            optimizer_step(strategy)
         return measured
 
-    with mock.patch.object(Replicas, "update", watched(Replicas.update)), \
-            mock.patch.object(DeepSpeed, "update", watched(DeepSpeed.update)), \
+    with mock.patch.object(DDPStrategy, "optimizer_step", watched(DDPStrategy.optimizer_step)), \
+            mock.patch.object(DeepSpeedStrategy, "optimizer_step", watched(DeepSpeedStrategy.optimizer_step)), \
             mock.patch.object(sys, "argv", ["train_pretrain.py", *flags]):
         train_pretrain.main()
 
@@ -211,7 +213,7 @@ def main() -> None:
     if args.cost:
         return print(cost_table(args))
     try:
-        model = outline(**{name: value for name in SIZES if (value := getattr(args, name)) is not None})
+        model = outline(**{name: value for name in MODEL_SIZES if (value := getattr(args, name)) is not None})
     except ValueError as error:
         raise UserError(str(error)) from None
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, "

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 
 from model.cli import Parser, positive_int
-from model.device import cpu_has_bfloat16
+from model.device import cpu_has_bfloat16, synchronise
 from model.files import write_atomically
 from model.model_minimind import MiniMindConfig
 from model.weights import ROOT
-from trainer.metrics import synchronise
 
 
 def model_parser(description: str) -> Parser:

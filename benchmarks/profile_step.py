@@ -24,8 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import result_name, save_result
 from benchmarks.train_speed import STAGES, default_flags, training_parser
 from model.cli import positive_int, run_main
-from trainer.metrics import synchronise
-from trainer.trainer import Training
+from model.device import synchronise
+from trainer.batches import GlobalBatch
+from trainer.trainer import Trainer
 
 KINDS = {"attention": "attention|flash|fmha",
          "matrix products": r"\b(mm|addmm|bmm|baddbmm|linear)\b|gemm|cutlass|sm\d+_",
@@ -34,31 +35,41 @@ KINDS = {"attention": "attention|flash|fmha",
 
 
 class StepProfiler:
-    """Profiles the steps from `warmup` to `warmup + num_steps` of a Training, and times its wait for data."""
+    """Profiles the steps from `warmup` to `warmup + num_steps` of a Trainer, and times its wait for data."""
 
     def __init__(self, warmup: int, num_steps: int):
         self.warmup, self.num_steps, self.data_seconds, self.seconds = warmup, num_steps, 0.0, 0.0
         cuda = [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        self.profiler, self.train_step = profile(activities=[ProfilerActivity.CPU, *cuda]), Training._take_step
+        self.profiler, self.original_fit = profile(activities=[ProfilerActivity.CPU, *cuda]), Trainer.fit
 
-    def step(self, training: Training) -> None:
-        """Replaces Training._take_step."""
-        device, stream = training.device, training.stream
-        if training.step == self.warmup:
-            take = stream.take
-            stream.take = lambda step: (result := take(step))._replace(batches=self._timed(result.batches))
-            synchronise(device)
-            self.profiler.start()
-            self.start = time.perf_counter()
-        if device.type == "cuda" and training.step >= self.warmup:
-            torch.cuda.set_sync_debug_mode("error")
-        self.train_step(training)
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-        if training.step == self.warmup + self.num_steps:
-            synchronise(device)
-            self.seconds = time.perf_counter() - self.start
-            self.profiler.stop()
+    def fit(self, trainer: Trainer) -> None:
+        """Replaces Trainer.fit: a step starts with its next batch and ends with its optimizer step."""
+        next_batch, optimizer_step = trainer.stream.next_batch, trainer.strategy.optimizer_step
+        device = trainer.device
+
+        def start_step(step: int) -> GlobalBatch:
+            if step < self.warmup:
+                return next_batch(step)
+            if step == self.warmup:
+                synchronise(device)
+                self.profiler.start()
+                self.start = time.perf_counter()
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            batch = next_batch(step)
+            return batch._replace(micro_batches=self._timed(batch.micro_batches))
+
+        def end_step() -> None:
+            optimizer_step()
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+            if trainer.step + 1 == self.warmup + self.num_steps:
+                synchronise(device)
+                self.seconds = time.perf_counter() - self.start
+                self.profiler.stop()
+
+        trainer.stream.next_batch, trainer.strategy.optimizer_step = start_step, end_step
+        self.original_fit(trainer)
 
     def _timed(self, batches: Iterable[dict]) -> Iterator[dict]:
         """The same batches; `data_seconds` counts the wait for each."""
@@ -87,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         num_steps = args.warmup + args.steps
         flags = default_flags(args, Path(folder), num_steps, num_steps) | {"save_dir": folder, "checkpoint_dir": folder}
-        with mock.patch.object(Training, "_take_step", lambda training: steps.step(training)), \
+        with mock.patch.object(Trainer, "fit", lambda trainer: steps.fit(trainer)), \
                 mock.patch.object(sys, "argv", [stage.__file__, *(f"--{key}={value}" for key, value in flags.items())]):
             stage.main()
     events = steps.profiler.key_averages()

@@ -64,7 +64,7 @@ def run_unmasked(flags: list[str]) -> None:
     import torch
 
     from trainer import train_pretrain
-    from trainer.batches import RowStream
+    from trainer.batches import BatchStream
 
     def merged(batch: dict) -> dict:
         B, T = batch["input_ids"].shape
@@ -76,8 +76,8 @@ def run_unmasked(flags: list[str]) -> None:
         batch = data.batch
         data.batch = lambda rows: merged(batch(rows))  # of the training rows only
 
-    original_init = RowStream.__init__
-    with mock.patch.object(RowStream, "__init__", unmasked_init), \
+    original_init = BatchStream.__init__
+    with mock.patch.object(BatchStream, "__init__", unmasked_init), \
             mock.patch.object(sys, "argv", ["train_pretrain.py", *flags]):
         train_pretrain.main()
 

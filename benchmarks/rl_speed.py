@@ -128,7 +128,7 @@ def compare_steps(config: MiniMindConfig, num_answers: int, repeats: int, rng: r
         "--batch_size=4", f"--accumulation_steps={num_answers // NUM_GENERATIONS // 4}", "--max_seq_len=128",
         f"--num_generations={NUM_GENERATIONS}", f"--max_gen_len={MAX_GEN_LEN}", f"--beta={BETA}"])
     run = SimpleNamespace(args=args, world=World(), device=device, tokenizer=ChatTokenizer(), autocast=autocast,
-                          whole=nullcontext)
+                          summon_full_params=nullcontext)
     prompts = object.__new__(PromptDataset)  # no file behind them
     prompts.prompts = [Prompt(random_prompt(rng, rng.randint(16, 96)), [])
                        for _ in range(num_answers // NUM_GENERATIONS)]
@@ -144,8 +144,8 @@ def compare_steps(config: MiniMindConfig, num_answers: int, repeats: int, rng: r
             lengths = [4] * num_answers  # a warm-up
         engine.lengths = lengths
         start = clock(device)
-        step = rollouts.take(repeat)
-        for batch in step.batches:
+        step = rollouts.next_batch(repeat)
+        for batch in step.micro_batches:
             loss = policy_loss(model, batch, "grpo", 0.2, 0.2, BETA, 0.0, 1.0)
             (loss.loss_sum / step.num_items).backward()
         optimizer.step()

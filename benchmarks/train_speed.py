@@ -32,12 +32,12 @@ from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset, TokenDat
 from dataset.packing import IGNORE
 from model.chat import ChatTokenizer
 from model.cli import Parser, positive_int, run_main
-from model.device import choose_device
+from model.device import choose_device, peak_memory, synchronise
 from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import ROOT
+from trainer.flops import flops_per_token, peak_flops
 from trainer.losses import preference_losses
-from trainer.metrics import flops_per_token, peak_flops, peak_memory, synchronise
 
 # rows, script, row length
 STAGES = {"pretrain": (PretrainDataset, ROOT / "trainer/train_pretrain.py", 340),

@@ -1,4 +1,6 @@
-"""Which device a program runs on, and in which precision that device is fast."""
+"""Which device a program runs on, in which precision it is fast, and how much memory was used."""
+
+import sys
 
 import torch
 
@@ -37,3 +39,21 @@ def inference_dtype(device: str | torch.device, use_moe: bool = False) -> torch.
     if use_moe and kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16  # in which one kernel takes all experts, and the host reads no counts
     return torch.float16 if kind == "cuda" else torch.float32
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory so far in GB: of the device, or of the process on a CPU (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

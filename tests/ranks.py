@@ -15,7 +15,7 @@ from lab import Lab
 
 from benchmarks.dry_run import held as bytes_held
 from trainer.rl.rewards import Rewards
-from trainer.trainer import Training
+from trainer.trainer import Trainer
 
 
 def of_ids(_, trajectories) -> list[float]:
@@ -27,13 +27,13 @@ def run_all(data: Path, runs: list[dict]) -> list[dict]:
     """Train as each of `runs` says: "stage", "folder", "flags". → of each, the bytes that this rank holds at the end"""
     held = []
 
-    def measured(training: Training) -> None:
-        run_it(training)
-        held.append(bytes_held(training.parallel))
+    def measured(trainer: Trainer) -> None:
+        fit(trainer)
+        held.append(bytes_held(trainer.strategy))
 
-    run_it = Training.run
+    fit = Trainer.fit
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Training, "run", measured))
+        stack.enter_context(mock.patch.object(Trainer, "fit", measured))
         for name in ("grpo", "ppo", "agent"):
             stack.enter_context(mock.patch(f"trainer.train_{name}.make_rewards",
                                            lambda *_: Rewards({"ids": of_ids}, {"ids": 1.0})))

@@ -10,7 +10,7 @@ from lab import ROOT
 
 from benchmarks import decode_speed, profile_step, quality, rl_speed
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer import train_pretrain
+from trainer import run, train_pretrain
 from trainer import trainer as loop
 from trainer.losses import next_token_loss
 
@@ -25,7 +25,7 @@ def saved(monkeypatch) -> dict:
 
 
 def test_a_profile_takes_a_step_apart(data, saved, one_thread, monkeypatch):
-    monkeypatch.setattr(loop, "compile_blocks", lambda *_: None)
+    monkeypatch.setattr(run, "compile_blocks", lambda *_: None)
     with mock.patch.object(sys, "argv", [
             "profile_step.py", f"--data_path={data / 'pretrain.jsonl'}", "--hidden_size=64", "--num_hidden_layers=2",
             "--batch_size=2", "--steps=2", "--device=cpu"]):
@@ -46,7 +46,7 @@ def test_without_document_masking_training_rows_are_one_document_and_validation_
         return next_token_loss(model, batch)
 
     monkeypatch.setattr(train_pretrain, "next_token_loss", watched)
-    monkeypatch.setattr(loop.Training, "_text_loss", lambda _, model, batch: watched(model, batch))
+    monkeypatch.setattr(loop, "text_loss", lambda model, batch, **_: watched(model, batch))
     val = lab.data / "pretrain_val.jsonl"
     quality.run_unmasked(lab.flags(train_pretrain, max_steps=2, val_data_path=val))
     for training, batches in seen.items():

@@ -220,11 +220,11 @@ def test_the_branches_may_be_compiled(lab, monkeypatch):
 
 def test_a_run_validates_without_dropout_and_trains_with_it(lab, monkeypatch):
     lab, modes = lab().with_base(), []
-    training, validation = train_lora.next_token_loss, loop.Training._text_loss
+    training, validation = train_lora.next_token_loss, loop.text_loss
     monkeypatch.setattr(train_lora, "next_token_loss", lambda model, batch: (
         modes.append(("train", model.training)), training(model, batch))[1])
-    monkeypatch.setattr(loop.Training, "_text_loss", lambda self, model, batch: (
-        modes.append(("validate", model.training)), validation(self, model, batch))[1])
+    monkeypatch.setattr(loop, "text_loss", lambda model, batch, **options: (
+        modes.append(("validate", model.training)), validation(model, batch, **options))[1])
     lab.train(train_lora, from_weight="full_sft", max_steps=2, eval_interval=1, val_data_path=lab.data / "sft.jsonl")
     assert set(modes) == {("train", True), ("validate", False)} and modes[-1][0] == "validate"
     assert modes.index(("validate", False)) < max(i for i, (kind, _) in enumerate(modes) if kind == "train")

@@ -234,7 +234,7 @@ def make_stream(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: 
     prompts.prompts = [Prompt(dice.integers(40, 6400, dice.integers(3, 20)).tolist(), [], source=f"rows:{i}")
                        for i in range(10)]
     run = SimpleNamespace(args=args, world=World(rank, size), device=torch.device("cpu"), autocast=nullcontext,
-                          whole=nullcontext, tokenizer=TOKENIZER)
+                          summon_full_params=nullcontext, tokenizer=TOKENIZER)
     estimator = GroupRelative(scale=bool(args.scale_rewards))
     return RolloutStream(run, small_model(), prompts, engine or Scripted(), rewards or Seeded(), estimator, reference)
 
@@ -244,7 +244,7 @@ def test_a_batch_trains_what_was_sampled_with_its_own_numbers(aggregation):
     engine = Scripted()
     rollouts = make_stream(engine=engine, flags=("--aggregation", aggregation))
     with mock.patch.object(Scripted, "generate", autospec=True, side_effect=Scripted.generate) as spy:
-        step = rollouts.take(0)
+        step = rollouts.next_batch(0)
     answers = spy.side_effect(Scripted(), *map(list, zip(*engine.asked, strict=True)))
     assert len(answers) == 12
     rewards = torch.stack([Seeded().total(Seeded().score(None, [answer])) for answer in answers]).view(4, 3)
@@ -255,18 +255,19 @@ def test_a_batch_trains_what_was_sampled_with_its_own_numbers(aggregation):
                       for token, drawn, logp in zip(answer.completion_ids, answer.action_mask, answer.logprobs,
                                                     strict=True) if drawn)
     names, digits = ("targets", "rollout_logprobs", "advantage", "weight"), (0, 6, 5, 6)
-    found = sorted(tuple(round(number, d) for number, d in zip(row, digits, strict=True)) for batch in step.batches
+    found = sorted(tuple(round(number, d) for number, d in zip(row, digits, strict=True))
+                   for batch in step.micro_batches
                    for row in zip(*(batch[name].tolist() for name in names), strict=True))
     assert len(found) == len(expected) and np.allclose(found, expected, atol=2e-5)
-    assert sum(EOS in batch["targets"] for batch in step.batches)  # the stop token is trained
+    assert sum(EOS in batch["targets"] for batch in step.micro_batches)  # the stop token is trained
     assert step.num_items == (12 if aggregation == "sequence" else len(expected))
-    assert step.num_items == pytest.approx(sum(float(batch["weight"].sum()) for batch in step.batches))
+    assert step.num_items == pytest.approx(sum(float(batch["weight"].sum()) for batch in step.micro_batches))
 
 
 def test_each_answer_has_a_seed_of_its_own_and_each_rollout_new_ones():
     engine = Scripted()
     rollouts = make_stream(engine=engine)
-    rollouts.take(0), rollouts.take(1)
+    rollouts.next_batch(0), rollouts.next_batch(1)
     seeds = [sampling.seed for _, sampling in engine.asked]
     assert len(set(seeds)) == len(seeds) == 24
     for _, how in engine.asked:  # the policy is the whole distribution
@@ -276,7 +277,7 @@ def test_each_answer_has_a_seed_of_its_own_and_each_rollout_new_ones():
         engine = Scripted()
         alone = make_stream(2, rank, engine)
         with mock.patch.object(World, "gather", lambda _, value: [value, value]):
-            alone.take(0)
+            alone.next_batch(0)
         by_rank.append({sampling.seed for _, sampling in engine.asked})
     assert not by_rank[0] & by_rank[1] and by_rank[0] | by_rank[1] == set(seeds[:12])
 
@@ -285,9 +286,9 @@ def test_what_is_known_before_the_update_is_exactly_what_the_update_starts_from(
     rollouts = make_stream(flags=("--mini_batches", 2, "--update_epochs", 2), reference=small_model())
     rollouts.reference.load_state_dict(rollouts.model.state_dict())
     for number in range(4):
-        step = rollouts.take(number)
-        assert rollouts.at_boundary == (number == 3)
-        for batch in step.batches:
+        step = rollouts.next_batch(number)
+        assert rollouts.can_checkpoint == (number == 3)
+        for batch in step.micro_batches:
             loss = losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.1, 0.0, 1.0)
             assert float(loss.metrics["approx_kl"]) == float(loss.metrics["kl"]) == float(loss.metrics["clipped"]) == 0
     assert len(rollouts.engine.asked) == 12
@@ -295,7 +296,7 @@ def test_what_is_known_before_the_update_is_exactly_what_the_update_starts_from(
 
 def test_a_prompt_is_computed_once_for_all_of_its_answers_that_fit():
     rollouts = make_stream(flags=("--batch_size", 4, "--accumulation_steps", 1, "--max_gen_len", 60))
-    (batch,) = (step := rollouts.take(0)).batches
+    (batch,) = (step := rollouts.next_batch(0)).micro_batches
     prompts = {tuple(prompt.ids): prompt.ids for prompt, _ in rollouts.engine.asked}
     answers = Scripted().generate(*map(list, zip(*rollouts.engine.asked, strict=True)))
     assert len(prompts) == 4 and len(answers) == 12
@@ -304,7 +305,7 @@ def test_a_prompt_is_computed_once_for_all_of_its_answers_that_fit():
     assert group_by_prefix(answers[:3], 10_000)[0].members == [0, 1, 2]
     size = len(answers[0].tokens) - 1
     assert [group.members for group in group_by_prefix(answers[:3], size)] == [[0], [1], [2]]  # none is too large
-    assert step.tokens == expected
+    assert step.num_tokens == expected
 
 
 def test_batches_of_any_size_share_the_graphs_of_the_first():
@@ -315,7 +316,7 @@ def test_batches_of_any_size_share_the_graphs_of_the_first():
         layer.compile(dynamic=False, backend="aot_eager")
     graphs, sizes = [], set()
     for number in range(3):
-        for batch in rollouts.take(number).batches:
+        for batch in rollouts.next_batch(number).micro_batches:
             losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.0, 0.0, 1.0).loss_sum.backward()
             sizes |= {len(batch["expand_index"]), len(batch["cu_seqlens"])}
             graphs.append(counters["stats"]["unique_graphs"])
@@ -329,22 +330,22 @@ def test_groups_that_teach_nothing_are_counted_and_drawn_again():
             return scores * torch.tensor([[int(p.source[-1]) % 2] for p in prompts])  # half of the prompts: all 0
 
     rollouts = make_stream(rewards=Often(), flags=("--batch_size", 5))
-    assert 0.2 < rollouts.take(0).metrics["alike"] < 0.8 and rollouts.cursor == 10
+    assert 0.2 < rollouts.next_batch(0).metrics["alike"] < 0.8 and rollouts.cursor == 10
     rollouts = make_stream(rewards=Often(), flags=("--resample", 1))
-    step = rollouts.take(0)
+    step = rollouts.next_batch(0)
     assert rollouts.cursor > 4 and step.num_items == 12
-    assert all(int(batch["advantage"].count_nonzero()) == len(batch["advantage"]) for batch in step.batches)
+    assert all(int(batch["advantage"].count_nonzero()) == len(batch["advantage"]) for batch in step.micro_batches)
 
 
 def test_learning_from_a_rollout_ends_when_the_policy_has_moved_too_far():
     rollouts = make_stream(flags=("--update_epochs", 4, "--target_kl", 0.01))
     moved = rollouts.track_kl(lambda *_: losses.Loss(torch.zeros(()), metrics={"approx_kl": torch.tensor(1000.0)}))
-    rollouts.take(0)
-    assert not rollouts.at_boundary
-    rollouts.take(1)
+    rollouts.next_batch(0)
+    assert not rollouts.can_checkpoint
+    rollouts.next_batch(1)
     assert rollouts.rollouts == 1
     moved(None, {})
-    rollouts.take(2)
+    rollouts.next_batch(2)
     assert rollouts.rollouts == 2
 
 
@@ -361,7 +362,7 @@ def test_scoring_computes_logits_of_answers_only_and_of_a_few_rows_at_a_time():
         rollouts = make_stream(flags=("--accumulation_steps", prompts // 2, "--mini_batches", 2))
         head = rollouts.model.lm_head
         head.register_forward_hook(lambda _, __, logits: sizes.append(logits.numel()))
-        rollouts.take(0)
+        rollouts.next_batch(0)
     assert max(sizes) <= 2 * 48 * 6400  # batch_size rows, however many answers there are
 
 
@@ -460,9 +461,9 @@ def test_a_policy_learns_what_is_rewarded():
     optimizer = torch.optim.AdamW(rollouts.model.parameters(), 3e-3)
     seen = []
     for number in range(25):
-        step = rollouts.take(number)
+        step = rollouts.next_batch(number)
         seen.append(step.metrics["reward_odd"])
-        for batch in step.batches:
+        for batch in step.micro_batches:
             loss = losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.0, 0.0, 1.0)
             (loss.loss_sum / step.num_items).backward()
         optimizer.step()

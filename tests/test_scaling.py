@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from benchmarks.dry_run import STATE
 from trainer import train_pretrain
 from trainer.distributed import World
-from trainer.trainer import Run
+from trainer.run import Run
 
 CONFIGS = ROOT / "trainer/deepspeed"
 ZERO = sorted(path.stem for path in CONFIGS.glob("*.json"))
@@ -200,7 +200,7 @@ def test_when_a_rank_is_killed_all_end_and_say_which_and_a_resume_goes_on(lab):
 def test_a_rank_that_failed_is_not_ended_by_the_launcher_before_it_said_why():
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(RuntimeError), Run._signals(SimpleNamespace(world=World(0, 2), stop_signal=None)):
+        with pytest.raises(RuntimeError), Run._handle_signals(SimpleNamespace(world=World(0, 2), stop_signal=None)):
             raise RuntimeError("gloo: connection closed by peer")
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:

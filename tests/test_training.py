@@ -24,12 +24,13 @@ from torch.testing import assert_close
 from model.chat import BOS, EOS
 from model.cli import UserError
 from model.weights import find_weight, load_weight, save_weight
-from trainer import train_full_sft, train_pretrain
+from trainer import metrics, train_full_sft, train_pretrain
 from trainer import trainer as loop
-from trainer.batches import RowStream
+from trainer.batches import BatchStream
 from trainer.distributed import World
+from trainer.flops import flops_per_token
 from trainer.losses import Loss, aux_loss_term, inputs, next_token_loss
-from trainer.metrics import MetricsLog, flops_per_token
+from trainer.metrics import MetricsLog
 from trainer.optimizer import Muon, learning_rate, make_optimizers
 
 # -- stopping and going on ---------------------------------------------------------------------------------------------
@@ -284,16 +285,16 @@ class Rows:
         return rows.tolist()
 
 
-def row_stream(ranks: int, rank: int = 0, **settings) -> RowStream:
+def row_stream(ranks: int, rank: int = 0, **settings) -> BatchStream:
     args = SimpleNamespace(**{"seed": 3, "batch_size": 2, "accumulation_steps": 4, "epochs": 4, "packing": 1,
                               **settings})
-    return RowStream(Rows(), args, World(rank, ranks))
+    return BatchStream(Rows(), args, World(rank, ranks))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(ranks):
     for step in range(5):
-        shares = [list(row_stream(ranks, rank).take(step).batches) for rank in range(ranks)]
+        shares = [list(row_stream(ranks, rank).next_batch(step).micro_batches) for rank in range(ranks)]
         assert [len(share) for share in shares] == [4 // ranks] * ranks
         together = [row for micro_step in zip(*shares, strict=True) for batch in micro_step for row in batch]
         assert together == row_stream(1).rows(step).tolist()
@@ -318,7 +319,7 @@ def test_micro_batches_are_never_larger_than_batch_size():
     for batch_size, accumulation, ranks in itertools.product((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 4)):
         if batch_size * accumulation % ranks == 0:
             stream = row_stream(ranks, batch_size=batch_size, accumulation_steps=accumulation)
-            assert max(map(len, stream.take(0).batches)) <= batch_size
+            assert max(map(len, stream.next_batch(0).micro_batches)) <= batch_size
 
 
 # -- the optimizers ----------------------------------------------------------------------------------------------------
@@ -501,7 +502,7 @@ def test_validation_is_the_plain_mean_over_tokens_and_bits_over_bytes(lab, data,
 
 def test_the_best_weights_are_those_of_the_lowest_val_loss_saved_or_not(lab, data, monkeypatch):
     lab, val_losses = lab(), iter([3.0, 1.0, 2.0, 1.5])
-    monkeypatch.setattr(loop.Training, "_validate", lambda _: {"val_loss": next(val_losses), "val_bpb": 0.0})
+    monkeypatch.setattr(loop.Trainer, "evaluate", lambda _: {"val_loss": next(val_losses), "val_bpb": 0.0})
     flags = {"val_data_path": data / "pretrain_val.jsonl", "learning_rate": 1e-2}
     lab.train(**flags, max_steps=3, eval_interval=1)
     lab.train(**flags, max_steps=4, from_resume=1)
@@ -526,7 +527,7 @@ def test_a_validation_between_two_log_lines_loses_no_step_of_the_loss(lab, data)
 
 def test_speed_counts_real_tokens_only(lab, data, monkeypatch):
     lab, clock = lab(), itertools.count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # each look takes a second
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # each look takes a second
     lab.train(epochs=1, packing=0, batch_size=20)
     row = json.loads((lab.out / "logs" / "pretrain_64.jsonl").read_text())
     texts = [json.loads(line)["text"] for line in (data / "pretrain.jsonl").read_text().splitlines()]
@@ -586,13 +587,13 @@ def test_the_tracker_hears_every_line_and_goes_on_with_the_same_run(lab, monkeyp
     lab, first, second = lab(), SwanLab(), SwanLab()
     on_interrupt = []
     monkeypatch.setitem(sys.modules, "swanlab", first)
-    monkeypatch.setattr(loop.Training, "_start_interval", lambda self, original=loop.Training._start_interval: (
-        on_interrupt.append(signal.getsignal(signal.SIGINT)), original(self)))
+    monkeypatch.setattr(loop, "learning_rate", lambda *schedule: (
+        on_interrupt.append(signal.getsignal(signal.SIGINT)), learning_rate(*schedule))[1])
     lab.train(use_wandb=True, max_steps=2)
     assert [step for step, _ in first.rows] == [1, 2] and first.finished
     assert first.rows[0][1]["loss"] == pytest.approx(lab.losses()[0], rel=1e-5)
     assert lab.state()["tracker"] == "the-run-id" and "id" not in first.options
-    assert signal.SIG_IGN not in on_interrupt  # Ctrl-C still stops the run in order
+    assert on_interrupt and signal.SIG_IGN not in on_interrupt  # Ctrl-C still stops the run in order
     monkeypatch.setitem(sys.modules, "swanlab", second)
     lab.train(use_wandb=True, max_steps=3, from_resume=1)
     assert [step for step, _ in second.rows] == [3]

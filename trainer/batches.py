@@ -1,4 +1,4 @@
-"""What each step learns from. Here: the rows of a data set, in an order that depends on the seed alone."""
+"""The rows that each optimizer step learns from, in an order that depends on the seed alone."""
 
 import math
 from collections.abc import Iterable
@@ -13,35 +13,35 @@ from model.cli import UserError
 from trainer.distributed import World
 
 
-class Step(NamedTuple):
+class GlobalBatch(NamedTuple):
     """What one optimizer step learns from."""
 
-    batches: Iterable[dict[str, torch.Tensor]]  # this rank's micro-batches, as many on every rank
+    micro_batches: Iterable[dict[str, torch.Tensor]]  # of this rank, as many on every rank
     grad_accum_steps: int  # their number
-    num_items: int  # what the loss is divided by: supervised tokens, pairs, … of all ranks
-    tokens: int  # useful ones, of all ranks
+    num_items: int  # what the loss is divided by: supervised tokens, pairs, … of all micro-batches and ranks
+    num_tokens: int  # without padding, of all ranks
     metrics: dict[str, float] = {}  # what else to log
 
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of an epoch."""
+    """The order of the rows in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def places(begin: int, count: int, seed: int, size: int) -> np.ndarray:
-    """Which of `size` things come at begin … begin + count of an endless stream: one permutation after the other."""
-    epochs, inside = np.divmod(np.arange(begin, begin + count), size)
-    return np.concatenate([permutation(seed, epoch, size)[inside[epochs == epoch]] for epoch in np.unique(epochs)])
+def sampler_indices(start: int, count: int, seed: int, size: int) -> np.ndarray:
+    """Elements start … start + count of an endless stream of indices below `size`: one permutation after the other."""
+    epochs, positions = np.divmod(np.arange(start, start + count), size)
+    return np.concatenate([permutation(seed, epoch, size)[positions[epochs == epoch]] for epoch in np.unique(epochs)])
 
 
-class RowStream:
-    """The rows of a data set, G = batch_size × accumulation_steps a step.
+class BatchStream:
+    """The rows of a data set, batch_size × accumulation_steps per step.
 
-    Step s takes rows [s·G, (s+1)·G) of an endless stream, whatever the number of ranks, and every step is whole.
+    With G rows per step, step s takes elements [s·G, (s+1)·G) of `sampler_indices`, whatever the number of ranks.
     """
 
-    at_boundary = True  # a run may stop and be saved after any step
+    can_checkpoint = True  # after every step
 
     def __init__(self, dataset: TokenDataset, args, world: World):
         self.dataset, self.seed, self.world = dataset, args.seed, world
@@ -50,7 +50,7 @@ class RowStream:
             raise UserError(f"a step of {self.rows_per_step} rows (--batch_size x --accumulation_steps) cannot be "
                             f"shared evenly by {world.size} ranks")
         rows = self.rows_per_step // world.size
-        self.micro_steps = next(n for n in range(-(-rows // args.batch_size), rows + 1) if rows % n == 0)
+        self.grad_accum_steps = next(n for n in range(-(-rows // args.batch_size), rows + 1) if rows % n == 0)
         self.steps = math.ceil(args.epochs * len(dataset) / self.rows_per_step)
         self.length = dataset.row_length  # positions of a row
         self.settings = {"rows_per_step": self.rows_per_step, "data": dataset.key, "packing": args.packing}
@@ -58,24 +58,31 @@ class RowStream:
     def __str__(self) -> str:
         return f"{self.rows_per_step} rows a step"
 
-    def take(self, step: int) -> Step:
-        """What step `step` learns from."""
+    def next_batch(self, step: int) -> GlobalBatch:
         rows = self.rows(step)
-        mine = rows.reshape(self.micro_steps, self.world.size, -1)[:, self.world.rank]
-        return Step((self.dataset.batch(part) for part in mine), self.micro_steps,
-                    int(self.dataset.loss_count[rows].sum()), int(self.dataset.num_tokens[rows].sum()))
+        micro_batches = rows.reshape(self.grad_accum_steps, self.world.size, -1)[:, self.world.rank]
+        return GlobalBatch(map(self.dataset.batch, micro_batches), self.grad_accum_steps,
+                           int(self.dataset.loss_count[rows].sum()), int(self.dataset.num_tokens[rows].sum()))
 
     def rows(self, step: int) -> np.ndarray:
         """The rows of step `step`, of all ranks."""
-        return places(step * self.rows_per_step, self.rows_per_step, self.seed, len(self.dataset))
+        return sampler_indices(step * self.rows_per_step, self.rows_per_step, self.seed, len(self.dataset))
 
     def epoch(self, step: int) -> float:
-        """How often the data have been seen before step `step`."""
+        """Passes over the data before step `step`."""
         return step * self.rows_per_step / len(self.dataset)
 
     def state_dict(self) -> dict:
-        """What the next step depends on beside its number: nothing."""
+        """What the next batch depends on beside the step: nothing."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` gave."""
+        pass
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copy without waiting: from pinned memory on CUDA."""
+    if device.type == "cuda":
+        return {key: value if value.is_cuda else value.pin_memory().to(device, non_blocking=True)
+                for key, value in batch.items()}
+    return {key: value.to(device) for key, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Resume state: all that a run needs to go on as if it had never stopped."""
+"""Resume state: what a run needs to continue as if it had never stopped."""
 
 import random
 from pathlib import Path

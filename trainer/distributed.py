@@ -1,4 +1,4 @@
-"""Processes that train together: who am I, and what do we agree on."""
+"""Processes that train together: the rank of this one, and collectives on the values of all."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from model.device import choose_device
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. A single process is a world of one."""
+    """The rank of this process among all. A single process is rank 0 of 1."""
 
     rank: int = 0
     size: int = 1
@@ -34,7 +34,7 @@ class World:
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says yes; every rank gets the same answer at the same time."""
+        """Whether the flag of any rank is set; all ranks call it."""
         if self.size == 1:
             return flag
         votes = torch.tensor(int(flag))
@@ -51,17 +51,17 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the first rank of each machine do a thing (fill a cache, say) before the others."""
+        """A context that the first rank of each machine leaves before the others enter it (to fill a cache, say)."""
         if self.size > 1 and self.local_rank > 0:
             dist.barrier(control_group())
         try:
             yield
-        finally:  # also after an error, which the others then meet themselves instead of waiting for ever
+        finally:  # also after an error: else the others would wait forever
             if self.size > 1 and self.local_rank == 0:
                 dist.barrier(control_group())
 
 
-_control = None  # a gloo group beside nccl: agreeing on a flag must not wait for the GPU
+_control = None  # a gloo group beside nccl: a flag on the host must not wait for the GPU
 
 
 def control_group() -> dist.ProcessGroup:
@@ -69,18 +69,18 @@ def control_group() -> dist.ProcessGroup:
 
 
 @contextmanager
-def joined(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
-    """Join the processes that torchrun or deepspeed started, or be alone. → this process's place and its device."""
+def init_distributed(device_name: str) -> Iterator[tuple[World, torch.device]]:
+    """Join the processes that torchrun or deepspeed started, if one did. → this rank and its device"""
     global _control
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield World(), choose_device(wanted_device)
+        yield World(), choose_device(device_name)
         return
     rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = choose_device(wanted_device, local_rank)
+    device = choose_device(device_name, local_rank)
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # The first rank tokenises while the others wait: longer than the usual ten minutes when the file is large.
+    # The others wait while the first rank tokenises: for more than the default ten minutes when the file is large.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
     _control = dist.new_group(backend="gloo", timeout=timedelta(hours=4)) if device.type == "cuda" else None
     try:
@@ -88,26 +88,26 @@ def joined(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
     except RuntimeError as error:
         if size == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends this process too: first say why
-        raise Failure(f"rank {rank} lost its connection: no answer from {silent_ranks(rank, size)} "
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher terminates this rank too: print the error first
+        raise Failure(f"rank {rank} lost its connection: no answer from {unresponsive_ranks(rank, size)} "
                       f"({first_line(error)}); --from_resume 1 goes on from the last state") from None
     finally:
         _control = None
         dist.destroy_process_group()
 
 
-def silent_ranks(rank: int, size: int, patience: float = 5.0) -> str:
-    """Which ranks do not answer within `patience` seconds, though all that are alive have lost a connection too."""
-    deadline = time.monotonic() + patience
+def unresponsive_ranks(rank: int, size: int, timeout: float = 5.0) -> str:
+    """The ranks that do not answer within `timeout` seconds. Every rank that has lost a connection calls it."""
+    deadline = time.monotonic() + timeout
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"alive/{rank}", "yes")
-    except RuntimeError:  # it lived in the first rank, if no launcher keeps one
+    except RuntimeError:  # the store was in the first rank, if no launcher keeps one
         return "rank 0"
-    silent = []
+    missing = []
     for other in range(size):
         try:
             store.wait([f"alive/{other}"], timedelta(seconds=max(deadline - time.monotonic(), 0.1)))
         except RuntimeError:
-            silent.append(str(other))
-    return f"rank {', '.join(silent) or '?'}"
+            missing.append(str(other))
+    return f"rank {', '.join(missing) or '?'}"

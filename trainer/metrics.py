@@ -1,69 +1,67 @@
-"""What a run says about itself: one line on the screen, one object in a jsonl file, a tracker if asked for."""
+"""Metrics of a run: sums between two log lines, the jsonl file, and the tracker."""
 
 import json
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from model.cli import first_line
+from trainer.batches import GlobalBatch
+from trainer.distributed import World
+from trainer.losses import Loss
 
 
-def flops_per_token(model: nn.Module, length: int) -> float:
-    """Floating-point operations a token costs in training, forward and backward (Chowdhery et al. 2022, appendix B).
+class IntervalMetrics:
+    """Sums over the steps between two log lines. They stay on the device, which only `collect` waits for."""
 
-    6 a weight that takes part in a product (the head once, embedding look-ups none, of the experts the active ones),
-    4 if it is frozen, and causal attention over `length` positions: half of 12 · layers · heads · head_dim · length.
-    """
-    config = model.config
-    work = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    for name, p in model.named_parameters():
-        if p.dim() >= 2 and (config.tie_word_embeddings or "embed_tokens" not in name):
-            share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1
-            work += (6 if p.requires_grad else 4) * p.numel() * share
-    return work
+    def __init__(self, device: torch.device, step: int):
+        self.start, self.steps, self.num_items, self.num_tokens = time.perf_counter(), 0, 0, 0
+        self.loss_sum = torch.zeros((), device=device)
+        self.is_finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient so far
+        self.item_sums: dict[str, Tensor] = {}  # metrics of the loss, as summed over items as the loss is
+        self.step_values: dict[str, list[float]] = {}  # metrics of the batches, which are averaged over steps
 
+    def add_loss(self, loss: Loss) -> None:
+        self.loss_sum += loss.loss_sum.detach()
+        for name, value in loss.metrics.items():
+            self.item_sums[name] = self.item_sums.get(name, 0) + value.detach()
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """What this machine reaches in a large matrix product, in FLOP/s: the measured 100% of MFU."""
-    n = 8192 if device.type == "cuda" else 1024
-    generator = torch.Generator(device)  # its own: measuring must not move the run's random numbers
-    a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=generator) for _ in range(2))
-    best = math.inf
-    for _ in range(4):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ b
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    def add_step(self, batch: GlobalBatch, lr: float, grad_norm: Tensor, overflows: bool) -> None:
+        """After an optimizer step. `overflows`: a gradient scaler expects norms that are not finite, and skips them."""
+        self.lr, self.grad_norm = lr, grad_norm
+        self.is_finite &= torch.isfinite(self.loss_sum)
+        if not overflows:
+            self.is_finite &= torch.isfinite(grad_norm)
+        self.steps += 1
+        self.num_items += batch.num_items
+        self.num_tokens += batch.num_tokens
+        for name, value in batch.metrics.items():
+            self.step_values.setdefault(name, []).append(value)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the metrics beside the loss."""
+        return [*self.item_sums, *self.step_values]
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def peak_memory(device: torch.device) -> float:
-    """Largest memory so far in GB: of the device, or of the process on a CPU (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    def collect(self, world: World) -> dict[str, float]:
+        """The means over all ranks, which all call it. Waits for the device."""
+        num_items = max(self.num_items, 1)
+        loss = float(world.sum(self.loss_sum)) / num_items
+        means = {name: float(world.sum(value)) / num_items for name, value in self.item_sums.items()}
+        seconds = time.perf_counter() - self.start
+        self.seconds_per_step = seconds / max(self.steps, 1)
+        means |= {name: sum(values) / len(values) for name, values in self.step_values.items()}
+        return {"loss": loss, **means, "lr": self.lr, "grad_norm": float(self.grad_norm),
+                "tokens_per_s": self.num_tokens / seconds}
 
 
 class MetricsLog:
-    """The jsonl file of a run. A resumed run first forgets the lines after its state."""
+    """The jsonl file of a run. A resumed run first drops the lines after its state."""
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path

@@ -18,7 +18,8 @@ from trainer.rl.episodes import EpisodeEngine
 from trainer.rl.rewards import add_reward_args, make_rewards
 from trainer.rl.rollouts import RolloutStream, make_rollout_eval
 from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
-from trainer.trainer import Run
+from trainer.run import Run
+from trainer.trainer import Trainer
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
                      f"--max_total_len {args.max_total_len} leaves no room after --max_seq_len {args.max_seq_len}")
     with Run(args) as run:
         policy = run.prepare(run.load_model())
-        prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
+        prompts, val_prompts = run.load_prompts(args.data_path), run.load_prompts(args.val_data_path)
 
         # 1. Sample: episodes o_1 … o_n of turns ~ π_θ and the results of the tools they call, for each prompt q.
         sampler = make_rollout_engine(args, policy, run.tokenizer, run.autocast(), run.world)
@@ -48,13 +49,14 @@ def main() -> None:
         # 3. Advantage: A_i = (r_i - mean r) / std r over the episodes of q.
         estimator = GroupRelative(scale=bool(args.scale_rewards))
         # 4. Old and reference log-probabilities of every sampled token; observations are not trained.
-        reference = run.frozen(copy.deepcopy(policy)) if args.beta else None
+        reference = run.freeze(copy.deepcopy(policy)) if args.beta else None
         rollouts = RolloutStream(run, policy, prompts, engine, rewards, estimator, reference)
         # 5. Loss: CISPO's -sg(min(ρ, ε_high))·A·log π_θ + β·KL(π_θ ‖ π_ref) where ρ = π_θ / π_old, or --loss_type.
         loss = partial(policy_loss, loss_type=args.loss_type, clip_low=args.epsilon, clip_high=args.epsilon_high,
                        beta=args.beta, tis_cap=args.is_cap, temperature=args.temperature)
-        run.fit(policy, rollouts, rollouts.track_kl(loss), **policy_settings(args), max_turns=args.max_turns,
-                max_total_len=args.max_total_len, validate=make_rollout_eval(run, val_prompts, engine, rewards))
+        settings = policy_settings(args) | {"max_turns": args.max_turns, "max_total_len": args.max_total_len}
+        Trainer(run, policy, rollouts, rollouts.track_kl(loss), settings=settings,
+                validate=make_rollout_eval(run, val_prompts, engine, rewards)).fit()
 
 
 if __name__ == "__main__":

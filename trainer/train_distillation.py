@@ -14,8 +14,10 @@ from model.cli import UserError, fraction, nonneg_float, positive_int, run_main
 from model.transformers_io import load_folder
 from model.weights import ROOT, load_weight, weights_hash
 from trainer.arguments import parse_args, stage_parser
+from trainer.batches import BatchStream
 from trainer.losses import distillation_loss
-from trainer.trainer import Run
+from trainer.run import Run
+from trainer.trainer import Trainer
 
 
 def load_teacher(run: Run) -> nn.Module:
@@ -33,7 +35,7 @@ def load_teacher(run: Run) -> nn.Module:
         if its_tokenizer.token_bytes != tokenizer.token_bytes or teacher.config.vocab_size != tokenizer.vocab_size:
             raise UserError(f"--teacher_load_from {args.teacher_load_from}: not the vocabulary of the student; let it "
                             "write answers instead (scripts/generate_answers.py) and fine-tune on them")
-    return run.frozen(teacher)
+    return run.freeze(teacher)
 
 
 def main() -> None:
@@ -62,12 +64,13 @@ def main() -> None:
     with Run(args) as run:
         student = run.load_model()  # before the teacher, so that the seed gives one student whatever the teacher
         teacher = load_teacher(run)
-        data = run.dataset(SFTDataset, args.data_path, **extras)
-        val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
+        data = run.load_dataset(SFTDataset, args.data_path, **extras)
+        val_data = run.load_dataset(SFTDataset, args.val_data_path, **extras)
         settings = {"alpha": args.alpha, "temperature": args.temperature, "reverse": bool(args.reverse_kl)}
         # Loss: α·(-log p(target)) + (1 - α)·T²·KL(teacher ‖ student) at temperature T, over the supervised tokens.
         loss = partial(distillation_loss, teacher=teacher, **settings)
-        run.fit(student, data, loss, val_data, teacher=weights_hash(teacher), **settings)
+        Trainer(run, student, BatchStream(data, args, run.world), loss, val_data,
+                settings={"teacher": weights_hash(teacher), **settings}).fit()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from model.cli import UserError, fraction, nonneg_float, run_main
 from model.files import open_atomically
 from model.weights import ROOT, weights_hash
 from trainer.arguments import parse_args, stage_parser
+from trainer.batches import BatchStream, to_device
 from trainer.losses import PREFERENCE_LOSSES, answer_log_probs, dpo_loss
-from trainer.trainer import Run, to_device
+from trainer.run import Run
+from trainer.trainer import Trainer
 
 
 @torch.no_grad()
@@ -43,7 +45,7 @@ def reference_log_probs(run: Run, model: nn.Module, base: str, data: DPODataset)
                 torch.save(torch.cat([by_row[begin] for begin in sorted(by_row)]), file)
         world.gather(None)  # the other ranks wait until it is written
         seconds = time.perf_counter() - start
-        run.say(f"reference: {int(data.num_tokens.sum()):,} tokens of {data.path.name} in {seconds:.1f} s")
+        run.print_main(f"reference: {int(data.num_tokens.sum()):,} tokens of {data.path.name} in {seconds:.1f} s")
     return torch.load(path, weights_only=True)
 
 
@@ -66,14 +68,15 @@ def main() -> None:
         model = run.load_model()
         base = weights_hash(model)
         # 1. Pairs: a chosen and a rejected answer to one prompt.
-        data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
+        data, val_data = (run.load_dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
         # 2. Reference log-probabilities: log π_ref(y | x) of both answers, before the first step.
         for dataset in filter(None, (data, val_data) if args.loss_type != "simpo" else ()):
             dataset.ref_logprobs = reference_log_probs(run, model, base, dataset)
         # 3. Loss: -log σ(β·(log π_θ/π_ref (chosen) - log π_θ/π_ref (rejected))), or another --loss_type.
         settings = {"beta": args.beta, "label_smoothing": args.label_smoothing, "gamma": args.simpo_gamma}
         loss = partial(dpo_loss, loss_type=args.loss_type, **settings)
-        run.fit(model, data, loss, val_data, val_loss=loss, base=base, kind=args.loss_type, **settings)
+        Trainer(run, model, BatchStream(data, args, run.world), loss, val_data, val_loss_fn=loss,
+                settings={"base": base, "kind": args.loss_type, **settings}).fit()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from dataset.lm_dataset import SFTDataset
 from model.cli import fraction, nonneg_float, run_main
 from model.weights import ROOT
 from trainer.arguments import parse_args, stage_parser
+from trainer.batches import BatchStream
 from trainer.losses import next_token_loss
-from trainer.trainer import Run
+from trainer.run import Run
+from trainer.trainer import Trainer
 
 
 def main() -> None:
@@ -29,11 +31,14 @@ def main() -> None:
     extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
         model = run.load_model()
-        data = run.dataset(SFTDataset, args.data_path, **extras)
-        val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
-        weighted = args.tag_loss_weight != 1
-        loss = partial(next_token_loss, tag_weight=args.tag_loss_weight) if weighted else next_token_loss
-        run.fit(model, data, loss, val_data, **({"tag_loss_weight": args.tag_loss_weight} if weighted else {}))
+        train_data = run.load_dataset(SFTDataset, args.data_path, **extras)
+        val_data = run.load_dataset(SFTDataset, args.val_data_path, **extras)
+        loss_fn, settings = next_token_loss, {}
+        if args.tag_loss_weight != 1:
+            loss_fn = partial(next_token_loss, tag_weight=args.tag_loss_weight)
+            settings = {"tag_loss_weight": args.tag_loss_weight}
+        stream = BatchStream(train_data, args, run.world)
+        Trainer(run, model, stream, loss_fn, val_data, settings=settings).fit()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from trainer.rl.advantages import GroupRelative, SPOValueTracker
 from trainer.rl.rewards import add_reward_args, make_rewards
 from trainer.rl.rollouts import RolloutStream, make_rollout_eval
 from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
-from trainer.trainer import Run
+from trainer.run import Run
+from trainer.trainer import Trainer
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     args = parse_policy_args(parser)
     with Run(args) as run:
         policy = run.prepare(run.load_model())
-        prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
+        prompts, val_prompts = run.load_prompts(args.data_path), run.load_prompts(args.val_data_path)
 
         # 1. Sample: answers o_1 … o_n ~ π_θ(· | q) to each prompt q.
         engine = make_rollout_engine(args, policy, run.tokenizer, run.autocast(), run.world)
@@ -39,13 +40,13 @@ def main() -> None:
         estimator = (SPOValueTracker(len(prompts), args.spo_half_life) if args.loss_type == "spo"
                      else GroupRelative(scale=bool(args.scale_rewards)))
         # 4. Old and reference log-probabilities: log π_old and log π_ref of every sampled token, before the update.
-        reference = run.frozen(copy.deepcopy(policy)) if args.beta else None
+        reference = run.freeze(copy.deepcopy(policy)) if args.beta else None
         rollouts = RolloutStream(run, policy, prompts, engine, rewards, estimator, reference)
         # 5. Loss: -min(ρ·A, clip(ρ, 1 - ε_low, 1 + ε_high)·A) + β·KL(π_θ ‖ π_ref), where ρ = π_θ / π_old.
         loss = partial(policy_loss, loss_type=args.loss_type, clip_low=args.epsilon, clip_high=args.epsilon_high,
                        beta=args.beta, tis_cap=args.is_cap, temperature=args.temperature)
-        run.fit(policy, rollouts, rollouts.track_kl(loss), **policy_settings(args),
-                validate=make_rollout_eval(run, val_prompts, engine, rewards))
+        Trainer(run, policy, rollouts, rollouts.track_kl(loss), settings=policy_settings(args),
+                validate=make_rollout_eval(run, val_prompts, engine, rewards)).fit()
 
 
 if __name__ == "__main__":

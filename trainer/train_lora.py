@@ -12,8 +12,10 @@ from model.cli import fraction, nonneg_float, positive_int, run_main
 from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules, save_lora
 from model.weights import ROOT, weights_hash
 from trainer.arguments import parse_args, stage_parser
+from trainer.batches import BatchStream
 from trainer.losses import next_token_loss
-from trainer.trainer import Run
+from trainer.run import Run
+from trainer.trainer import Trainer
 
 
 def main() -> None:
@@ -41,9 +43,11 @@ def main() -> None:
         targets = there if args.lora_targets == "all" else args.lora_targets.split(",")
         lora = LoRA(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(targets), weights_hash(model))
         apply_lora(model, lora)
-        data = run.dataset(SFTDataset, args.data_path, **extras)
-        val_data = run.dataset(SFTDataset, args.val_data_path, **extras)
-        run.fit(model, data, next_token_loss, val_data, save=partial(save_lora, lora=lora), lora=vars(lora))
+        train_data = run.load_dataset(SFTDataset, args.data_path, **extras)
+        val_data = run.load_dataset(SFTDataset, args.val_data_path, **extras)
+        stream = BatchStream(train_data, args, run.world)
+        Trainer(run, model, stream, next_token_loss, val_data, save_fn=partial(save_lora, lora=lora),
+                settings={"lora": vars(lora)}).fit()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from trainer.rl.advantages import GAE
 from trainer.rl.rewards import add_reward_args, make_rewards
 from trainer.rl.rollouts import RolloutStream, make_rollout_eval
 from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
-from trainer.trainer import Run
+from trainer.run import Run
+from trainer.trainer import Trainer
 
 
 @dataclass
@@ -74,10 +75,10 @@ def main() -> None:
         parser.error("--learning_rate 0 learns nothing; give more than 0")
     with Run(args) as run:
         actor = run.load_model()
-        reference = run.frozen(copy.deepcopy(actor)) if args.kl_coef else None
+        reference = run.freeze(copy.deepcopy(actor)) if args.kl_coef else None
         model = ActorCritic(actor)
         run.prepare(model.actor), run.prepare(model.critic)
-        prompts, val_prompts = run.prompts(args.data_path), run.prompts(args.val_data_path)
+        prompts, val_prompts = run.load_prompts(args.data_path), run.load_prompts(args.val_data_path)
 
         # 1. Sample: answers o ~ π_θ(· | q) to each prompt q.
         engine = make_rollout_engine(args, actor, run.tokenizer, run.autocast(), run.world)
@@ -90,10 +91,10 @@ def main() -> None:
         # 5. Loss: -min(ρ·A, clip(ρ, 1 - ε, 1 + ε)·A) + vf_coef · ½(V - R)², where ρ = π_θ / π_old and R = A + V_old.
         settings = {"epsilon": args.clip_epsilon, "value_clip": args.cliprange_value, "value_coef": args.vf_coef}
         loss = partial(ppo_loss, **settings, tis_cap=args.is_cap, temperature=args.temperature)
-        run.fit(model, rollouts, rollouts.track_kl(loss), save=save_actor,
+        settings |= {name: getattr(args, name) for name in ("is_cap", "kl_coef", "gamma", "lam", "target_kl")}
+        Trainer(run, model, rollouts, rollouts.track_kl(loss), save_fn=save_actor, settings=settings,
                 lr_scales={"critic.": args.critic_learning_rate / args.learning_rate},
-                validate=make_rollout_eval(run, val_prompts, engine, rewards), is_cap=args.is_cap, kl_coef=args.kl_coef,
-                gamma=args.gamma, lam=args.lam, target_kl=args.target_kl, **settings)
+                validate=make_rollout_eval(run, val_prompts, engine, rewards)).fit()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from dataset.lm_dataset import PretrainDataset
 from model.cli import run_main
 from model.weights import ROOT
 from trainer.arguments import parse_args, stage_parser
+from trainer.batches import BatchStream
 from trainer.losses import next_token_loss
-from trainer.trainer import Run
+from trainer.run import Run
+from trainer.trainer import Trainer
 
 
 def main() -> None:
@@ -20,9 +22,9 @@ def main() -> None:
         max_seq_len=340, batch_size=32, accumulation_steps=8, learning_rate=5e-4, wandb_project="MiniMind-Pretrain"))
     with Run(args) as run:
         model = run.load_model()
-        data = run.dataset(PretrainDataset, args.data_path)
-        val_data = run.dataset(PretrainDataset, args.val_data_path)
-        run.fit(model, data, next_token_loss, val_data)
+        train_data = run.load_dataset(PretrainDataset, args.data_path)
+        val_data = run.load_dataset(PretrainDataset, args.val_data_path)
+        Trainer(run, model, BatchStream(train_data, args, run.world), next_token_loss, val_data).fit()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from model.model_reward import MiniMindForSequenceClassification
 from model.transformers_io import save_folder
 from model.weights import ROOT, file_stem, weights_hash
 from trainer.arguments import parse_args, stage_parser
+from trainer.batches import BatchStream
 from trainer.losses import reward_loss
-from trainer.trainer import Run
+from trainer.run import Run
+from trainer.trainer import Trainer
 
 
 def main() -> None:
@@ -29,16 +31,18 @@ def main() -> None:
     with Run(args) as run:
         decoder = run.load_model()
         model = MiniMindForSequenceClassification.from_decoder(decoder, args.extra_layers)
-        data, val_data = (run.dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
+        data, val_data = (run.load_dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
         # Loss: -log σ(r(chosen) - r(rejected)).
         loss = partial(reward_loss, token_weight=args.token_weight)
-        run.fit(model, data, loss, val_data, val_loss=reward_loss, base=weights_hash(decoder),
-                extra_layers=args.extra_layers, token_weight=args.token_weight)
-        trained = run.parallel.gathered()
+        settings = {"base": weights_hash(decoder), "extra_layers": args.extra_layers, "token_weight": args.token_weight}
+        trainer = Trainer(run, model, BatchStream(data, args, run.world), loss, val_data, val_loss_fn=reward_loss,
+                          settings=settings)
+        trainer.fit()
+        trained = trainer.strategy.gather_full_model()
         if run.world.main:
             folder = args.save_dir / file_stem(args.save_weight, model.config)
             save_folder(trained, folder, run.tokenizer, "SequenceClassification", num_labels=1)
-            run.say(f"train: {folder} opens with transformers' AutoModelForSequenceClassification")
+            run.print_main(f"train: {folder} opens with transformers' AutoModelForSequenceClassification")
 
 
 if __name__ == "__main__":

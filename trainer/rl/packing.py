@@ -9,7 +9,7 @@ from torch import Tensor
 from dataset.packing import best_fit
 from dataset.prefix_sharing import pack_shared_prefix
 from model.chat import ChatTokenizer
-from trainer.batches import Step
+from trainer.batches import GlobalBatch
 from trainer.rl.trajectory import Trajectory
 
 
@@ -37,7 +37,7 @@ def group_by_prefix(trajectories: list[Trajectory], max_tokens: int) -> list[Pre
     return groups
 
 
-def pack_mini_batch(run, trajectories: list[Trajectory], indices: np.ndarray, max_tokens: int) -> Step:
+def pack_mini_batch(run, trajectories: list[Trajectory], indices: np.ndarray, max_tokens: int) -> GlobalBatch:
     """The trajectories `indices` of a rollout as one optimizer step on packed micro-batches of up to `max_tokens`.
 
     1. Answers to one prompt form groups. 2. Groups are packed into rows, best fit first. 3. Every rank takes every
@@ -61,7 +61,7 @@ def pack_mini_batch(run, trajectories: list[Trajectory], indices: np.ndarray, ma
         batch["trajectory"] = torch.from_numpy(indices)[batch["trajectory"]]
         micro_batches.append({name: value.to(run.device) for name, value in batch.items()})
     num_items = len(trajectories) if by_sequence else sum(sum(trajectory.action_mask) for trajectory in trajectories)
-    return Step(micro_batches, len(micro_batches), num_items, int(sizes.sum()))
+    return GlobalBatch(micro_batches, len(micro_batches), num_items, int(sizes.sum()))
 
 
 def pack_row(trajectories: list[Trajectory], groups: list[PrefixGroup], size: int, by_sequence: bool) -> dict:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dataset.prompts import PromptDataset
 from model.cli import UserError
 from model.inference.sampling import SamplingParams
-from trainer.batches import Step, places
+from trainer.batches import GlobalBatch, sampler_indices
 from trainer.losses import Loss, inputs, kl_k3, token_log_probs
 from trainer.rl.advantages import AdvantageEstimator
 from trainer.rl.packing import colorize_advantages, pack_mini_batch
@@ -30,7 +30,7 @@ SETTINGS = ("batch_size", "accumulation_steps", "num_generations", "update_epoch
 
 
 class RolloutStream:
-    """Has the methods of `RowStream`. `engine` samples, `rewards` scores, `estimator` turns rewards into advantages.
+    """Has the methods of `BatchStream`. `engine` samples, `rewards` scores, `estimator` turns rewards into advantages.
 
     `reference`: the frozen model that the KL is measured to, or None.
     """
@@ -54,8 +54,8 @@ class RolloutStream:
         self.steps = math.ceil(args.epochs * len(prompts) / self.prompts_per_rollout) * self.steps_per_rollout
         self.settings = {name: getattr(args, name) for name in SETTINGS} | {"prompts": prompts.hash}
         self.cursor = self.rollouts = 0  # prompts drawn so far, and rollouts made
-        self._mini_batches: list[Step] = []  # of this rollout, each learned from several times,
-        self._pending: list[Step] = []  # and what of that is still to come
+        self._mini_batches: list[GlobalBatch] = []  # of this rollout, each learned from several times,
+        self._pending: list[GlobalBatch] = []  # and what of that is still to come
         self._metrics: dict[str, float] = {}
         self._approx_kl, self._num_items = torch.zeros((), device=run.device), 1  # of the last update
 
@@ -65,7 +65,7 @@ class RolloutStream:
     # -- what the training loop calls ----------------------------------------------------------------------------------
 
     @property
-    def at_boundary(self) -> bool:
+    def can_checkpoint(self) -> bool:
         """Whether all that was sampled has been learned from."""
         return not self._pending
 
@@ -82,7 +82,7 @@ class RolloutStream:
         self.cursor, self.rollouts = state["cursor"], state["rollouts"]
         self.estimator.load_state_dict(state["tracker"])
 
-    def take(self, step: int) -> Step:
+    def next_batch(self, step: int) -> GlobalBatch:
         """The next mini-batch of this rollout, or the first of a new one."""
         if self._pending and 0 < self.args.target_kl < float(self.world.sum(self._approx_kl)) / self._num_items:
             self._pending.clear()  # the policy has moved far enough from the one that sampled
@@ -111,7 +111,7 @@ class RolloutStream:
         """
         args, start = self.args, time.perf_counter()
         self.estimator.before_rollout(self.measure_policy_kl)
-        with self.run.whole():
+        with self.run.summon_full_params():
             self.engine.update()
             groups = self.sample_groups()
         sampled = time.perf_counter()
@@ -122,7 +122,7 @@ class RolloutStream:
         self._mini_batches = [
             pack_mini_batch(self.run, trajectories, part, args.batch_size * self.length) for part in parts]
 
-        batches = [batch for mini_batch in self._mini_batches for batch in mini_batch.batches]
+        batches = [batch for mini_batch in self._mini_batches for batch in mini_batch.micro_batches]
         self.compute_old_and_ref_logprobs(batches)
         self.estimator.compute_advantages(groups, batches, self.world)
 
@@ -151,7 +151,7 @@ class RolloutStream:
     def generate_groups(self, begin: int) -> list[RolloutGroup]:
         """Answer and score the prompts from `begin` on in their endless stream: each rank some, all ranks get all."""
         args, n = self.args, self.args.num_generations
-        order = places(begin, self.prompts_per_rollout, args.seed, len(self.prompts))
+        order = sampler_indices(begin, self.prompts_per_rollout, args.seed, len(self.prompts))
         own = range(self.world.rank, len(order), self.world.size)
         prompts = [self.prompts[order[i]] for i in own for _ in range(n)]
         # a seed of its own for each position of the stream and each answer, on any number of ranks
@@ -192,7 +192,7 @@ class RolloutStream:
     def measure_policy_kl(self) -> float:
         """KL per token from the policy that sampled this rollout to the policy now. Counted once: 0 if called again."""
         sums = torch.zeros(2, device=self.run.device)
-        for batch in (batch for mini_batch in self._mini_batches for batch in mini_batch.batches):
+        for batch in (batch for mini_batch in self._mini_batches for batch in mini_batch.micro_batches):
             with self.run.autocast():
                 kl = kl_k3(batch["old_logprobs"], self._evaluate(self.model, batch)[0])
             sums += torch.stack((kl.sum(), kl.new_tensor(float(len(kl)))))
@@ -217,7 +217,7 @@ class RolloutStream:
         for name, column in zip(self.rewards.names, scores.unbind(1), strict=True):
             self._metrics |= {f"reward_{name}": float(column.mean()), f"reward_{name}_std": float(column.std())}
         if self.args.show_samples and self.world.main:
-            for batch in self._mini_batches[0].batches[:1]:
+            for batch in self._mini_batches[0].micro_batches[:1]:
                 for number in range(min(self.args.show_samples, int(batch["document"].max()) + 1)):
                     print(colorize_advantages(self.run.tokenizer, batch, number), flush=True)
 
@@ -229,7 +229,7 @@ def make_rollout_eval(run, prompts: PromptDataset | None, engine, rewards) -> Ca
 
     def validate() -> dict:
         own = prompts.prompts[run.world.rank::run.world.size]
-        with run.whole():
+        with run.summon_full_params():
             engine.update()
             greedy = SamplingParams(run.args.max_gen_len, temperature=0)
             answers = engine.generate(own, [greedy] * len(own)) if own else []

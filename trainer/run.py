@@ -1,0 +1,191 @@
+"""What a run of any stage starts from: device, ranks, precision, seed, tokenizer, data and models, and signals."""
+
+import ctypes
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dataset.prompts import PromptDataset
+from dataset.token_cache import TokenDataset
+from model.chat import ChatTokenizer
+from model.cli import Failure, UserError, first_line
+from model.device import cpu_has_bfloat16
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
+from model.weights import load_weight
+from trainer.distributed import init_distributed
+
+MODEL_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+               "intermediate_size", "use_moe", "norm_topk_prob")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+
+
+class Run:
+    """The context of one training run: `with Run(args) as run`.
+
+    Inside: `world` (this rank among all), `device`, `dtype` of the matrix products and `tokenizer`.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.stop_signal: int | None = None  # SIGINT or SIGTERM, once it has arrived
+        self.strategy = None  # of the model that is trained, set by its Trainer
+
+    def __enter__(self) -> "Run":
+        args = self.args
+        with ExitStack() as stack:
+            self.world, self.device = stack.enter_context(init_distributed(args.device))
+            stack.enter_context(self._handle_signals())
+            self.dtype = self._choose_dtype()
+            random.seed(args.seed)
+            torch.manual_seed(args.seed)
+            torch.set_float32_matmul_precision("high")  # TF32 where there is one
+            if self.device.type == "cpu":
+                keep_freed_memory()
+            self.tokenizer = ChatTokenizer(args.tokenizer)
+            if getattr(args, "num_workers", 0):
+                os.environ["RAYON_NUM_THREADS"] = str(args.num_workers)
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._stack.__exit__(kind, error, trace)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise Failure(f"{self.device} is out of memory: lower --batch_size and raise --accumulation_steps, which "
+                          f"takes the same steps ({first_line(error)})") from error
+
+    def print_main(self, text: str) -> None:
+        """Print on the first rank only."""
+        if self.world.main:
+            print(text, flush=True)
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def load_dataset(self, dataset_class: type[TokenDataset], path: Path | None, **options) -> TokenDataset | None:
+        """The rows of `path`, tokenised once for all ranks of a machine; None without a path."""
+        if path is None:
+            return None
+        args = self.args
+        with self.world.main_first():
+            start = time.perf_counter()
+            data = dataset_class(path, self.tokenizer, args.max_seq_len, bool(args.packing), bool(args.skip_bad_rows),
+                                 args.cache_dir, **options)
+        self.print_main(f"data: {path.name}: {data.meta['documents']:,} documents, {data.meta['tokens']:,} tokens in "
+                        f"{len(data):,} rows of {data.row_length}, {data.utilization:.1%} full "
+                        f"({time.perf_counter() - start:.1f} s)")
+        for warning in data.warnings:
+            self.print_main(f"data: {warning}")
+        return data
+
+    def load_prompts(self, path: Path | None) -> PromptDataset | None:
+        """The prompts of `path` for online RL; None without a path."""
+        if path is None:
+            return None
+        args = self.args
+        prompts = PromptDataset(path, self.tokenizer, args.max_seq_len, bool(args.skip_bad_rows), args.thinking_ratio,
+                                args.seed)
+        self.print_main(f"data: {path.name}: {len(prompts):,} prompts")
+        for warning in prompts.warnings:
+            self.print_main(f"data: {warning}")
+        return prompts
+
+    # -- models --------------------------------------------------------------------------------------------------------
+
+    def load_model(self) -> MiniMindForCausalLM:
+        """The weights `--from_weight`, or a new model of the sizes in the flags, the same on every rank."""
+        args = self.args
+        sizes = {name: value for name in MODEL_SIZES if (value := getattr(args, name)) is not None}
+        if args.from_weight == "none":
+            try:
+                return MiniMindForCausalLM(MiniMindConfig(vocab_size=self.tokenizer.vocab_size, **sizes))
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        model, _ = load_weight(args.from_weight, args.save_dir, args.hidden_size, args.use_moe, self.tokenizer)
+        for name, size in sizes.items():
+            if size != (saved := getattr(model.config, name)):
+                raise UserError(f"--{name} {size}, but weight {args.from_weight} has {saved}")
+        return model
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """`model` on the device, its blocks compiled with --use_compile."""
+        self.compile(model)
+        return model.to(self.device)
+
+    def freeze(self, model: nn.Module) -> nn.Module:
+        """`model` on the device, in evaluation mode, without gradients."""
+        return self.prepare(model).eval().requires_grad_(False)
+
+    def compile(self, model: nn.Module) -> None:
+        """With --use_compile, torch.compile the blocks of one of our decoders, once."""
+        is_ours = isinstance(model, MiniMindPreTrainedModel)
+        if self.args.use_compile and is_ours and model.model.layers[0]._compiled_call_impl is None:
+            compile_blocks(model, self.device, self.print_main)
+
+    def autocast(self):
+        """The context of a forward pass: half precision where the machine has units for it."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def summon_full_params(self):
+        """A context in which each rank may call the trained model as often as it likes. All ranks enter it."""
+        return self.strategy.summon_full_params() if self.strategy else nullcontext()
+
+    # -- setup ---------------------------------------------------------------------------------------------------------
+
+    def _choose_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.args.dtype)
+        if self.device.type == "cpu" and dtype == torch.float16:
+            raise UserError("--dtype float16 needs a GPU; use bfloat16 or float32 on a CPU")
+        if self.device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_bfloat16():
+            return torch.float32
+        return dtype
+
+    @contextmanager
+    def _handle_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once."""
+        def request_stop(number, _frame):
+            if self.stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except Exception:
+            if self.world.size > 1:  # the launcher terminates the other ranks: let each print its own error first
+                previous[signal.SIGTERM] = signal.SIG_IGN
+            raise
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a step frees for the next step: the kernel clears every page it hands out anew.
+
+    Measured: docs/experiments.md, "page faults". Other C libraries are left as they are.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            libc.mallopt(option, value)
+
+
+def compile_blocks(model: nn.Module, device: torch.device, print_fn=print) -> None:
+    """torch.compile each block in place (one compilation serves all); stay eager where no compiler works."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        print_fn(f"compile: not possible here, going on without "
+                 f"({type(error).__name__}: is a C++ compiler installed?)")
+        return
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
