@@ -326,20 +326,6 @@ def test_any_chunking_of_an_answer_reads_as_its_message(tokenizer):
             assert heard(parser.feed_text, pieces, parser.finish) == parser.message == expected
 
 
-def test_what_is_said_is_never_taken_back(tokenizer):
-    whole = AssistantMessage("好的😀，\n\na < b.", "想\n\n想", [ADD, WEATHER])
-    ids = written(tokenizer, whole.to_dict())
-    text = tokenizer.decode(ids, keep_special_tokens=True)
-    for sequence, feed in ((ids, MessageParser.feed), (text, MessageParser.feed_text)):
-        parser = MessageParser(tokenizer)
-        for n in range(len(sequence)):
-            list(feed(parser, sequence[n:n + 1]))
-            assert whole.content.startswith(parser.message.content)
-            assert whole.reasoning.startswith(parser.message.reasoning)
-            assert parser.message.tool_calls == whole.tool_calls[:len(parser.message.tool_calls)]
-        assert parser.message == whole
-
-
 def test_characters_and_markers_come_whole_or_not_at_all(tokenizer):
     parser = MessageParser(tokenizer)
     single_bytes = [tokenizer.token_bytes.index(bytes([byte])) for byte in "👩".encode()]

@@ -1,4 +1,4 @@
-"""Packing loses no question and wastes little; a file is tokenised once, in small pieces; bad rows are named."""
+"""Packing loses no target and wastes little; a file is tokenised once, in small pieces; bad rows are named."""
 
 import gzip
 import itertools
@@ -17,7 +17,7 @@ import pytest
 from dataset import packing, token_cache
 from dataset.jsonl import read_lines
 from dataset.lm_dataset import SYSTEM_PROMPTS, PretrainDataset, SFTDataset, TokenDataset
-from model.chat import BOS, END_THINK, EOS, THINK, ChatTokenizer
+from model.chat import BOS, EOS, ChatTokenizer
 from model.cli import UserError
 from scripts import prepare_data
 
@@ -85,40 +85,40 @@ def batches(data: TokenDataset, size: int = 3):
         yield order[begin:begin + size], data.batch(order[begin:begin + size])
 
 
-def questions(data: TokenDataset) -> Counter:
-    """How often each (token, its successor, its position) is asked over all rows."""
-    asked = Counter()
+def predictions(data: TokenDataset) -> Counter:
+    """How often each (token, the target after it, its position) occurs over all rows."""
+    counts = Counter()
     for _, batch in batches(data):
         ids, positions = (batch[name].flatten()[batch["logits_indices"]] for name in ("input_ids", "position_ids"))
-        asked.update(zip(ids.tolist(), batch["targets"].tolist(), positions.tolist(), strict=True))
-    return asked
+        counts.update(zip(ids.tolist(), batch["targets"].tolist(), positions.tolist(), strict=True))
+    return counts
 
 
 # ------------------------------------------------------------------------------------------------------- packing
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_every_question_of_every_text_is_asked_exactly_once(make, tokenizer, packed):
+def test_every_token_of_every_text_is_predicted_exactly_once(make, tokenizer, packed):
     rows = random_texts(0) + [{"text": "1" * digits} for digits in (62, 63, 64, 127, 500)]
     expected = Counter()
     for row in rows:
         ids = [BOS, *tokenizer.encode_text(row["text"]), EOS]
         expected.update((ids[i], ids[i + 1], i % 64) for i in range(len(ids) - 1))
-    assert max(expected.values()) > 1  # equal questions are counted, not merged
+    assert max(expected.values()) > 1  # equal predictions are counted, not merged
     data = make(PretrainDataset, rows, packing=packed)
-    assert questions(data) == expected
+    assert predictions(data) == expected
     assert data.rows.length.min() > 0
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_answers_of_conversations_and_nothing_else_are_asked_exactly_once(make, tokenizer, packed):
+def test_the_answers_of_conversations_and_nothing_else_are_predicted_exactly_once(make, tokenizer, packed):
     rows = random_chats(1)
     expected = Counter()
     for row in rows:
         ids, mask = tokenizer.encode(row["conversations"])
         expected.update((ids[i], ids[i + 1], i) for i in range(len(ids) - 1) if mask[i + 1])
     data = make(SFTDataset, rows, 512, packing=packed, system_prompt_ratio=0, empty_think_ratio=1)
-    assert questions(data) == expected
+    assert predictions(data) == expected
     assert data.warnings == []
 
 
@@ -230,15 +230,6 @@ def test_the_second_start_reads_the_cache(make, monkeypatch):
         assert make(SFTDataset, rows, **options).folder == first.folder
 
 
-def test_the_cache_can_be_carried_elsewhere(make, tmp_path, tokenizer, monkeypatch):
-    first = make(PretrainDataset, random_texts(7))
-    shutil.copytree(tmp_path / "cache", tmp_path / "elsewhere" / "cache")
-    path = shutil.copy(first.path, tmp_path / "elsewhere" / "renamed.jsonl")
-    forbid_tokenising(monkeypatch)
-    second = PretrainDataset(path, tokenizer, 64, cache_dir=tmp_path / "elsewhere" / "cache")
-    assert documents(second) == documents(first)
-
-
 def prepared(tmp_path, rows: list, kind: str = "sft", *flags: str) -> Path:
     """The folder of tokens that scripts/prepare_data.py makes of `rows`, which are gone then, as it is moved."""
     rows, made = write(tmp_path / "to_prepare.jsonl", rows), tmp_path / "tokens"
@@ -338,13 +329,6 @@ def test_extras_have_their_ratios(make, tokenizer):
         kept = [blocks for question, (_, blocks) in drawn.items() if not reasons[question]]
         assert np.mean(kept) == pytest.approx(think_ratio, abs=0.08)
         assert all(blocks == 1 for question, (_, blocks) in drawn.items() if reasons[question])
-
-
-def test_reasoning_is_never_left_out(make, tokenizer):
-    rows = random_chats(12)
-    for row, ids in zip(rows, documents(make(SFTDataset, rows, empty_think_ratio=0)), strict=True):
-        reasons = sum("reasoning_content" in message for message in row["conversations"])
-        assert ids.count(THINK) == ids.count(END_THINK) == reasons
 
 
 @pytest.mark.parametrize("escaped", [True, False])
