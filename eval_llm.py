@@ -58,13 +58,11 @@ class Chat:
         except ValueError as error:
             del self.messages[-1:]
             raise UserError(error) from None
-        parser, num_shown, start = MessageParser(self.tokenizer, thinking), 0, time.perf_counter()
+        parser, start = MessageParser(self.tokenizer, thinking), time.perf_counter()
         try:
-            while self.engine.busy:
-                self.engine.step()
-                for event in parser.feed(sequence.output_pieces[num_shown:]):
+            for delta in self.engine.stream(sequence):
+                for event in parser.feed(delta.pieces):
                     print_event(*event)
-                num_shown = len(sequence.output_pieces)
         except KeyboardInterrupt:
             self.engine = self.new_engine()  # the old one may have stopped in the middle of a step
             print(" …", end="")

@@ -32,6 +32,7 @@ from model.cli import positive_int, run_main
 from model.device import choose_device, inference_dtype, synchronise
 from model.inference.engine import Engine, SamplingParams
 from model.inference.prepacked import use_prepacked
+from model.inference.scheduler import Batch
 from model.linear import linear
 from model.model_minimind import MiniMindForCausalLM
 from trainer.flops import peak_flops
@@ -115,15 +116,15 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
         engine.add(prompt, SamplingParams(200, TEMPERATURE, TOP_P, seed=number, stop_ids=()))
     for _ in range(30):
         engine.step()
-    result, draw = {"step": seconds_of(engine.step)}, engine._draw
+    result, sample = {"step": seconds_of(engine.step)}, engine._sample
 
     def timed(*arguments):
         began = time.perf_counter()
-        drawn = draw(*arguments)
+        drawn = sample(*arguments)
         drawing.append(time.perf_counter() - began)
         return drawn
 
-    engine._draw = timed
+    engine._sample = timed
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
         for _ in range(10):
             engine.step()
@@ -138,7 +139,7 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
     def products() -> list[Tensor]:
         return [layer(inputs[layer.in_features]) for layer in layers]
 
-    with use_prepacked(engine._prepacked):
+    with use_prepacked(engine.runner.prepacked):
         result["products alone"] = seconds_of(products)
     result["the same, not packed"] = seconds_of(products)
     numbers = sum(weight.numel() for weight in weights)
@@ -168,23 +169,22 @@ def profile_requests(model: nn.Module, requests: list[tuple[list[int], int]], ev
             return result
         return measured
 
-    def forward(places: list[int]) -> tuple:
+    def forward(batch: Batch) -> Tensor:
         nonlocal phase
-        sequences = [engine._places[place] for place in places]
-        lengths = [min(len(s._token_ids) - s._num_computed, engine.prefill_chunk) for s in sequences]
-        phase = "reading" if max(lengths) > 1 else "answering"
+        lengths = list(map(len, batch.chunks))
+        phase = "answering" if batch.is_decode else "reading"
         here, before = found[phase], found[phase]["TFLOP"]
         here.update(passes=1, tokens=sum(lengths), rows=len(lengths) * max(lengths))
-        result = passed(places)
+        result = passed(batch)
         here["least"] += max((here["TFLOP"] - before) / speed, reading)
         phase = "beside"
         return result
 
-    passed = timed("whole", engine._forward)
-    engine._forward = forward
-    engine._draw, engine._admit, engine._leave, engine._reserve = (
-        timed(part, work) for part, work in (("drawing", engine._draw), ("places", engine._admit),
-                                             ("places", engine._leave), ("places", engine._reserve)))
+    passed = timed("whole", engine.runner._forward)
+    engine.runner._forward = forward
+    engine._sample = timed("drawing", engine._sample)
+    engine.scheduler.schedule = timed("places", engine.scheduler.schedule)
+    engine.slots.free = timed("places", engine.slots.free)
     with mock.patch("model.linear.linear", timed("products", linear)), \
             mock.patch("model.moe.linear", timed("products", linear)), \
             mock.patch.object(model_minimind, "attention", timed("attention", model_minimind.attention)):

@@ -170,8 +170,8 @@ class Reciting(Engine):
 
     scripts: list[list[list[int]]] = []
 
-    def _draw(self, logits, sequences):
-        _, *rest = super()._draw(logits, sequences)
+    def _sample(self, logits, sequences):
+        _, *rest = super()._sample(logits, sequences)
         asked = [(divmod(s.params.seed, TURN_SEED_STRIDE), len(s.completion_ids)) for s in sequences]
         return [self.scripts[episode][turn][place] for (turn, episode), place in asked], *rest
 

@@ -26,7 +26,7 @@ from dataset.jsonl import read_lines, read_rows
 from model.chat import BOS, ChatTokenizer
 from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
 from model.files import write_atomically
-from model.inference.likelihood import Request, likelihoods
+from model.inference.likelihood import ScoringRequest, likelihoods
 from model.loading import add_loading_args, load_from_args
 from model.model_minimind import MiniMindForCausalLM
 from scripts.draw_curves import subplots
@@ -59,14 +59,14 @@ def read_texts(path: Path) -> list[str]:
     return [text for text in texts if text]
 
 
-def windows(ids: list[int], length: int) -> list[Request]:
+def windows(ids: list[int], length: int) -> list[ScoringRequest]:
     """A document → rows of at most `length` tokens that predict each token once, the first one after <|im_start|>.
 
     The last row starts early, so that its tokens, too, see as much as fits (lm-eval's rolling windows).
     """
     tokens = [BOS, *ids]
     spans = [(start, min(start + length, len(ids))) for start in range(0, len(ids), length)]
-    return [Request(tokens[max(0, end - length):start + 1], [tokens[start + 1:end + 1]]) for start, end in spans]
+    return [ScoringRequest(tokens[max(0, end - length):start + 1], [tokens[start + 1:end + 1]]) for start, end in spans]
 
 
 def measure_texts(model: nn.Module, tokenizer: ChatTokenizer, texts: list[str], length: int) -> dict:
@@ -88,7 +88,7 @@ def measure_context(model: nn.Module, ids: list[int], lengths: list[int]) -> dic
     if len(ids) < max_length:
         raise UserError(f"--long_text has {len(ids):,} tokens, fewer than the longest of --lengths, {max_length:,}")
     ends = [max_length + (len(ids) - max_length) * i // (NUM_POSITIONS - 1) for i in range(NUM_POSITIONS)]
-    requests = [Request(ids[end - length:end - NUM_PREDICTED], [ids[end - NUM_PREDICTED:end]])
+    requests = [ScoringRequest(ids[end - length:end - NUM_PREDICTED], [ids[end - NUM_PREDICTED:end]])
                 for length in lengths for end in ends]
     scalings = {"plain": False, "yarn": True} if isinstance(model, MiniMindForCausalLM) else {"plain": False}
     curves, original = {}, getattr(model.config, "inference_rope_scaling", False)
@@ -127,14 +127,14 @@ def with_examples(questions: list[Question], examples: list[Question], shots: in
             for question in questions]
 
 
-def encode(tokenizer: ChatTokenizer, question: Question) -> Request:
+def encode(tokenizer: ChatTokenizer, question: Question) -> ScoringRequest:
     """Split as lm-eval does: encode the context, and context and option together; what is longer is the option's.
 
     Spaces that end the context belong to the options; an empty context is <|im_start|>.
     """
     texts = (f"{question.context} {option}" for option in question.options)
     context, *with_option = tokenizer.encode_texts([question.context.rstrip(), *texts])
-    return Request(context or [BOS], [ids[len(context):] for ids in with_option])
+    return ScoringRequest(context or [BOS], [ids[len(context):] for ids in with_option])
 
 
 def answer(model: nn.Module, tokenizer: ChatTokenizer, questions: list[Question]) -> list[dict]:

@@ -26,10 +26,9 @@ from model import model_minimind, moe
 from model.chat import BOS, EOS, SPECIAL_TOKENS, ChatTokenizer
 from model.cli import run_main
 from model.device import inference_dtype
-from model.inference import cuda_graphs as decode_graphs
-from model.inference import engine as engine_module
+from model.inference import cuda_graphs, kv_cache, model_runner
 from model.inference.cuda_graphs import DecodeGraphs, can_capture
-from model.inference.engine import Engine, SamplingParams, Sequence, generate, stream
+from model.inference.engine import Engine, SamplingParams, Sequence, generate
 from model.inference.prepacked import prepack, use_prepacked
 from model.inference.sampling import sample
 from model.linear import linear
@@ -74,7 +73,7 @@ def answers(*request, **options) -> list[list[int]]:
 @pytest.fixture
 def short_places(monkeypatch):
     """The cache starts with places of 8 tokens, so that it grows, shrinks and runs out."""
-    monkeypatch.setattr(engine_module, "MIN_SLOT_LEN", 8)
+    monkeypatch.setattr(kv_cache, "MIN_SLOT_LEN", 8)
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
@@ -106,9 +105,10 @@ def test_a_stop_token_ends_its_row_and_no_other():
     ended = generate(model, prompts, greedy(12, stop_ids=(stop,)))
     for sequence, answer in zip(ended, whole, strict=True):
         end = answer.index(stop) if stop in answer else 12
-        assert sequence.completion_ids == answer[:end + 1] and sequence.answer_ids == answer[:end]
+        assert sequence.completion_ids == answer[:end + 1]
+        assert [token for token, *_ in sequence.next_delta().tokens] == answer[:end]
         assert sequence.finish_reason == ("stop" if stop in answer else "length")
-    assert len(ended[1].answer_ids) <= 3 and max(len(sequence.completion_ids) for sequence in ended) == 12
+    assert len(ended[1].completion_ids) <= 4 and max(len(sequence.completion_ids) for sequence in ended) == 12
 
 
 def test_a_long_prompt_is_read_in_chunks_and_stalls_nobody():
@@ -200,7 +200,7 @@ def test_weights_that_are_elsewhere_are_not_packed():
 def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    monkeypatch.setattr(engine_module, "MIN_SLOT_LEN", 16)  # the cache grows on the way
+    monkeypatch.setattr(kv_cache, "MIN_SLOT_LEN", 16)  # the cache grows on the way
     torch._dynamo.reset()
     model, prompts = lively_model(), some_prompts(15, 13, 19, 14, 12, 17, 16)
     expected = [plainly(model, prompt, 6 + number) for number, prompt in enumerate(prompts)]
@@ -272,11 +272,11 @@ def captured(request, monkeypatch) -> tuple[str, list, list]:
         return result, lambda: replays.append(replay())
 
     monkeypatch.setattr(DecodeGraphs, "_capture", noted)
-    monkeypatch.setattr(decode_graphs, "WARMUP_STEPS", 2)
-    monkeypatch.setattr(engine_module, "MIN_SLOT_LEN", 16)  # the cache grows on the way
+    monkeypatch.setattr(cuda_graphs, "WARMUP_STEPS", 2)
+    monkeypatch.setattr(kv_cache, "MIN_SLOT_LEN", 16)  # the cache grows on the way
     if request.param == "recorded":  # as on a GPU: experts are not counted on the host, no weight is packed
         monkeypatch.setattr(moe, "can_use_grouped_mm", lambda *_: True)
-        monkeypatch.setattr(engine_module, "prepack", lambda *_: [])
+        monkeypatch.setattr(model_runner, "prepack", lambda *_: [])
     return "cpu" if request.param == "recorded" else "cuda", captures, replays
 
 
@@ -321,7 +321,7 @@ def test_graphs_are_for_what_is_all_on_a_gpu():
         capability.return_value = (9, 0)
         model.model.register_forward_pre_hook(lambda *_: None)  # as FSDP does
         assert not can_capture(model, torch.bfloat16)
-    assert not can_capture(lively_model(), torch.bfloat16) and Engine(lively_model())._graphs is None
+    assert not can_capture(lively_model(), torch.bfloat16) and Engine(lively_model()).runner.graphs is None
     with torch.device("meta"), mock.patch.object(Qwen3ForCausalLM, "device", torch.device("cuda")):
         theirs = Qwen3ForCausalLM(Qwen3Config(vocab_size=97, hidden_size=64, num_hidden_layers=1))
         assert not can_capture(theirs, torch.bfloat16)
@@ -401,7 +401,7 @@ def test_sequences_that_outgrow_the_cache_take_turns(short_places):
     while engine.busy:
         engine.step()
         seen.add(engine.num_running)
-        assert engine._cache.places * engine._cache.length <= 48
+        assert engine.slots.cache.num_slots * engine.slots.cache.slot_len <= 48
     assert seen >= {3, 1}
     assert [sequence.completion_ids for sequence in sequences] == [plainly(model, prompt, 30) for prompt in prompts]
 
@@ -461,11 +461,11 @@ def test_a_prompt_shared_by_many_samples_is_computed_once():
 @every_kind
 def test_attention_that_reads_a_common_beginning_once_is_plain_attention(kind, monkeypatch):
     """Groups of one system prompt and several questions, of many lengths; for a while one that begins otherwise."""
-    monkeypatch.setattr(engine_module, "MIN_PREFIX_SHARE", 1)
+    monkeypatch.setattr(model_runner, "MIN_PREFIX_SHARE", 1)
     model, (system, stranger, *questions) = lively_model(kind), some_prompts(40, 13, 3, 9, 1)
     prompts = [system + question + own for question in questions for own in ([], *some_prompts(1, 5), [])]
     engine, shared, logits = Engine(model), [], {}
-    draw_some, attention = engine._draw, model_minimind.attention
+    draw_some, attention = engine._sample, model_minimind.attention
 
     def attended(*arguments):
         shared.append(arguments[-1].shared_prefix_len)
@@ -476,7 +476,7 @@ def test_attention_that_reads_a_common_beginning_once_is_plain_attention(kind, m
         return draw_some(rows, sequences)
 
     monkeypatch.setattr(model_minimind, "attention", attended)
-    monkeypatch.setattr(engine, "_draw", drawn)
+    monkeypatch.setattr(engine, "_sample", drawn)
     lengths = [3 + number if number not in (8, 11) else 24 for number in range(len(prompts))]
     sequences = [engine.add(*request) for request in zip(prompts, map(greedy, lengths), strict=True)]
     while engine.busy:
@@ -623,7 +623,7 @@ def test_text_never_shows_half_a_character_nor_part_of_a_stop_string():
         byte_by_byte = [byte_token[bytes([byte])] for byte in text.encode()]
         sequence = Sequence([1], SamplingParams(100, stop=stops), TOKENIZER)
         for token in dice.choice([whole_tokens, byte_by_byte]):
-            sequence._append_token(token, 0.0, [])
+            sequence.append_token(token, 0.0, [])
             assert whole.startswith(sequence.text)
             whole_characters = TOKENIZER.decode(sequence.completion_ids).rstrip("\N{REPLACEMENT CHARACTER}")
             held = len(whole_characters) - len(sequence.text)
@@ -631,7 +631,7 @@ def test_text_never_shows_half_a_character_nor_part_of_a_stop_string():
             if sequence.finish_reason:
                 break
         else:
-            sequence._append_token(EOS, 0.0, [])
+            sequence.append_token(EOS, 0.0, [])
         assert sequence.text == whole and sequence.finish_reason == "stop"
 
 
@@ -639,11 +639,11 @@ def test_half_a_character_at_the_end_is_left_out_and_markers_stand_between_texts
     first_byte = TOKENIZER.token_bytes.index("好".encode()[:1])
     sequence = Sequence([1], SamplingParams(4, stop=("</think>",)), TOKENIZER)
     for token in (*TOKENIZER.encode_text("a"), SPECIAL_TOKENS["<tool_call>"], *TOKENIZER.encode_text("b"), first_byte):
-        sequence._append_token(token, 0.0, [])
+        sequence.append_token(token, 0.0, [])
     assert sequence.output_pieces == ["a", SPECIAL_TOKENS["<tool_call>"], "b"] and sequence.text == "ab"
     assert sequence.finish_reason == "length"
     sequence = Sequence([1], SamplingParams(4, stop=("</think>",)), TOKENIZER)
-    sequence._append_token(SPECIAL_TOKENS["</think>"], 0.0, [])
+    sequence.append_token(SPECIAL_TOKENS["</think>"], 0.0, [])
     assert (sequence.finish_reason, sequence.output_pieces) == ("stop", [])
 
 
@@ -730,8 +730,9 @@ def test_a_pretrained_weight_goes_on_with_the_text(evaluate):
 def test_a_stop_string_ends_the_answer_before_it(folder):
     model, _ = load_weight("full_sft", folder)
     prompt = TOKENIZER.prompt(TALK[:1])
-    states = [(each.text, each.finish_reason)
-              for each in stream(model.eval(), prompt, SamplingParams(40, temperature=0, stop=("l model",)), TOKENIZER)]
+    engine = Engine(model.eval(), TOKENIZER)
+    sequence = engine.add(prompt, SamplingParams(40, temperature=0, stop=("l model",)))
+    states = [(sequence.text, delta.finish_reason) for delta in engine.stream(sequence)]
     assert states[-1] == ("A very smal", "stop")
     assert all("A very smal".startswith(text) and reason is None for text, reason in states[:-1])
 

@@ -18,7 +18,7 @@ from model import loading
 from model.chat import BOS
 from model.cli import run_main
 from model.inference import likelihood
-from model.inference.likelihood import Request, likelihoods
+from model.inference.likelihood import ScoringRequest, likelihoods
 from model.transformers_io import save_folder
 from model.weights import save_weight
 from scripts import eval_benchmark
@@ -52,14 +52,14 @@ def write_json(path: Path, rows: list[dict]) -> Path:
 # -- likelihoods -------------------------------------------------------------------------------------------------------
 
 
-def requests(vocabulary: int) -> list[Request]:
+def requests(vocabulary: int) -> list[ScoringRequest]:
     """Of many lengths; with one option, with many, and with options of one token."""
     dice = random.Random(0)
 
     def text(most: int) -> list[int]:
         return [dice.randrange(vocabulary) for _ in range(dice.randint(1, most))]
 
-    return [Request(text(40), [text(most) for _ in range(count)])
+    return [ScoringRequest(text(40), [text(most) for _ in range(count)])
             for count, most in [(1, 30), (4, 1), (4, 9), (2, 5), (3, 1), (1, 60), (5, 12), (4, 7)]]
 
 

@@ -49,9 +49,7 @@ class LocalRolloutEngine:
     def generate(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Trajectory]:
         """One answer to each prompt, in the same order."""
         with self.open(len(prompts)) as engine:
-            sequences = [engine.add(prompt.ids, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
-            while engine.busy:
-                engine.step()
+            sequences = engine.generate([prompt.ids for prompt in prompts], samplings)
         return [Trajectory.from_completion(self.tokenizer, prompt, s.completion_ids, s.logprobs, s.finish_reason)
                 for prompt, s in zip(prompts, sequences, strict=True)]
 

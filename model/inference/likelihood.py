@@ -1,4 +1,4 @@
-"""How likely a decoder finds given continuations: what perplexity and multiple-choice benchmarks are made of."""
+"""Log-likelihoods of given continuations, the measure of perplexity and of multiple-choice benchmarks."""
 
 from typing import NamedTuple
 
@@ -7,26 +7,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-HEAD_ROWS = 1024  # positions whose logits are in memory at a time
+HEAD_ROWS = 1024  # positions whose logits are in memory at once
 
 
-class Request(NamedTuple):
-    """What is to be scored: each of `options` as what follows `context`. Token ids; none of the lists is empty."""
+class ScoringRequest(NamedTuple):
+    """Each of `options` is scored as the continuation of `context`. Token ids; no list is empty."""
 
     context: list[int]
     options: list[list[int]]
 
     @property
     def length(self) -> int:
-        """Tokens the model has to read: nothing follows an option's last one."""
+        """Tokens that the model reads: all but the last one of each option."""
         return len(self.context) + sum(len(option) - 1 for option in self.options)
 
 
-def likelihoods(model: nn.Module, requests: list[Request], batch_tokens: int = 8192) -> list[list[float]]:
+def likelihoods(model: nn.Module, requests: list[ScoringRequest], batch_tokens: int = 8192) -> list[list[float]]:
     """Σ log p (nats) of each option of each request. `model`: ours, or a decoder of transformers with Qwen3's parts.
 
-    A request is one row: the context once, then the options, which see it and themselves but not each other.
-    A batch holds rows of about one length, at most `batch_tokens` positions or one row.
+    A request is one row: the context once, then the options, each of which sees the context and itself.
+    A batch has rows of similar length, at most `batch_tokens` positions or one row.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(requests)), key=lambda i: requests[i].length):
@@ -41,35 +41,40 @@ def likelihoods(model: nn.Module, requests: list[Request], batch_tokens: int = 8
 
 
 @torch.inference_mode()
-def _score(requests: list[Request], model: nn.Module) -> list[list[float]]:
+def _score(requests: list[ScoringRequest], model: nn.Module) -> list[list[float]]:
     """The same for one batch."""
+    # 1. Rows [B, T]: the context, then the options, all of which continue at the context's end.
     width = max(request.length for request in requests)
     ids = torch.zeros(len(requests), width, dtype=torch.long)
-    branch = torch.zeros_like(ids)  # 0: context, and padding, which nothing real sees; n: the n-th option
-    positions = torch.arange(width).repeat(len(requests), 1)
-    asked, targets, lengths = [], [], []
+    option_index = torch.zeros_like(ids)  # 0: the context, and padding, which no token sees; n: the n-th option
+    position_ids = torch.arange(width).repeat(len(requests), 1)
+    logits_indices, targets, lengths = [], [], []
     for row, (context, options) in enumerate(requests):
         start = end = len(context)
         ids[row, :start] = torch.tensor(context)
         for number, option in enumerate(options, 1):
             begin, end = end, end + len(option) - 1
             ids[row, begin:end] = torch.tensor(option[:-1])
-            branch[row, begin:end] = number
-            positions[row, begin:end] = torch.arange(start, start + len(option) - 1)
-            asked += [row * width + at for at in (start - 1, *range(begin, end))]
+            option_index[row, begin:end] = number
+            position_ids[row, begin:end] = torch.arange(start, start + len(option) - 1)
+            logits_indices += [row * width + at for at in (start - 1, *range(begin, end))]
             targets += option
             lengths.append(len(option))
-    ids, branch, positions, at, wanted = (torch.as_tensor(each).to(model.device)
-                                          for each in (ids, branch, positions, asked, targets))
-    mask = tree_mask(branch) if branch.max() > 1 else None  # else it is plainly causal
-    hidden = model.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)[0].flatten(0, 1)
-    log_p = torch.cat([-F.cross_entropy(model.lm_head(hidden[part]).float(), target, reduction="none")
-                       for part, target in zip(at.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True)])
-    sums = iter(part.double().sum().item() for part in log_p.cpu().split(lengths))
+    ids, option_index, position_ids, logits_indices, targets = (
+        torch.as_tensor(x).to(model.device) for x in (ids, option_index, position_ids, logits_indices, targets))
+    # 2. log p of each token of the options.
+    mask = option_mask(option_index) if option_index.max() > 1 else None  # else it is plainly causal
+    hidden = model.model(input_ids=ids, position_ids=position_ids, attention_mask=mask,
+                         use_cache=False)[0].flatten(0, 1)
+    log_p = torch.cat([
+        -F.cross_entropy(model.lm_head(hidden[index]).float(), target, reduction="none")
+        for index, target in zip(logits_indices.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)])
+    # 3. The sum over each option.
+    sums = iter(option.double().sum().item() for option in log_p.cpu().split(lengths))
     return [[next(sums) for _ in request.options] for request in requests]
 
 
-def tree_mask(branch: Tensor) -> Tensor:
-    """branch [B, T] → which keys each query sees, [B, 1, T, T] bool: those of branch 0 and of its own, up to itself."""
-    keys, queries = branch[:, None, None, :], branch[:, None, :, None]
+def option_mask(option_index: Tensor) -> Tensor:
+    """option_index [B, T] → the keys each query sees, [B, 1, T, T] bool: those of 0 and of its own, up to itself."""
+    keys, queries = option_index[:, None, None, :], option_index[:, None, :, None]
     return ((keys == 0) | (keys == queries)) & torch.ones_like(keys & queries, dtype=torch.bool).tril()

@@ -54,12 +54,10 @@ class Ticket:
 
 @dataclass
 class Live:
-    """Whose a sequence is, and how much of it has been told."""
+    """Whose a sequence is."""
 
     ticket: Ticket
     number: int
-    sampled: int = 0
-    said: int = 0
 
 
 class EngineThread:
@@ -159,14 +157,11 @@ class EngineThread:
 
     def _news(self, sequence: Sequence) -> tuple[Ticket, Progress]:
         """What a sequence has to tell since the last time, and whom."""
-        live = self._live[sequence]
-        ended = sequence.finish_reason
-        ids = (sequence.answer_ids if ended else sequence.completion_ids)[live.sampled:]
-        tokens = list(zip(ids, sequence.logprobs[live.sampled:], sequence.top_logprobs[live.sampled:], strict=False))
-        news = Progress(live.number, sequence.output_pieces[live.said:], tokens, len(sequence.completion_ids),
+        live, delta = self._live[sequence], sequence.next_delta()
+        ended = delta.finish_reason
+        news = Progress(live.number, delta.pieces, delta.tokens, len(sequence.completion_ids),
                         sequence.num_cached_tokens, ended)
-        self.generated_tokens += len(sequence.completion_ids) - live.sampled
-        live.sampled, live.said = len(sequence.completion_ids), len(sequence.output_pieces)
+        self.generated_tokens += delta.num_tokens
         if ended:
             del self._live[sequence]
             live.ticket.running.discard(sequence)

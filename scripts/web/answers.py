@@ -6,7 +6,7 @@ not interrupt it.
 
 import time
 from collections.abc import Iterator
-from threading import Lock, Thread
+from threading import Thread
 
 from torch import nn
 
@@ -19,12 +19,11 @@ SECONDS_UNWATCHED = 60  # that an answer goes on while no page shows it
 
 
 class LocalModel:
-    """A model on this machine. All pages share its engine: whoever waits for a token takes the next step for all."""
+    """A model on this machine. All pages share its engine, and its batches."""
 
     def __init__(self, model: nn.Module, tokenizer: ChatTokenizer, continues_text: bool = False):
         self.tokenizer, self.continues_text = tokenizer, continues_text
         self.engine = Engine(model, tokenizer, max_batch=8)
-        self._lock = Lock()  # on the engine
 
     def answer(self, messages: list[dict], tools: list[dict], thinking: bool,
                params: SamplingParams) -> Iterator[Event]:
@@ -33,26 +32,12 @@ class LocalModel:
             thinking, prompt = False, [BOS, *self.tokenizer.encode_text(messages[-1]["content"])]
         else:
             prompt = self.tokenizer.prompt(messages, tools, thinking)
-        parser, num_tokens = MessageParser(self.tokenizer, thinking), 0
-        with self._lock:
-            sequence = self.engine.add(prompt, params)
-        try:
-            while sequence.finish_reason is None:
-                if self._lock.acquire(timeout=0.02):  # else another answer's step moves this one too
-                    try:
-                        if sequence.finish_reason is None:
-                            self.engine.step()
-                    finally:
-                        self._lock.release()
-                if new_ids := sequence.completion_ids[num_tokens:]:
-                    num_tokens += len(new_ids)
-                    yield "tokens", len(new_ids)
-                    yield from parser.feed(new_ids)
-            yield from parser.finish()
-            yield "end", sequence.finish_reason
-        finally:
-            with self._lock:
-                self.engine.cancel(sequence)
+        parser = MessageParser(self.tokenizer, thinking)
+        for delta in self.engine.stream(self.engine.add(prompt, params)):
+            yield "tokens", delta.num_tokens
+            yield from parser.feed(delta.pieces)
+        yield from parser.finish()
+        yield "end", delta.finish_reason
 
 
 class RemoteModel:
