@@ -26,10 +26,10 @@ class BatchLayout(NamedTuple):
     mask: Tensor | None = None  # [B, 1, T, S] bool: the keys that each query sees
     token_mask: Tensor | None = None  # [B, T]: 0 on padding, which the router does not count
     cu_seqlens: Tensor | None = None  # [documents + 1] int32: bounds in the flattened [B·T]; repeated: empty documents
-    expand_index: Tensor | None = None  # [E]: for each token of the documents, its position in the row
-    gather_index: Tensor | None = None  # [B·T]: for each position of the row, its place among these E tokens
+    expand_index: Tensor | None = None  # [M]: for each of the documents' M tokens, its index in the flattened [B·T]
+    gather_index: Tensor | None = None  # [B·T]: the other way, for each token of the rows its index in [M]
     cache: Any = None  # with transformers' `update(k, v, layer)`: k, v [B, kv_heads, T, D] → [B, kv_heads, S, D]
-    shared_prefix_len: int = 0  # decoding (T = 1): so many first keys are visible to all rows and the same in each
+    shared_prefix_len: int = 0  # decoding (T = 1): the first keys that are the same in all rows, and visible to all
 
 
 def causal_layout(input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None) -> BatchLayout:

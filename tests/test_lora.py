@@ -46,7 +46,7 @@ def large_weights(model):
 
 
 def saved_pair(folder, options: dict, targets: tuple, name: str = "lora", **settings):
-    """A base and a LoRA of it with branches that say something, in `folder`. → the base as loaded."""
+    """A base and a LoRA of it with adapters far from zero, saved in `folder` → the base as loaded."""
     if not (folder / f"full_sft_64{'_moe' if options else ''}.pth").exists():
         save_weight(large_weights(small_model(**options)), "full_sft", folder, TOKENIZER)
     base, _ = load_weight("full_sft", folder, **options)
@@ -83,7 +83,7 @@ def test_outputs_and_gradients_equal_peft(tmp_path, options, targets):
     theirs.load_state_dict(base.state_dict())
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft", is_trainable=True)
     outputs = [model(ids).logits for model in (ours, theirs)]
-    assert (outputs[0] - base(ids).logits).abs().max() > 0.1  # the branches say something
+    assert (outputs[0] - base(ids).logits).abs().max() > 0.1  # the adapters matter
     assert_close(*outputs, rtol=0, atol=1e-5)
     direction = torch.randn_like(outputs[0]) / outputs[0].numel() ** 0.5
     for output in outputs:
@@ -126,7 +126,7 @@ def test_an_adapter_made_by_peft_is_read(tmp_path, in_fp32):
 
 
 @kinds
-def test_merged_is_attached(tmp_path, options, targets):
+def test_merged_weights_equal_attached_adapters(tmp_path, options, targets):
     base, ids = saved_pair(tmp_path, options, targets), torch.randint(3, 6400, (2, 16))
     model, _ = load_weight("full_sft", tmp_path, **options)
     load_lora(model, "lora", tmp_path)
@@ -152,22 +152,23 @@ def test_several_loras_merge_at_given_weights(tmp_path):
 
 
 @pytest.mark.parametrize("use_moe", [0, 1], ids=["dense", "moe"])
-def test_only_the_branches_learn_and_only_they_are_kept(lab, monkeypatch, use_moe, in_fp32):
+def test_only_the_adapters_learn_and_only_they_are_saved(lab, monkeypatch, use_moe, in_fp32):
     lab, seen = lab().with_base(use_moe=bool(use_moe)), {}
     stem, options = "lora_identity_64" + "_moe" * use_moe, {"use_moe": bool(use_moe)}
 
-    def spied_on(model, **options):
+    def record(model, **options):
         seen["optimizers"], seen["model"] = make_optimizers(model, **options), model
         return seen["optimizers"]
 
-    monkeypatch.setattr(loop, "make_optimizers", spied_on)
+    monkeypatch.setattr(loop, "make_optimizers", record)
     lab.train(train_lora, lora_name="lora_identity", from_weight="full_sft", learning_rate=1e-2, epochs=4,
               use_moe=use_moe)
     base, _ = load_weight("full_sft", lab.out, **options)
-    branches = sum(p.numel() for p in lora_state(seen["model"]).values())
+    num_adapter_parameters = sum(p.numel() for p in lora_state(seen["model"]).values())
     moments = [value for optimizer in seen["optimizers"] for state in optimizer.state.values() for key, value
                in state.items() if key in ("exp_avg", "exp_avg_sq")]
-    assert sum(value.numel() for value in moments) == 2 * branches < sum(p.numel() for p in base.parameters())
+    assert sum(value.numel() for value in moments) == 2 * num_adapter_parameters
+    assert num_adapter_parameters < sum(p.numel() for p in base.parameters()) / 2
     trained = seen["model"].state_dict()
     assert all(torch.equal(trained[name], value) for name, value in base.state_dict().items())
     state = lab.weight(stem)
@@ -207,7 +208,7 @@ def test_a_lora_of_two_ranks_is_the_one_of_one(lab):
     assert_close(two, one, rtol=0, atol=1e-5)
 
 
-def test_the_branches_may_be_compiled(lab, monkeypatch):
+def test_adapters_can_be_compiled(lab, monkeypatch):
     compile_module = torch.nn.Module.compile  # all of it but the slow C++
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(
         self, backend="aot_eager", **options))
@@ -230,7 +231,7 @@ def test_a_run_validates_without_dropout_and_trains_with_it(lab, monkeypatch):
     assert modes.index(("validate", False)) < max(i for i, (kind, _) in enumerate(modes) if kind == "train")
 
 
-def test_dropout_is_of_training_only(tmp_path):
+def test_dropout_only_acts_in_training(tmp_path):
     saved_pair(tmp_path, {}, DENSE, dropout=0.5)
     model, ids = load_weight("full_sft", tmp_path)[0], torch.randint(3, 6400, (1, 9))
     load_lora(model, "lora", tmp_path)
@@ -239,7 +240,7 @@ def test_dropout_is_of_training_only(tmp_path):
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_mistakes_are_told_in_one_line(lab, capsys, tmp_path):
+def test_errors_are_one_line(lab, capsys, tmp_path):
     lab = lab().with_base()
     flags = {"stage": train_lora, "from_weight": "full_sft", "max_steps": 1}
     lab.fails(capsys, 2, "--lora_targets x_proj", "q_proj", **flags, lora_targets="q_proj,x_proj")
@@ -253,17 +254,17 @@ def test_mistakes_are_told_in_one_line(lab, capsys, tmp_path):
         load_lora(small_model(hidden_size=32), "lora_identity", lab.out)
     with pytest.raises(UserError, match="full_sft_64.pth: not a LoRA file"):
         load_lora(small_model(), "full_sft", lab.out)
-    to_peft(lab.out / "lora_identity_64.pth", tmp_path / "sound")
+    to_peft(lab.out / "lora_identity_64.pth", tmp_path / "adapter")
     with pytest.raises(UserError, match="this model has no module for"):
-        convert_model.import_peft(small_model(use_moe=True), tmp_path / "sound")
-    for name, change, words in (("a", {"use_dora": True}, "use_dora"), ("b", {"r": None}, "not a peft adapter")):
+        convert_model.import_peft(small_model(use_moe=True), tmp_path / "adapter")
+    for name, change, message in (("a", {"use_dora": True}, "use_dora"), ("b", {"r": None}, "not a peft adapter")):
         folder = tmp_path / name
         to_peft(lab.out / "lora_identity_64.pth", folder)
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             convert_model.import_peft(small_model(), folder)
 
 
-def test_the_router_is_no_default_target():
+def test_the_router_is_not_adapted_by_default():
     assert "gate" in find_target_modules(small_model(use_moe=True)) and "gate" not in LoRA.targets

@@ -244,7 +244,7 @@ def test_balancing_loss_of_packed_documents_equals_qwen3_on_a_padded_batch(kind,
     same_gradient(gradients(ours), gradients(theirs))
 
 
-def some_trees() -> list[tuple[list[int], list[list[int]]]]:
+def prompt_groups() -> list[tuple[list[int], list[list[int]]]]:
     """Prompts of other lengths, each with answers, one of a single token."""
     return [(tokens(1, prompt)[0].tolist(), [tokens(1, n)[0].tolist() for n in lengths])
             for prompt, lengths in ((7, (5, 1, 9)), (1, (4,)), (12, (2, 6)))]
@@ -252,14 +252,18 @@ def some_trees() -> list[tuple[list[int], list[list[int]]]]:
 
 @every_kind
 def test_answers_that_share_their_prompt_equal_qwen3_on_each_conversation_alone(kind, device):
-    (ours, theirs), trees = twins(kind, device), some_trees()
-    batch = {name: x.to(device) for name, x in pack_shared_prefix(trees, 64).items()}
+    (ours, theirs), groups = twins(kind, device), prompt_groups()
+    batch = {name: x.to(device) for name, x in pack_shared_prefix(groups, 64).items()}
     assert int(batch["attention_mask"].sum()) == 7 + 12 + 1 + 3 + 12 + 6  # a prompt once, no answer's last token
     targets = batch["targets"]
-    assert targets.tolist() == sum((answer for _, answers in trees for answer in answers), [])
-    log_p = -F.cross_entropy(ours(**inputs(batch)).logits, targets, reduction="none")
+    assert targets.tolist() == sum((answer for _, answers in groups for answer in answers), [])
+    out = ours(**inputs(batch))
+    if ours.config.use_moe:  # padding has no part in it
+        more_padding = {name: x.to(device) for name, x in pack_shared_prefix(groups, 99).items()}
+        same(out.aux_loss, ours(**inputs(more_padding)).aux_loss)
+    log_p = -F.cross_entropy(out.logits, targets, reduction="none")
     alone = []
-    for prompt, answers in trees:
+    for prompt, answers in groups:
         for answer in answers:
             logits = theirs(torch.tensor([prompt + answer], device=device)).logits[0, len(prompt) - 1:-1]
             alone.append(-F.cross_entropy(logits, torch.tensor(answer, device=device), reduction="none"))
@@ -284,7 +288,7 @@ def test_a_token_never_reaches_another_document(kind, bounds, device):
 
 
 def heads(device: str, dtype=torch.float32):
-    q, k, v = (torch.randn(2, 16, n, 16, device=device, dtype=dtype) for n in (4, 2, 2))
+    q, k, v = (torch.randn(2, 48, n, 16, device=device, dtype=dtype) for n in (4, 2, 2))
     return [x.requires_grad_() for x in (q, k, v)]
 
 
@@ -293,10 +297,11 @@ def heads(device: str, dtype=torch.float32):
     pytest.param("cuda", torch.bfloat16, 3e-2, marks=needs_gpu),
 ], ids=["loop", "flash"])
 def test_attention_within_bounds_equals_attention_under_the_document_mask(name, dtype, tolerance):
-    qkv, layout = heads(name, dtype), packed(name)["layout"]
+    bounds = torch.tensor([0, 5, 6, 6, 48, 81, 96], dtype=torch.int32, device=name)  # 33 and 42 tokens: padded on a CPU
+    qkv = heads(name, dtype)
     direction = torch.randn_like(qkv[0])
-    by_mask = attention(*qkv, BatchLayout(document_mask(layout.cu_seqlens, 2, 16)))
-    by_bounds = attention(*qkv, layout)
+    by_mask = attention(*qkv, BatchLayout(document_mask(bounds, 2, 48)))
+    by_bounds = attention(*qkv, BatchLayout(cu_seqlens=bounds))
     assert_close(by_bounds, by_mask, atol=tolerance, rtol=tolerance)
     ours, theirs = (torch.autograd.grad(out, qkv, direction) for out in (by_bounds, by_mask))
     assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
@@ -423,7 +428,7 @@ def test_stacked_experts_equal_a_plain_loop(device):
 def test_grouped_product_equals_the_loop_over_experts(device):
     experts, x_ND, *_ = routed(device, torch.bfloat16)
     load, weight = torch.tensor([4, 9, 7, 0], device=device), experts.gate_up_proj
-    grouped, loop = (product(x_ND, weight, load) for product in (_grouped_mm, _linear_per_expert))
+    grouped, loop = (kernel(x_ND, weight, load) for kernel in (_grouped_mm, _linear_per_expert))
     close, direction = partial(assert_close, atol=2e-2, rtol=2e-2), torch.randn_like(loop)
     close(grouped, loop)
     close(*(torch.autograd.grad(y, weight, direction) for y in (grouped, loop)))
