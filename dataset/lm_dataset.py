@@ -10,6 +10,7 @@ They are tokenised once (token_cache.py) and packed into rows of `max_seq_len` p
 """
 
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch
 from dataset.packing import Rows, pack, split_long, truncate_at_answers
 from dataset.prefix_sharing import collate_pairs
 from dataset.token_cache import CACHE_DIR, TokenDataset
-from model.chat import BOS, EOS, Segment, render
+from model.chat import BOS, EOS, ChatTokenizer, Segment, render
 from model.cli import UserError
 
 SYSTEM_PROMPTS = {
@@ -102,10 +103,10 @@ def parse_messages(row: dict, name: str, row_format: str) -> list[dict]:
 class PretrainDataset(TokenDataset):
     """Texts; a long one continues in the next sequence, so no target is lost."""
 
-    def parse(self, row):
+    def parse(self, row: dict) -> list[list[Segment]]:
         return [parse_pretrain(row)]
 
-    def build_rows(self, start, length, packing):
+    def build_rows(self, start: np.ndarray, length: np.ndarray, packing: bool) -> tuple[Rows, np.ndarray, list[str]]:
         rows = pack(*split_long(start, length, self.max_seq_len), self.max_seq_len, packing)
         return rows, rows.sum_per_row(rows.length), []
 
@@ -115,15 +116,16 @@ class SFTDataset(TokenDataset):
 
     has_loss_mask = True
 
-    def __init__(self, data_path, tokenizer, max_seq_len, packing=True, skip_bad_rows=False, cache_dir=CACHE_DIR, *,
-                 seed: int = 42, system_prompt_ratio: float = 0.2, empty_think_ratio: float = 0.2):
+    def __init__(self, data_path: str | Path, tokenizer: ChatTokenizer, max_seq_len: int, packing: bool = True,
+                 skip_bad_rows: bool = False, cache_dir: str | Path = CACHE_DIR, *, seed: int = 42,
+                 system_prompt_ratio: float = 0.2, empty_think_ratio: float = 0.2):
         super().__init__(data_path, tokenizer, max_seq_len, packing, skip_bad_rows, cache_dir, seed=seed,
                          system_prompt_ratio=system_prompt_ratio, empty_think_ratio=empty_think_ratio)
 
-    def parse(self, row):
+    def parse(self, row: dict) -> list[list[Segment]]:
         return [parse_sft(row, **self.settings)]
 
-    def build_rows(self, start, length, packing):
+    def build_rows(self, start: np.ndarray, length: np.ndarray, packing: bool) -> tuple[Rows, np.ndarray, list[str]]:
         truncated, num_cut_answers = truncate_at_answers(start, length, self.mask, self.max_seq_len)
         num_truncated, lost = int((truncated < length).sum()), float((length - truncated).sum() / length.sum())
         rows = pack(start, truncated, self.max_seq_len, packing)
@@ -142,7 +144,7 @@ class DPODataset(TokenDataset):
 
     has_loss_mask, docs_per_row, ref_logprobs = True, 2, None
 
-    def parse(self, row):
+    def parse(self, row: dict) -> list[list[Segment]]:
         return parse_dpo(row)
 
     def prompt_length(self, start: int, length: int) -> int:
@@ -150,7 +152,7 @@ class DPODataset(TokenDataset):
         targets = np.flatnonzero(self.mask[start:start + length + 1])
         return int(targets[0]) if len(targets) else length + 1
 
-    def build_rows(self, start, length, packing):
+    def build_rows(self, start: np.ndarray, length: np.ndarray, packing: bool) -> tuple[Rows, np.ndarray, list[str]]:
         truncated = np.minimum(length, self.max_seq_len)
         prompt = np.array([self.prompt_length(*document)
                            for document in zip(start[::2].tolist(), truncated[::2].tolist(), strict=True)])
@@ -167,10 +169,10 @@ class DPODataset(TokenDataset):
         ] * bool(num_cut or len(pairs) < total)
 
     @property
-    def loss_count(self):
+    def loss_count(self) -> np.ndarray:
         return np.diff(self.rows.row_offsets) // 2
 
-    def batch(self, row_ids):
+    def batch(self, row_ids: np.ndarray) -> dict[str, torch.Tensor]:
         """See `prefix_sharing.collate_pairs`; documents 2i and 2i + 1 are the two of pair i. Row -1 is empty."""
         bounds = self.rows.row_offsets
         documents = np.concatenate([np.arange(bounds[row], bounds[row + 1]) for row in row_ids if row >= 0]

@@ -19,66 +19,65 @@ JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "list": "ar
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked, and what is right: a value in the last answer (the prompt's `gt`), or the call in `accepted`."""
+    """A prompt and what is right: the ground truth of the prompt in the last answer, or the call in `accepted`."""
 
     kind: str
     prompt: Prompt
-    shown: str
+    shown: str  # the question, as it is printed
     accepted: dict | None = None  # {name: {argument: [accepted values]}}
 
 
-def held_out_tasks(count: int, seed: int, prompt_of: Callable[..., Prompt]) -> list[Case]:
+def held_out_tasks(count: int, seed: int, make_prompt: Callable[..., Prompt]) -> list[Case]:
     """`count` expressions, and as many tasks of all the other tools in turn, half of each in either language."""
     world, cases = World(), []
-    world.split, others = "heldout", [name for name in SCHEMAS if name != "calculate_math"]
-    for kind in ("math", "mixed"):
-        world.rng, asked = random.Random(f"{seed}/{kind}"), set()
+    world.split, other_tools = "heldout", [name for name in SCHEMAS if name != "calculate_math"]
+    for kind, names in (("math", ["calculate_math"]), ("mixed", other_tools)):
+        world.rng, questions = random.Random(f"{seed}/{kind}"), set()
         for number in range(count):
-            world.lang = number // (1 if kind == "math" else len(others)) % 2
-            name = "calculate_math" if kind == "math" else others[number % len(others)]
-            for _ in range(100):  # a new one, as long as there are any
-                task = world.task(name)
-                if task.messages[0]["content"] not in asked:
+            world.lang, name = number // len(names) % 2, names[number % len(names)]
+            for _ in range(100):  # a new question, as long as there is one
+                question, answer, *_ = world.task(name).messages
+                if question["content"] not in questions:
                     break
-            asked.add(task.messages[0]["content"])
-            call, = json.loads(task.messages[1]["tool_calls"])
-            value = next(iter(call_tool(**call, seed=seed).values()))
-            prompt = prompt_of([world.offer([name]), task.messages[0]], [str(value)])
+            questions.add(question["content"])
+            call, = json.loads(answer["tool_calls"])
+            result = next(iter(call_tool(**call, seed=seed).values()))
+            prompt = make_prompt([world.offer([name]), question], [str(result)])
             accepted = {name: {key: [value] for key, value in call["arguments"].items()}}
-            shown = call["arguments"]["expression"] if kind == "math" else task.messages[0]["content"]
+            shown = call["arguments"]["expression"] if kind == "math" else question["content"]
             cases.append(Case(kind, prompt, shown, accepted))
     return cases
 
 
-def read_cases(path: Path, tokenizer: ChatTokenizer, prompt_of: Callable[..., Prompt], longest: int,
+def read_cases(path: Path, tokenizer: ChatTokenizer, make_prompt: Callable[..., Prompt], max_len: int,
                thinking: bool = False) -> list[Case]:
     """The cases of a file. Raises UserError when it is of neither kind."""
     rows = [(f"{path}:{number}", row) for number, row in read_rows(path)]
     if not rows or "function" not in rows[0][1]:
-        data = PromptDataset(path, tokenizer, longest, thinking_ratio=float(thinking))
+        data = PromptDataset(path, tokenizer, max_len, thinking_ratio=float(thinking))
         for line in data.warnings:
             print(line)
         return [Case(path.stem, prompt, prompt.messages[-1]["content"]) for prompt in data.prompts]
-    beside = path.with_name(f"{path.stem}_answers{path.suffix}")
-    if not beside.is_file():
-        raise UserError(f"{path}: its accepted calls are missing, {beside.name} beside it")
-    answers = {row["id"]: row["ground_truth"] for _, row in read_rows(beside)}
+    answers_path = path.with_name(f"{path.stem}_answers{path.suffix}")
+    if not answers_path.is_file():
+        raise UserError(f"{path}: its accepted calls are missing, {answers_path.name} beside it")
+    answers = {row["id"]: row["ground_truth"] for _, row in read_rows(answers_path)}
     cases = []
-    for where, row in rows:
+    for source, row in rows:
         try:
             tools = [{"type": "function", "function": as_json_schema(function)} for function in row["function"]]
             (accepted,), (messages, *_) = answers[row["id"]], row["question"]
-            offer = {"role": "system", "content": "", "tools": tools}
+            system = {"role": "system", "content": "", "tools": tools}
             if messages[0]["role"] == "system":
-                offer, messages = {**messages[0], "tools": tools}, messages[1:]
-            cases.append(Case(path.stem, prompt_of([offer, *messages]), messages[-1]["content"], accepted))
+                system, messages = {**messages[0], "tools": tools}, messages[1:]
+            cases.append(Case(path.stem, make_prompt([system, *messages]), messages[-1]["content"], accepted))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{where}: no case of one function call: {type(error).__name__} {error}") from None
+            raise UserError(f"{source}: no case of one function call: {type(error).__name__} {error}") from None
     return cases
 
 
 def as_json_schema(value: object) -> object:
-    """Python's names of types in a schema → JSON's."""
+    """A schema with Python's names of types → with JSON's."""
     if isinstance(value, dict):
         return {key: JSON_TYPES.get(part, part) if key == "type" and isinstance(part, str) else as_json_schema(part)
                 for key, part in value.items()}
@@ -88,27 +87,28 @@ def as_json_schema(value: object) -> object:
 def is_accepted(call: dict, accepted: dict) -> bool:
     """Whether a call has the name and, for each argument, an accepted value; "" among these: it may be left out.
 
-    As the leaderboard's checker compares: texts without case, blanks and , . / - _ * ^, numbers by value.
+    Values are compared as by the leaderboard: texts without case, blanks and , . / - _ * ^, numbers by value.
     """
-    wanted = accepted.get(call["name"])
-    return wanted is not None and fits(call["arguments"], wanted)
+    expected = accepted.get(call["name"])
+    return expected is not None and arguments_match(call["arguments"], expected)
 
 
-def fits(given: dict, wanted: dict) -> bool:
-    return set(given) <= set(wanted) and all(
-        any(alike(given[key], value) for value in values) if key in given else "" in values
-        for key, values in wanted.items())
+def arguments_match(arguments: dict, expected: dict) -> bool:
+    """`expected`: {argument: [accepted values]}"""
+    return set(arguments) <= set(expected) and all(
+        any(values_match(arguments[key], value) for value in values) if key in arguments else "" in values
+        for key, values in expected.items())
 
 
-def alike(given: object, wanted: object) -> bool:
-    if isinstance(given, str) and isinstance(wanted, str):
-        return all_the_same(given) == all_the_same(wanted)
-    if isinstance(given, dict) and isinstance(wanted, dict):
-        return fits(given, wanted)
-    if isinstance(given, list) and isinstance(wanted, list):
-        return len(given) == len(wanted) and all(map(alike, given, wanted))
-    return isinstance(given, bool) == isinstance(wanted, bool) and given == wanted
+def values_match(value: object, expected: object) -> bool:
+    if isinstance(value, str) and isinstance(expected, str):
+        return normalize(value) == normalize(expected)
+    if isinstance(value, dict) and isinstance(expected, dict):
+        return arguments_match(value, expected)
+    if isinstance(value, list) and isinstance(expected, list):
+        return len(value) == len(expected) and all(map(values_match, value, expected))
+    return isinstance(value, bool) == isinstance(expected, bool) and value == expected
 
 
-def all_the_same(text: str) -> str:
+def normalize(text: str) -> str:
     return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
