@@ -4,28 +4,30 @@ import argparse
 import sys
 from collections.abc import Callable
 
+SWITCH = {"type": int, "choices": (0, 1)}  # keyword arguments of `add_argument` for a flag that is 0 or 1
+
 
 class Failure(Exception):
-    """What ends a program with one line. Not the user's doing: exit status 1."""
+    """Ends a program with one line and exit status 1: something failed that the user did not cause."""
 
     status = 1
 
 
 class UserError(Failure):
-    """A mistake of the user's: exit status 2."""
+    """Ends a program with one line and exit status 2: a mistake of the user, what, where and how to fix it."""
 
     status = 2
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its name if it says nothing."""
+    """The first line of an error's message; the name of its class if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a program's `main`, turning what users can cause into one line and an exit status.
+    """Run a program's `main`; expected errors end it with one line on stderr and an exit status.
 
-    2: UserError. 1: what is not the user's (disk full, out of memory, diverged). 130: interrupted.
+    2: UserError. 1: other failures (disk full, out of memory, diverged). 130: interrupted.
     """
     try:
         main()

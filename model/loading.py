@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.cli import positive_int
+from model.cli import SWITCH, positive_int
 from model.device import choose_device, inference_dtype
 from model.model_lora import load_lora, merge_lora
 from model.transformers_io import load_folder
@@ -21,8 +21,8 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_attention_heads", type=positive_int, help="query heads (8 for a new model)")
     group.add_argument("--num_key_value_heads", type=positive_int, help="key-value heads (4 for a new model)")
     group.add_argument("--intermediate_size", type=positive_int, help="width of the feed-forward (pi x hidden_size)")
-    group.add_argument("--use_moe", type=int, choices=(0, 1), help="mixture of 4 experts instead of dense")
-    group.add_argument("--norm_topk_prob", type=int, choices=(0, 1),
+    group.add_argument("--use_moe", **SWITCH, help="mixture of 4 experts instead of dense")
+    group.add_argument("--norm_topk_prob", **SWITCH,
                        help="MoE: weights of the chosen experts sum to 1 (0 for a new model, 1 in the published ones)")
 
 
@@ -30,16 +30,15 @@ def add_folder_args(parser: argparse.ArgumentParser) -> None:
     """Flags for where weights and tokenizer are, and for the device."""
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights and logs")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best there is")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best available")
 
 
 def add_loading_args(parser: argparse.ArgumentParser) -> None:
     """Flags that choose a model for inference; each program adds its own flag for the name of the weights."""
-    parser.add_argument("--load_from", default="model",
-                        help="'model': a weight of --save_dir; else a transformers folder")
+    parser.add_argument("--load_from", default="model", help="'model': from --save_dir; else a transformers folder")
     parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
     add_folder_args(parser)
-    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than were trained on")
+    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than trained on")
     add_model_args(parser)
 
 

@@ -17,7 +17,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.cli import Parser, UserError, fraction, nonneg_int, positive_int, run_main
+from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
+from trainer.arguments import add_sft_args, sft_options
 
 KINDS = {"pretrain": PretrainDataset, "sft": SFTDataset, "dpo": DPODataset}
 LENGTHS = {"pretrain": 340, "sft": 768, "dpo": 1024}
@@ -32,21 +33,19 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer")
     parser.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0,
                         help="leave bad rows out instead of stopping")
-    for name, kind, default in (("seed", nonneg_int, 42), ("system_prompt_ratio", fraction, 0.2),
-                                ("empty_think_ratio", fraction, 0.2)):
-        parser.add_argument(f"--{name}", type=kind, default=default, help="sft: as of the stage (default: %(default)s)")
+    parser.add_argument("--seed", type=nonneg_int, default=42, help="sft: as of the stage (default: %(default)s)")
+    add_sft_args(parser)
     args = parser.parse_args()
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; remove it or name another folder")
     if not args.data_path.is_file():
         raise UserError(f"--data_path {args.data_path}: no such file")
-    extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".prepare") as cache:
         data = KINDS[args.kind](args.data_path, ChatTokenizer(args.tokenizer), args.max_seq_len or LENGTHS[args.kind],
                                 skip_bad_rows=bool(args.skip_bad_rows), cache_dir=cache,
-                                **(extras if args.kind == "sft" else {}))
+                                **(sft_options(args) if args.kind == "sft" else {}))
         data.tokens = data.mask = None  # closes the files, which Windows wants before it renames
         os.rename(data.folder, args.out)
     seconds, size = time.perf_counter() - start, args.data_path.stat().st_size / 1e6

@@ -69,10 +69,12 @@ class Run:
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
-    def load_dataset(self, dataset_class: type[TokenDataset], path: Path | None, **options) -> TokenDataset | None:
-        """The rows of `path`, tokenised once for all ranks of a machine; None without a path."""
-        if path is None:
-            return None
+    def load_datasets(self, dataset_class: type[TokenDataset], **options) -> list[TokenDataset | None]:
+        """The rows to train and to validate on, tokenised once for all ranks of a machine; None without a path."""
+        return [self._load_dataset(dataset_class, path, **options) if path else None
+                for path in (self.args.data_path, self.args.val_data_path)]
+
+    def _load_dataset(self, dataset_class: type[TokenDataset], path: Path, **options) -> TokenDataset:
         args = self.args
         with self.world.main_first():
             start = time.perf_counter()
@@ -85,10 +87,11 @@ class Run:
             self.print_main(f"data: {warning}")
         return data
 
-    def load_prompts(self, path: Path | None) -> PromptDataset | None:
-        """The prompts of `path` for online RL; None without a path."""
-        if path is None:
-            return None
+    def load_prompts(self) -> list[PromptDataset | None]:
+        """The prompts to train and to validate on, for online RL; None without a path."""
+        return [self._load_prompts(path) if path else None for path in (self.args.data_path, self.args.val_data_path)]
+
+    def _load_prompts(self, path: Path) -> PromptDataset:
         args = self.args
         prompts = PromptDataset(path, self.tokenizer, args.max_seq_len, bool(args.skip_bad_rows), args.thinking_ratio,
                                 args.seed)

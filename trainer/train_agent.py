@@ -39,7 +39,7 @@ def main() -> None:
                      f"--max_total_len {args.max_total_len} leaves no room after --max_seq_len {args.max_seq_len}")
     with Run(args) as run:
         policy = run.prepare(run.load_model())
-        prompts, val_prompts = run.load_prompts(args.data_path), run.load_prompts(args.val_data_path)
+        prompts, val_prompts = run.load_prompts()
 
         # 1. Sample: episodes o_1 … o_n of turns ~ π_θ and the results of the tools they call, for each prompt q.
         sampler = make_rollout_engine(args, policy, run.tokenizer, run.autocast(), run.world)

@@ -13,7 +13,7 @@ from dataset.lm_dataset import SFTDataset
 from model.cli import UserError, fraction, nonneg_float, positive_int, run_main
 from model.transformers_io import load_folder
 from model.weights import ROOT, load_weight, weights_hash
-from trainer.arguments import parse_args, stage_parser
+from trainer.arguments import add_sft_args, parse_args, sft_options, stage_parser
 from trainer.batches import BatchStream
 from trainer.losses import distillation_loss
 from trainer.run import Run
@@ -55,17 +55,12 @@ def main() -> None:
     parser.add_argument("--temperature", type=nonneg_float, default=1.5, help="softens both distributions")
     parser.add_argument("--reverse_kl", type=int, choices=(0, 1), default=0,
                         help="KL(student || teacher): seek a mode of the teacher's, do not cover all")
-    parser.add_argument("--system_prompt_ratio", type=fraction, default=0.2,
-                        help="share of the conversations without a system prompt that get one")
-    parser.add_argument("--empty_think_ratio", type=fraction, default=0.2,
-                        help="share of the conversations that keep their empty think blocks")
+    add_sft_args(parser)
     args = parse_args(parser)
-    extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
         student = run.load_model()  # before the teacher, so that the seed gives one student whatever the teacher
         teacher = load_teacher(run)
-        data = run.load_dataset(SFTDataset, args.data_path, **extras)
-        val_data = run.load_dataset(SFTDataset, args.val_data_path, **extras)
+        data, val_data = run.load_datasets(SFTDataset, **sft_options(args))
         settings = {"alpha": args.alpha, "temperature": args.temperature, "reverse": bool(args.reverse_kl)}
         # Loss: α·(-log p(target)) + (1 - α)·T²·KL(teacher ‖ student) at temperature T, over the supervised tokens.
         loss = partial(distillation_loss, teacher=teacher, **settings)

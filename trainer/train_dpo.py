@@ -68,7 +68,7 @@ def main() -> None:
         model = run.load_model()
         base = weights_hash(model)
         # 1. Pairs: a chosen and a rejected answer to one prompt.
-        data, val_data = (run.load_dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
+        data, val_data = run.load_datasets(DPODataset)
         # 2. Reference log-probabilities: log π_ref(y | x) of both answers, before the first step.
         for dataset in filter(None, (data, val_data) if args.loss_type != "simpo" else ()):
             dataset.ref_logprobs = reference_log_probs(run, model, base, dataset)

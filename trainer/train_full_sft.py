@@ -8,9 +8,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from dataset.lm_dataset import SFTDataset
-from model.cli import fraction, nonneg_float, run_main
+from model.cli import nonneg_float, run_main
 from model.weights import ROOT
-from trainer.arguments import parse_args, stage_parser
+from trainer.arguments import add_sft_args, parse_args, sft_options, stage_parser
 from trainer.batches import BatchStream
 from trainer.losses import next_token_loss
 from trainer.run import Run
@@ -21,18 +21,13 @@ def main() -> None:
     parser = stage_parser(
         __doc__, data_path=str(ROOT / "dataset/sft_t2t_mini.jsonl"), from_weight="pretrain", save_weight="full_sft",
         max_seq_len=768, batch_size=16, accumulation_steps=1, learning_rate=1e-5, wandb_project="MiniMind-Full-SFT")
-    parser.add_argument("--system_prompt_ratio", type=fraction, default=0.2,
-                        help="share of the conversations without a system prompt that get one")
-    parser.add_argument("--empty_think_ratio", type=fraction, default=0.2,
-                        help="share of the conversations that keep their empty think blocks")
+    add_sft_args(parser)
     parser.add_argument("--tag_loss_weight", type=nonneg_float, default=1.0,
                         help="how often a think or tool tag counts in the loss; other tokens count once")
     args = parse_args(parser)
-    extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
         model = run.load_model()
-        train_data = run.load_dataset(SFTDataset, args.data_path, **extras)
-        val_data = run.load_dataset(SFTDataset, args.val_data_path, **extras)
+        train_data, val_data = run.load_datasets(SFTDataset, **sft_options(args))
         loss_fn, settings = next_token_loss, {}
         if args.tag_loss_weight != 1:
             loss_fn = partial(next_token_loss, tag_weight=args.tag_loss_weight)

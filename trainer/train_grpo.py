@@ -30,7 +30,7 @@ def main() -> None:
     args = parse_policy_args(parser)
     with Run(args) as run:
         policy = run.prepare(run.load_model())
-        prompts, val_prompts = run.load_prompts(args.data_path), run.load_prompts(args.val_data_path)
+        prompts, val_prompts = run.load_prompts()
 
         # 1. Sample: answers o_1 … o_n ~ π_θ(· | q) to each prompt q.
         engine = make_rollout_engine(args, policy, run.tokenizer, run.autocast(), run.world)

@@ -11,7 +11,7 @@ from dataset.lm_dataset import SFTDataset
 from model.cli import fraction, nonneg_float, positive_int, run_main
 from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules, save_lora
 from model.weights import ROOT, weights_hash
-from trainer.arguments import parse_args, stage_parser
+from trainer.arguments import add_sft_args, parse_args, sft_options, stage_parser
 from trainer.batches import BatchStream
 from trainer.losses import next_token_loss
 from trainer.run import Run
@@ -31,20 +31,15 @@ def main() -> None:
                         help="share of a branch's inputs left out")
     parser.add_argument("--lora_targets", default="all",
                         help=f"names of layers, with commas between; all: what the model has of {', '.join(TARGETS)}")
-    parser.add_argument("--system_prompt_ratio", type=fraction, default=0.2,
-                        help="share of the conversations without a system prompt that get one")
-    parser.add_argument("--empty_think_ratio", type=fraction, default=0.2,
-                        help="share of the conversations that keep their empty think blocks")
+    add_sft_args(parser)
     args = parse_args(parser)
-    extras = {name: getattr(args, name) for name in ("seed", "system_prompt_ratio", "empty_think_ratio")}
     with Run(args) as run:
         model = run.load_model()
         there = [name for name in TARGETS if name in find_target_modules(model)]
         targets = there if args.lora_targets == "all" else args.lora_targets.split(",")
         lora = LoRA(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(targets), weights_hash(model))
         apply_lora(model, lora)
-        train_data = run.load_dataset(SFTDataset, args.data_path, **extras)
-        val_data = run.load_dataset(SFTDataset, args.val_data_path, **extras)
+        train_data, val_data = run.load_datasets(SFTDataset, **sft_options(args))
         stream = BatchStream(train_data, args, run.world)
         Trainer(run, model, stream, next_token_loss, val_data, save_fn=partial(save_lora, lora=lora),
                 settings={"lora": vars(lora)}).fit()

@@ -78,7 +78,7 @@ def main() -> None:
         reference = run.freeze(copy.deepcopy(actor)) if args.kl_coef else None
         model = ActorCritic(actor)
         run.prepare(model.actor), run.prepare(model.critic)
-        prompts, val_prompts = run.load_prompts(args.data_path), run.load_prompts(args.val_data_path)
+        prompts, val_prompts = run.load_prompts()
 
         # 1. Sample: answers o ~ π_θ(· | q) to each prompt q.
         engine = make_rollout_engine(args, actor, run.tokenizer, run.autocast(), run.world)

@@ -22,8 +22,7 @@ def main() -> None:
         max_seq_len=340, batch_size=32, accumulation_steps=8, learning_rate=5e-4, wandb_project="MiniMind-Pretrain"))
     with Run(args) as run:
         model = run.load_model()
-        train_data = run.load_dataset(PretrainDataset, args.data_path)
-        val_data = run.load_dataset(PretrainDataset, args.val_data_path)
+        train_data, val_data = run.load_datasets(PretrainDataset)
         Trainer(run, model, BatchStream(train_data, args, run.world), next_token_loss, val_data).fit()
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     with Run(args) as run:
         decoder = run.load_model()
         model = MiniMindForSequenceClassification.from_decoder(decoder, args.extra_layers)
-        data, val_data = (run.load_dataset(DPODataset, path) for path in (args.data_path, args.val_data_path))
+        data, val_data = run.load_datasets(DPODataset)
         # Loss: -log σ(r(chosen) - r(rejected)).
         loss = partial(reward_loss, token_weight=args.token_weight)
         settings = {"base": weights_hash(decoder), "extra_layers": args.extra_layers, "token_weight": args.token_weight}
