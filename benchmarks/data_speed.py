@@ -20,8 +20,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import torch
 
 from benchmarks.machine import save_result
-from dataset.jsonl import read_rows
 from dataset.lm_dataset import PretrainDataset
+from dataset.reader import read_rows
 from model.chat import ChatTokenizer
 from model.cli import Parser, nonneg_float, positive_int, run_main
 from model.device import peak_memory

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from benchmarks.full_report import write_report
-from dataset.jsonl import read_lines, read_rows
+from dataset.reader import read_lines, read_rows
 from dataset.sample_world import write as write_sample
 from model.chat import ChatTokenizer
 from model.cli import Failure, Parser, UserError, nonneg_float, positive_int, run_main

@@ -22,7 +22,7 @@ from unittest import mock
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from benchmarks.machine import model_parser, save_result, train
-from dataset.jsonl import read_lines
+from dataset.reader import read_lines
 from model.cli import UserError, nonneg_float, positive_int, run_main
 from model.weights import ROOT
 

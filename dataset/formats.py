@@ -28,7 +28,7 @@
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from model.chat import ROLES as OUR_ROLES
 from model.chat import parse_json, parse_tool_calls, read_json
@@ -86,7 +86,7 @@ def normalise(row: dict, kind: str) -> tuple[dict, list[str]]:
         return {"text": row["text"]}, unused_keys(row, needed)
     if media := [key for key in MEDIA if row.get(key)]:
         raise ValueError(f"this model reads text only; the row has {media[0]}")
-    unused = unused_keys(row, (*needed, *optional, "system", "tools", "functions", "gt"))
+    unused = unused_keys(row, (*needed, *optional, "system", "tools", "functions", *["gt"] * (kind == "prompt")))
     if kind == "pair":
         return normalise_pair(row, unused), list(dict.fromkeys(unused))
     messages = raw_messages(row, name)
@@ -95,10 +95,10 @@ def normalise(row: dict, kind: str) -> tuple[dict, list[str]]:
         if not messages:
             raise ValueError("no message before the answer")
     canonical = {"conversations": normalise_messages(messages, row, unused)}
-    return canonical | ({"gt": row["gt"]} if "gt" in row else {}), list(dict.fromkeys(unused))
+    return canonical | ({"gt": row["gt"]} if kind == "prompt" and "gt" in row else {}), list(dict.fromkeys(unused))
 
 
-def list_keys(values: dict) -> str:
+def list_keys(values: Iterable[str]) -> str:
     return " ".join(", ".join(f"{key:.40}" for key in list(values)[:8]).split()) or "nothing"
 
 
@@ -137,7 +137,7 @@ def message_list(row: dict, field: str, role: str = "") -> list[dict]:
         value = {"role": role, "content": value}
     messages = [value] if role and isinstance(value, dict) else parse_json(value, field, list)
     if not messages:
-        raise ValueError(f"{field} is empty; it has one message or more")
+        raise ValueError(f"{field} is empty; a conversation has one message or more")
     if not all(isinstance(message, dict) for message in messages):
         raise ValueError("a message is an object with role and content")
     return messages
@@ -225,7 +225,7 @@ def normalise_message(raw: dict, unused: list[str]) -> list[dict]:
             message[name] = message.pop(alias)
     keys = ANSWER_KEYS if role == "assistant" else MESSAGE_KEYS
     unused += unused_keys(message, keys, "message.")
-    message = {key: value for key, value in message.items() if key in ANSWER_KEYS}
+    message = {key: value for key, value in message.items() if key in keys or key in ANSWER_KEYS and not value}
     if message["role"] == "function_call":
         message |= {"content": "", "function_call": message.get("content")}
     message["role"] = role

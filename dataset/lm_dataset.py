@@ -5,8 +5,9 @@
     dpo       {"chosen": [messages],          two chats with the same prompt; what is written in the answers, with
                "rejected": [messages]}        their <|im_end|>, is a target
 
-A parser turns a row into documents, lists of segments: (text or special token, whether it is a target of the loss).
-They are tokenised once (token_cache.py) and packed into rows of `max_seq_len` positions (packing.py).
+Rows of other formats are read as these (formats.py). A parser turns a row into documents, lists of segments: (text or
+special token, whether it is a target of the loss). They are tokenised once (token_cache.py) and packed into rows of
+`max_seq_len` positions (packing.py).
 """
 
 import random
@@ -35,37 +36,30 @@ SYSTEM_PROMPTS = {
 
 
 def parse_pretrain(row: dict) -> list[Segment]:
-    text = row.get("text")
-    if not isinstance(text, str):
-        raise ValueError('a pretraining row is {"text": …}' + ("" if text is None else ", text"))
-    if not text.strip():
-        raise ValueError("the text is empty")
-    return [(BOS, True), (text, True), (EOS, True)]
+    return [(BOS, True), (row["text"], True), (EOS, True)]
 
 
 def parse_sft(row: dict, seed: int, system_prompt_ratio: float, empty_think_ratio: float) -> list[Segment]:
     """`system_prompt_ratio` of the chats that have none get a system prompt; of those without reasoning,
     `empty_think_ratio` keep their empty think blocks. Which ones depends on the seed and the row alone."""
-    messages = parse_conversation(row)
-    if not any(message.get("role") == "assistant" for message in messages):
-        raise ValueError("no message of the assistant's, so nothing to learn")
+    messages = row["conversations"]
+    if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
+        raise ValueError("no message of the assistant's that is learned")
     text = str(messages)
     rng = random.Random(f"{seed} {text}")
     add_system, keep_think = rng.random() < system_prompt_ratio, rng.random() < empty_think_ratio
     segments = render(messages, keep_empty_think=keep_think)
-    if add_system and messages[0].get("role") != "system":
+    if add_system and messages[0]["role"] != "system":
         language = "zh" if any("一" <= character <= "鿿" for character in text) else "en"
         segments = render([{"role": "system", "content": rng.choice(SYSTEM_PROMPTS[language])}]) + segments
     return segments
 
 
 def parse_dpo(row: dict) -> list[list[Segment]]:
-    pair = {side: parse_messages(row, side, '{"chosen": [messages], "rejected": [messages]}')
-            for side in ("chosen", "rejected")}
-    if pair["chosen"][:-1] != pair["rejected"][:-1]:
+    if row["chosen"][:-1] != row["rejected"][:-1]:
         raise ValueError("the prompts of chosen and rejected differ; only their last messages may")
-    thinks = any(messages[-1].get("reasoning_content") for messages in pair.values())
-    return [answer_segments(messages, side, thinks) for side, messages in pair.items()]
+    thinks = any(messages[-1].get("reasoning_content") for messages in row.values())
+    return [answer_segments(messages, side, thinks) for side, messages in row.items()]
 
 
 def answer_segments(messages: list[dict], side: str, thinks: bool) -> list[Segment]:
@@ -78,23 +72,10 @@ def answer_segments(messages: list[dict], side: str, thinks: bool) -> list[Segme
     prompt, chat = render(messages[:-1]), render(messages)
     header_end = len(prompt) + 2  # <|im_start|> and "assistant\n" are no choice
     answer = chat[header_end:-1]
-    if not any(is_target and isinstance(segment, str) and segment.strip() for segment, is_target in answer):
-        raise ValueError(f"the answer of {side} is empty")
+    if not messages[-1].get("train", True):
+        raise ValueError(f"the answer of {side} is not to be learned")
     return ([(segment, False) for segment, _ in chat[:header_end]]
             + [(segment, is_target or thinks) for segment, is_target in answer] + chat[-1:])
-
-
-def parse_conversation(row: dict) -> list[dict]:
-    return parse_messages(row, "conversations", '{"conversations": [messages]}')
-
-
-def parse_messages(row: dict, name: str, row_format: str) -> list[dict]:
-    messages = row.get(name)
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"a row is {row_format}" + ("" if messages is None else ", one or more"))
-    if not all(isinstance(message, dict) for message in messages):
-        raise ValueError("a message is an object with role and content")
-    return messages
 
 
 # -- data sets ---------------------------------------------------------------------------------------------------------
@@ -102,6 +83,8 @@ def parse_messages(row: dict, name: str, row_format: str) -> list[dict]:
 
 class PretrainDataset(TokenDataset):
     """Texts; a long one continues in the next sequence, so no target is lost."""
+
+    row_kind = "text"
 
     def parse(self, row: dict) -> list[list[Segment]]:
         return [parse_pretrain(row)]
@@ -112,9 +95,9 @@ class PretrainDataset(TokenDataset):
 
 
 class SFTDataset(TokenDataset):
-    """Conversations; a long one ends at the last answer that fits."""
+    """Conversations; a long one ends at the last answer that fits, and is left out where none begins in time."""
 
-    has_loss_mask = True
+    row_kind, has_loss_mask = "chat", True
 
     def __init__(self, data_path: str | Path, tokenizer: ChatTokenizer, max_seq_len: int, packing: bool = True,
                  skip_bad_rows: bool = False, cache_dir: str | Path = CACHE_DIR, *, seed: int = 42,
@@ -126,12 +109,18 @@ class SFTDataset(TokenDataset):
         return [parse_sft(row, **self.settings)]
 
     def build_rows(self, start: np.ndarray, length: np.ndarray, packing: bool) -> tuple[Rows, np.ndarray, list[str]]:
-        truncated, num_cut_answers = truncate_at_answers(start, length, self.mask, self.max_seq_len)
-        num_truncated, lost = int((truncated < length).sum()), float((length - truncated).sum() / length.sum())
-        rows = pack(start, truncated, self.max_seq_len, packing)
+        truncated, num_cut = truncate_at_answers(start, length, self.mask, self.max_seq_len)
+        kept = np.array([n == whole or self.mask[begin + 1:begin + n + 1].any() for begin, n, whole in zip(
+            start.tolist(), truncated.tolist(), length.tolist(), strict=True)])  # with something left to learn
+        if not kept.any():
+            raise UserError(f"{self.path}: no answer begins within --max_seq_len {self.max_seq_len}")
+        rows = pack(start[kept], truncated[kept], self.max_seq_len, packing)
+        num_truncated, num_lost = int((truncated < length).sum()), len(kept) - int(kept.sum())
+        lost = 1 - truncated[kept].sum() / length.sum()
         return rows, rows.sum_per_row(rows.length), [
             f"{num_truncated:,} of {len(start):,} conversations exceed {self.max_seq_len} tokens and end at the last "
-            f"answer that fits ({lost:.1%} of all tokens left out); {num_cut_answers:,} first answers are cut"
+            f"answer that fits ({lost:.1%} of all tokens left out); {num_cut - num_lost:,} first answers are cut"
+            + f"; {num_lost:,} conversations, whose answers begin later, are left out" * bool(num_lost)
         ] * bool(num_truncated)
 
 
@@ -142,7 +131,7 @@ class DPODataset(TokenDataset):
     `ref_logprobs` [documents], in the order of the rows: Σ log p_ref of each answer, which batches hand on, or None.
     """
 
-    has_loss_mask, docs_per_row, ref_logprobs = True, 2, None
+    row_kind, has_loss_mask, docs_per_row, ref_logprobs = "pair", True, 2, None
 
     def parse(self, row: dict) -> list[list[Segment]]:
         return parse_dpo(row)

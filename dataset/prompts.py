@@ -6,8 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dataset.jsonl import BadRows, read_rows
-from dataset.lm_dataset import parse_conversation
+from dataset.reader import RowReport, read_rows
 from model.chat import ChatTokenizer
 from model.cli import UserError
 
@@ -37,18 +36,18 @@ class PromptDataset:
 
     def __init__(self, data_path: str | Path, tokenizer: ChatTokenizer, max_seq_len: int, skip_bad_rows: bool = False,
                  thinking_ratio: float = 0.0, seed: int = 42):
-        path, bad_rows = Path(data_path), BadRows(Path(data_path), skip_bad_rows)
+        path, report = Path(data_path), RowReport(Path(data_path), skip_bad_rows)
 
         def parse(row: dict) -> Prompt:
-            messages, ground_truth = parse_conversation(row), parse_ground_truth(row)
-            messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+            messages, ground_truth = row["conversations"], parse_ground_truth(row)
             thinking = random.Random(f"{seed} {messages}").random() < thinking_ratio
             return Prompt(tokenizer.prompt(messages, open_thinking=thinking), messages, thinking, ground_truth)
 
-        prompts = [replace(prompt, source=f"{path}:{number}") for number, prompt in read_rows(path, parse, bad_rows)]
+        prompts = [replace(prompt, source=f"{path}:{number}")
+                   for number, prompt in read_rows(path, parse, report, "prompt")]
         self.prompts = [prompt for prompt in prompts if len(prompt.ids) <= max_seq_len]
         num_long = len(prompts) - len(self.prompts)
-        self.warnings = bad_rows.warnings() + [
+        self.warnings = report.warnings() + [
             f"{num_long:,} prompts of more than --max_seq_len {max_seq_len} tokens are left out"] * bool(num_long)
         if not self.prompts:
             raise UserError(f"{path}: no usable prompt in it" + "; all are too long" * bool(num_long))

@@ -18,17 +18,24 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
+from dataset.formats import list_keys, normalise
 from model.chat import read_json
 from model.cli import UserError
 
+T = TypeVar("T")
 CSV_FIELDS = {"text", "conversations", "messages", "prompt", "instruction", "chosen", "query", "question"}
 CHUNK = 1 << 20  # characters of a JSON array read at a time
 LARGEST_VALUE = 256 << 20  # characters of one element of an array, or of one field of a csv file
-SEPARATORS, SCAN = re.compile(r"[\s,]*"), json.JSONDecoder().raw_decode
+BETWEEN_VALUES, SCAN = re.compile(r"[\s,]*"), json.JSONDecoder().raw_decode
+SEPARATORS = {"csv": ",", "csv with tabs": "\t", "csv with semicolons": ";"}
 IMAGE = "an image: this model reads text only"
 NOT_ROWS = {  # how a file begins: what it is, and the way out
     b"version https://git-lfs": "a Git LFS pointer, not the file itself, which `git lfs pull` fetches",
@@ -45,21 +52,88 @@ NOT_ROWS = {  # how a file begins: what it is, and the way out
 }  # fmt: skip
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, bytes]]:
+@dataclass
+class RowReport:
+    """What became of the rows of a file: how many cannot be used, the first five as "line: reason", and the keys that
+    are not used, with the number of rows that have them. A row that cannot be used is an error, unless `skip`."""
+
+    path: Path
+    skip: bool = False
+    bad: int = 0
+    first_bad: list[str] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
+
+    def add_bad(self, number: int, error: ValueError) -> None:
+        self.bad, self.first_bad = self.bad + 1, [*self.first_bad, f"{number}: {error}"][:5]
+        self.check()
+
+    def check(self) -> None:
+        if self.bad and not self.skip:
+            raise UserError(f"{self.path}:{self.first_bad[0]} (--skip_bad_rows 1 leaves such rows out)")
+
+    def warnings(self) -> list[str]:
+        first = "; ".join(f"line {reason}" for reason in self.first_bad)
+        keys = ", ".join(f"{list_keys([key])} ({count:,})" for key, count in self.unused.most_common(20))
+        return ([f"skipped {self.bad:,} bad rows of {self.path}, the first: {first}"] * bool(self.bad)
+                + [f"keys that are not used, with the number of rows that have them: {keys}"] * bool(self.unused))
+
+
+def read_rows(path: Path, parse: Callable[[dict], T] = lambda row: row, report: RowReport | None = None,
+              kind: str | None = None) -> Iterator[tuple[int, T]]:
+    """(line number, parse(row)) of each row; `parse` raises ValueError for a row that it cannot use.
+
+    With `kind` it gets the canonical row (see formats.py). A bad row is added to `report`; without one it is an error.
+    """
+    for number, line in read_lines(path):
+        try:
+            row = parse_row(line)
+            if kind:
+                row, unused = normalise(row, kind)
+                if report:
+                    report.unused.update(unused)
+            parsed = parse(row)
+        except ValueError as error:
+            if report is None:
+                raise UserError(f"{path}:{number}: {error}") from None
+            report.add_bad(number, error)
+        else:
+            yield number, parsed
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, JSON text) of each row of a data file; without lines of its own, a row is numbered itself.
 
     Raises UserError naming the file and where reading stopped. Whether a row is good is `parse_row`'s to find out.
     """
     number = 0
     try:
-        with open(path, "rb") as file:
-            for number, line in _rows(file, path):
+        with open_unpacked(path) as file:
+            for number, line in READERS[file_format(file, path)](file):
                 yield number, line
-    except FileNotFoundError:
-        raise UserError(f"--data_path {path}: no such file") from None
     except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
-        reason = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
-        raise UserError(f"{path}:{number + 1}: cannot be read: {reason}") from None
+        raise unreadable(path, number + 1, error) from None
+
+
+def read_text(path: Path) -> str | None:
+    """All of a file of plain text; None when it holds rows. Raises UserError when it cannot be read."""
+    try:
+        with open_unpacked(path) as file:
+            return file.read().decode("utf-8-sig") if file_format(file, path) == "text" else None
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise unreadable(path, 1, error) from None
+
+
+@contextmanager
+def open_unpacked(path: Path) -> Iterator[BinaryIO]:
+    with open(path, "rb") as file:
+        yield gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+
+
+def unreadable(path: Path, number: int, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"--data_path {path}: no such file")
+    reason = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
+    return UserError(f"{path}:{number}: cannot be read: {reason}")
 
 
 def parse_row(line: bytes) -> dict:
@@ -77,27 +151,30 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8: {error.reason} (`iconv -f GB18030 -t UTF-8` converts a file in GBK)"
 
 
-def _rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    if file.peek(2)[:2] == b"\x1f\x8b":
-        file = gzip.GzipFile(fileobj=file)
+def file_format(file: BinaryIO, path: Path) -> str:
+    """What the file holds, a key of READERS, by how it begins. Raises UserError when that is no data."""
     head = file.peek(4096)[:4096].removeprefix(codecs.BOM_UTF8)
-    if head.startswith(b"PAR1"):
-        return _parquet_rows(file, path)
     start = head.lstrip()
     name = next((name for magic, name in NOT_ROWS.items() if start.startswith(magic)), None)
+    if head.startswith(b"PAR1"):
+        return "parquet"
     if b"\0" in head and not name:
         name = NOT_ROWS[b"\xff\xfe"] if 0 in head[:2] and any(head[:2]) else "a binary file, not text"
     if name or not head:
         raise UserError(f"{path}: {name or 'the file is empty'}")
-    if re.match(rb"\[|\{\s*\n", start):
-        return _json_rows(file)
+    if re.match(rb"\[\s*[{\]]|\{\s*\n", start):
+        return "JSON"
+    if start.startswith(b"{"):
+        return "lines"
     header = [*start.decode("utf-8", "replace").splitlines(), ""][:1]
-    for separator in "" if start.startswith(b"{") else ",\t;":
-        names = next(csv.reader(header, delimiter=separator))
-        if CSV_FIELDS & {name.strip().lower() for name in names}:
-            return _csv_rows(file, separator)
-    return ((number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
-            for number, line in enumerate(file, 1) if line.strip())
+    return next((name for name, separator in SEPARATORS.items() if CSV_FIELDS & {
+        field.strip().lower() for field in next(csv.reader(header, delimiter=separator))}), "text")
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def _json_rows(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -107,7 +184,7 @@ def _json_rows(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     is_array = buffer.startswith("[")
     at = int(is_array)
     while True:
-        at = SEPARATORS.match(buffer, at).end()
+        at = BETWEEN_VALUES.match(buffer, at).end()
         if is_array and buffer[at:at + 1] == "]":
             if (buffer[at + 1:] + text.read(CHUNK)).strip():
                 raise ValueError("text after the end of the array")
@@ -138,14 +215,18 @@ def _csv_rows(file: BinaryIO, separator: str) -> Iterator[tuple[int, bytes]]:
         yield rows.line_num, _dump(row)
 
 
-def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+def _parquet_rows(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UserError(f"{path}: a parquet file, which needs pyarrow: pip install pyarrow") from None
+        raise ValueError("a parquet file needs pyarrow: pip install pyarrow") from None
     rows = (row for batch in ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
     return ((number, _dump(row)) for number, row in enumerate(rows, 1))
 
 
 def _dump(value: object) -> bytes:
     return json.dumps(value, default=str).encode() + b"\n"
+
+
+READERS = {"lines": _lines, "text": _lines, "JSON": _json_rows, "parquet": _parquet_rows,
+           **{name: partial(_csv_rows, separator=separator) for name, separator in SEPARATORS.items()}}

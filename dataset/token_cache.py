@@ -16,21 +16,22 @@ import os
 import shutil
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dataset.jsonl import BadRows, read_rows
 from dataset.packing import Rows, collate
+from dataset.reader import RowReport, read_rows
 from model.chat import ChatTokenizer, Segment
 from model.cli import UserError
 from model.files import open_atomically, write_atomically
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
 CHUNK_CHARS = 2 << 20  # of text tokenised at a time
-VERSION = 2  # raise it when the same row becomes other tokens
+VERSION = 3  # raise it when the same row becomes other tokens
 
 Parser = Callable[[dict], list[list[Segment]]]  # a row → its documents
 
@@ -43,6 +44,7 @@ class TokenDataset:
     `warnings`: sentences on rows that were skipped or truncated.
     """
 
+    row_kind = ""  # of dataset.formats, as which rows are read
     has_loss_mask = False  # whether some tokens are not targets
     docs_per_row = 1  # documents that a row of the file becomes
 
@@ -50,10 +52,11 @@ class TokenDataset:
                  skip_bad_rows: bool = False, cache_dir: str | Path = CACHE_DIR, **settings):
         self.path, self.max_seq_len, self.settings = Path(data_path), max_seq_len, settings
         self.row_length = self.docs_per_row * max_seq_len
-        self.folder, self.meta = load_tokens(self.path, type(self).__name__, settings, self.parse, tokenizer,
-                                             self.has_loss_mask, skip_bad_rows, Path(cache_dir))
-        bad_rows = BadRows(self.path, skip_bad_rows, self.meta["bad"], self.meta["first_bad"])
-        bad_rows.check()
+        self.folder, self.meta = load_tokens(self.path, type(self).__name__, settings, self.parse, self.row_kind,
+                                             tokenizer, self.has_loss_mask, skip_bad_rows, Path(cache_dir))
+        report = RowReport(self.path, skip_bad_rows, self.meta["bad"], self.meta["first_bad"],
+                           Counter(self.meta["unused"]))
+        report.check()
         self.key = self.meta.get("key", self.folder.name)
         self.tokens = np.memmap(self.folder / "tokens.bin", np.uint16, "r")
         self.mask = np.memmap(self.folder / "mask.bin", np.uint8, "r") if self.has_loss_mask else None
@@ -63,11 +66,11 @@ class TokenDataset:
         with np.load(self.row_index_path) as index:
             self.rows = Rows(index["start"], index["length"], index["row_offsets"])
             self.num_tokens, self.num_targets = index["num_tokens"], index["num_targets"]
-            self.warnings = bad_rows.warnings() + json.loads(str(index["warnings"]))
+            self.warnings = report.warnings() + json.loads(str(index["warnings"]))
         self.max_sequences = int(np.diff(self.rows.row_offsets).max())
 
     def parse(self, row: dict) -> list[list[Segment]]:
-        """A row of the file → its documents."""
+        """A canonical row of `row_kind` → its documents."""
         raise NotImplementedError
 
     def build_rows(self, start: np.ndarray, length: np.ndarray, packing: bool) -> tuple[Rows, np.ndarray, list[str]]:
@@ -105,8 +108,8 @@ class TokenDataset:
                      num_targets=num_targets, warnings=np.array(json.dumps(warnings)))
 
 
-def load_tokens(path: Path, kind: str, settings: dict, parse: Parser, tokenizer: ChatTokenizer, has_mask: bool,
-                skip_bad_rows: bool, cache_dir: Path) -> tuple[Path, dict]:
+def load_tokens(path: Path, kind: str, settings: dict, parse: Parser, row_kind: str, tokenizer: ChatTokenizer,
+                has_mask: bool, skip_bad_rows: bool, cache_dir: Path) -> tuple[Path, dict]:
     """The folder of the tokens of `path`, made where it is missing, and its meta.json. `path` may be such a folder.
 
     Raises UserError for a missing file, a bad row on the way (unless `skip_bad_rows`), a folder of another recipe.
@@ -118,7 +121,7 @@ def load_tokens(path: Path, kind: str, settings: dict, parse: Parser, tokenizer:
         identity = [VERSION, kind, content_hash(path, cache_dir), tokenizer.hash, settings]
         folder = cache_dir / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
         if not (folder / "meta.json").exists():
-            tokenise(path, folder, recipe, parse, tokenizer, has_mask, skip_bad_rows)
+            tokenise(path, folder, recipe, parse, row_kind, tokenizer, has_mask, skip_bad_rows)
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
     else:
         raise UserError(f"--data_path {path}: no such file")
@@ -159,16 +162,16 @@ def content_hash(path: Path, cache_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, tokenizer: ChatTokenizer, has_mask: bool,
-             skip_bad_rows: bool) -> None:
+def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, row_kind: str, tokenizer: ChatTokenizer,
+             has_mask: bool, skip_bad_rows: bool) -> None:
     """Write the folder of the tokens of `path`, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     ends, num_tokens = array("q"), 0  # millions of documents: a list would take 40 bytes for each
-    bad_rows = BadRows(path, skip_bad_rows)
+    report = RowReport(path, skip_bad_rows)
     try:
         with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "mask.bin", "wb") as masks:
-            for documents in read_documents(path, parse, bad_rows):
+            for documents in read_documents(path, parse, row_kind, report):
                 for ids, mask in tokenizer.encode_segments(documents):
                     tokens.write(np.array(ids, np.uint16).tobytes())
                     if has_mask:
@@ -181,8 +184,8 @@ def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, tokenizer: C
         if not ends:
             raise UserError(f"{path}: no usable row in it")
         np.save(temporary / "ends.npy", np.frombuffer(ends, np.int64))
-        meta = {"source": str(path), "documents": len(ends), "tokens": num_tokens, "bad": bad_rows.count,
-                "first_bad": bad_rows.first, "key": folder.name, "made_by": recipe}
+        meta = {"source": str(path), "documents": len(ends), "tokens": num_tokens, "bad": report.bad,
+                "first_bad": report.first_bad, "unused": report.unused, "key": folder.name, "made_by": recipe}
         write_atomically(temporary / "meta.json", json.dumps(meta, ensure_ascii=False))
         os.rename(temporary, folder)
     except OSError:
@@ -192,10 +195,10 @@ def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, tokenizer: C
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_documents(path: Path, parse: Parser, bad_rows: BadRows) -> Iterator[list[list[Segment]]]:
+def read_documents(path: Path, parse: Parser, row_kind: str, report: RowReport) -> Iterator[list[list[Segment]]]:
     """The documents of the file's rows, about `CHUNK_CHARS` at a time."""
     documents, num_chars = [], 0
-    for _, parsed in read_rows(path, parse, bad_rows):
+    for _, parsed in read_rows(path, parse, report, row_kind):
         documents += parsed
         num_chars += sum(len(segment) for document in parsed for segment, _ in document if isinstance(segment, str))
         if num_chars > CHUNK_CHARS:

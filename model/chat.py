@@ -137,7 +137,8 @@ def empty_think_block() -> list[Segment]:
 def render(messages: list[dict], tools: list | str | None = None, keep_empty_think: bool = True) -> list[Segment]:
     """Messages → segments. Without `keep_empty_think`, an assistant's turn without reasoning has no think block.
 
-    `tools` may also be a field of the first message. Raises ValueError with the number of the message and the reason.
+    `tools` may also be a field of the first message. Nothing of a message with `"train": False` is a target. Raises
+    ValueError with the number of the message and the reason.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("a conversation is a non-empty list of messages")
@@ -150,7 +151,8 @@ def render(messages: list[dict], tools: list | str | None = None, keep_empty_thi
                 tools = parse_json(tools or message.get("tools") or [], "tools", list)
                 if tools and message.get("role") != "system":
                     segments += turn("system", system_segments("", tools))
-            segments += turn(*message_segments(message, tools if number == 1 else [], keep_empty_think))
+            written = turn(*message_segments(message, tools if number == 1 else [], keep_empty_think))
+            segments += written if message.get("train", True) else [(segment, False) for segment, _ in written]
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from None
     return segments

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from dataset.jsonl import read_lines, read_rows
+from dataset.reader import read_rows, read_text
 from eval_llm import QUESTIONS
 from model.chat import BOS, parse_message
 from model.cli import Failure, Parser, UserError, add_sampling_args, run_main
@@ -35,19 +35,12 @@ CONCURRENCY = 4  # requests to an endpoint
 
 
 def read_prompts(path: Path) -> list[list[dict]]:
-    """Conversations that wait for an answer: of rows (.jsonl, their last answers dropped), or one question a line."""
+    """Conversations that wait for an answer: of rows, their last answers dropped, or one question a line of text."""
     if not path.is_file():
         raise UserError(f"--prompts {path}: no such file")
-    if ".jsonl" in path.suffixes:
-        prompts = [prompt for _, prompt in read_rows(path, prompt_of)]
-    else:
-        prompts = []
-        for number, line in read_lines(path):
-            try:
-                if text := line.decode().strip():
-                    prompts.append([{"role": "user", "content": text}])
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: {error}") from None
+    text = read_text(path)
+    prompts = ([prompt for _, prompt in read_rows(path, prompt_of, kind="prompt")] if text is None else
+               [[{"role": "user", "content": line.strip()}] for line in text.splitlines() if line.strip()])
     if not prompts:
         raise UserError(f"{path}: no prompt in it")
     return prompts

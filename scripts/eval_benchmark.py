@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import torch
 from torch import nn
 
-from dataset.jsonl import read_lines, read_rows
+from dataset.reader import read_rows, read_text
 from model.chat import BOS, ChatTokenizer
 from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
 from model.files import write_atomically
@@ -38,25 +38,12 @@ NUM_POSITIONS, NUM_PREDICTED = 16, 256  # in a long text: where it is predicted,
 
 
 def read_texts(path: Path) -> list[str]:
-    """The documents of a file: the `text` of every row of .jsonl, any other file as one; .gz of either."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-
-    def text_of(row: dict) -> str:
-        if not isinstance(row.get("text"), str):
-            raise ValueError('a row is {"text": …}')
-        return row["text"]
-
-    if ".jsonl" in path.suffixes:
-        texts = [text for _, text in read_rows(path, text_of)]
-    else:
-        try:
-            texts = [b"".join(line for _, line in read_lines(path)).decode()]
-        except ValueError as error:
-            raise UserError(f"{path}:1: {error}") from None
-    if not any(texts):
+    """The documents of a file: the `text` of every row, or all of a plain text."""
+    text = read_text(path)
+    texts = [text] if text else [row["text"] for _, row in read_rows(path, kind="text")]
+    if not texts:
         raise UserError(f"{path}: no text in it")
-    return [text for text in texts if text]
+    return texts
 
 
 def windows(ids: list[int], length: int) -> list[ScoringRequest]:

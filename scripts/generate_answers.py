@@ -22,22 +22,17 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from tqdm import tqdm
 
-from dataset.jsonl import read_rows
-from dataset.lm_dataset import parse_conversation
-from model.chat import parse_json, parse_tool_calls
+from dataset.reader import read_rows
+from model.chat import parse_tool_calls
 from model.cli import Failure, Parser, UserError, add_sampling_args, first_line, nonneg_int, positive_int, run_main
 from scripts.lib.openai_client import ChatClient, RequestRefused, add_endpoint_args
 
 
 def prompt_of(row: dict) -> list[dict]:
-    """The messages before the answer. Raises ValueError when nobody asks anything, or tools or calls are unreadable."""
-    messages = parse_conversation(row)
-    prompt = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-    if not prompt or prompt[-1].get("role") not in ("user", "tool"):
+    """The messages of a row of kind "prompt". Raises ValueError when nobody asks anything."""
+    prompt = row["conversations"]
+    if prompt[-1]["role"] not in ("user", "tool"):
         raise ValueError("the message before the answer is not the user's nor a tool's")
-    parse_json(prompt[0].get("tools") or [], "tools", list)
-    for message in prompt:
-        parse_tool_calls(message)
     return prompt
 
 
@@ -63,7 +58,7 @@ def resume(path: Path) -> set[str]:
 def pending_prompts(path: Path, done: set[str]) -> Iterator[tuple[str, list[dict]]]:
     """(key, prompt) of every row that is not done, each prompt once. Raises UserError for a bad row."""
     seen = set(done)
-    for _, prompt in read_rows(path, prompt_of):
+    for _, prompt in read_rows(path, prompt_of, kind="prompt"):
         if (key := key_of(prompt)) not in seen:
             seen.add(key)
             yield key, prompt

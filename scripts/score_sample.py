@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from dataset.jsonl import read_rows
+from dataset.reader import read_rows
 from dataset.sample_world import is_correct
 from model.chat import parse_message
 from model.cli import Parser, positive_int, run_main

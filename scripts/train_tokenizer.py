@@ -24,7 +24,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset.jsonl import parse_row, read_lines
+from dataset.formats import ALIASES, ANSWER_KEYS, FORMATS, list_keys
+from dataset.reader import parse_row, read_lines
 from model.chat import TOKENIZER_DIR
 from model.cli import Parser, UserError, positive_int, run_main
 from model.files import write_atomically
@@ -46,34 +47,36 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-MESSAGE_LISTS = ("conversations", "chosen", "rejected")
-TEXT_FIELDS = ("text", "content", "reasoning_content", "tools", "tool_calls")
+FIELDS = {field for _, needed, optional in FORMATS.values() for field in (*needed, *optional)}
+FIELDS |= {*ANSWER_KEYS, *ALIASES, "system", "tools", "functions"}
 
 
-def texts_of(row: dict) -> Iterator[str]:
-    """Yield every human-readable string of a row, whatever its format. Tools may be JSON strings or plain objects."""
-    for name in MESSAGE_LISTS:
-        for message in row.get(name) or ():
-            yield from texts_of(message)
-    for name in TEXT_FIELDS:
-        if value := row.get(name):
-            yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def texts_of(value: object) -> Iterator[str]:
+    """Every text that a model would read in a row of any format (see dataset/formats.py), or in a part of one."""
+    if isinstance(value, str):
+        yield value
+    for part in value if isinstance(value, list) else ():
+        yield from texts_of(part)
+    for name in value if isinstance(value, dict) else ():
+        if name in ("tools", "tool_calls", "functions", "function_call") and value[name]:
+            yield value[name] if isinstance(value[name], str) else json.dumps(value[name], ensure_ascii=False)
+        elif name in FIELDS and name not in ("role", "from"):
+            yield from texts_of(value[name])
 
 
 def read_texts(path: Path, every: int = 1) -> Iterator[list[str]]:
-    """Yield the strings of every `every`-th row of a .jsonl or .jsonl.gz file, holding one row at a time."""
+    """The texts of every `every`-th row of a data file, one row at a time."""
     for number, line in read_lines(path):
-        if (number - 1) % every or not line.strip():
+        if (number - 1) % every:
             continue
         try:
             row = parse_row(line)
-            if not row.keys() & {*MESSAGE_LISTS, *TEXT_FIELDS}:
-                raise ValueError(f"expected an object with one of: text, {', '.join(MESSAGE_LISTS)}")
-            yield list(texts_of(row))
-        except (AttributeError, TypeError):
-            raise UserError(f"{path}:{number}: {', '.join(MESSAGE_LISTS)} must be lists of messages") from None
+            texts = list(filter(None, texts_of(row)))
+            if not texts:
+                raise ValueError(f"no text in a field that is known; this row has {list_keys(row)}")
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
+        yield texts
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:

@@ -320,7 +320,7 @@ def test_yarn_is_left_as_it_was(model):
     ([], ["nothing to measure"]), (["--benchmark", "mmlu", "x"], ["mmlu", "cmmlu"]),
     (["--benchmark", "arc", "none.jsonl"], ["none.jsonl", "no such file"]), (["--text", "none.txt"], ["none.txt"]),
     (["--long_text", "{place}/short.txt"], ["tokens", "8,192"]), (["--text", "{place}/short.jsonl"], [":1:", "text"]),
-    (["--text", "{place}/empty.txt"], ["no text"]), (["--text", "{place}/latin.txt"], ["latin.txt:1:"]),
+    (["--text", "{place}/empty.txt"], ["empty.txt", "empty"]), (["--text", "{place}/latin.txt"], ["latin.txt:1:"]),
     (["--long_text", "x", "--lengths", "256"], ["--lengths"]), (["--fewshot", "1", "--text", "x"], ["--fewshot_path"]),
 ])
 def test_mistakes_are_told_in_one_line(run, tmp_path, capsys, arguments, words):

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataset.formats import FORMATS, normalise
-from dataset.reader import CHUNK, parse_row, read_rows
+from dataset.reader import CHUNK, parse_row, read_lines, read_rows
 from model.chat import render
 from model.cli import UserError
 
@@ -58,7 +58,7 @@ FILES = {
 
 def read(path: Path, content: bytes) -> list[dict]:
     path.write_bytes(content)
-    return [parse_row(line) for _, line in read_rows(path)]
+    return [row for _, row in read_rows(path)]
 
 
 @pytest.mark.parametrize("name", [*FILES, "parquet"])
@@ -73,7 +73,7 @@ def test_rows_are_numbered_by_their_lines_or_else_by_themselves(tmp_path):
     path = tmp_path / "rows"
     for content, numbers in ((b"\n{}\n\n{}", [2, 4]), (b"[{},\n\n{}]", [1, 2]), (b"text\na\n\"b\nb\"\n", [2, 4])):
         path.write_bytes(content)
-        assert [number for number, _ in read_rows(path)] == numbers
+        assert [number for number, _ in read_lines(path)] == numbers
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -84,10 +84,10 @@ def test_a_long_array_is_read_a_little_at_a_time(tmp_path, indent):
         path = tmp_path / "rows.json"
         assert read(path, json.dumps(rows, indent=indent).encode()) == rows
         path.write_bytes(b'[{"text": "x"},' * 1 + b'{"text": "y"},' * 100_000)  # never ends
-        lines = read_rows(path)
+        lines = read_lines(path)
         assert [parse_row(next(lines)[1])["text"] for _ in range(3)] == ["x", "y", "y"]
     with pytest.raises(UserError, match=r"rows.json:100002: cannot be read: not JSON, or cut off"):
-        list(read_rows(path))
+        list(read_lines(path))
 
 
 NOT_ROWS = {

@@ -107,8 +107,8 @@ def test_a_refused_prompt_is_counted_and_left_out(ask, teacher, capsys):
 
 
 @pytest.mark.parametrize("rows, flags, words", [
-    ([row("a"), {"conversations": []}], {}, ["in.jsonl:2:", "one or more"]),
-    ([{"conversations": [{"role": "assistant", "content": "a"}]}], {}, ["in.jsonl:1:", "not the user's"]),
+    ([row("a"), {"conversations": []}], {}, ["in.jsonl:2:", "one message or more"]),
+    ([{"conversations": [{"role": "assistant", "content": "a"}]}], {}, ["in.jsonl:1:", "no message before"]),
     ([row("a")], {"concurrency": 0}, ["--concurrency"]),
 ])
 def test_mistakes_are_told_in_one_line_and_nothing_is_asked(ask, teacher, capsys, rows, flags, words):

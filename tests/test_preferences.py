@@ -102,9 +102,10 @@ def test_long_sides_are_cut_and_a_pair_without_an_answer_left_is_left_out(tmp_pa
 @pytest.mark.parametrize("row, words", [
     ({"chosen": [USER, said("3")]}, '{"chosen": [messages], "rejected": [messages]}'),
     ({"chosen": [USER, said("3")], "rejected": [USER | {"content": "2 + 2?"}, said("4")]}, "prompts of chosen and"),
-    ({"chosen": [USER, said("3")], "rejected": [USER, said(" ")]}, "the answer of rejected is empty"),
-    ({"chosen": [USER, USER], "rejected": [USER, USER]}, "chosen is not a prompt and an answer"),
-    ({"chosen": [said("3")], "rejected": [said("4")]}, "chosen is not a prompt and an answer"),
+    ({"chosen": [USER, said("3")], "rejected": [USER, said(" ")]}, "rejected: message 2: the answer is empty"),
+    ({"chosen": [USER, USER], "rejected": [USER, said("4")]}, "chosen is not a prompt and an answer"),
+    ({"chosen": [said("3")], "rejected": [said("4")]}, "chosen: the prompt that it answers is missing"),
+    ({"chosen": [USER, said("3")], "rejected": [USER, said("3")]}, "chosen and rejected are equal"),
     ({"chosen": [USER, said("3")], "rejected": [USER, "4"]}, "a message is an object"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_bad_row_is_told_with_its_line(lab, capsys, tmp_path, row, words):

@@ -253,8 +253,8 @@ def test_default_directory_does_not_depend_on_the_current_one(tmp_path):
 GOOD = b'{"text": "fine"}\n'
 BAD_FILES = {
     "not_json.jsonl": (GOOD + b"{oops\n" + GOOD, "not_json.jsonl:2: not JSON"),
-    "no_text.jsonl": (GOOD + b'{"txt": "typo"}\n', "no_text.jsonl:2: expected an object"),
-    "messages.jsonl": (b'{"conversations": "hello"}\n', "messages.jsonl:1: conversations, chosen, rejected must be"),
+    "no_text.jsonl": (GOOD + b'{"txt": "typo"}\n', "no_text.jsonl:2: no text in a field that is known; this row"),
+    "messages.jsonl": (b'{"conversations": [{"role": "user"}]}\n', "messages.jsonl:1: no text in a field"),
     "absent.jsonl": (None, "absent.jsonl: no such file"),
 }
 

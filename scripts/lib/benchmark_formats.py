@@ -5,13 +5,12 @@ Besides the layout in which a benchmark was published (and, for ARC and OpenBook
 {"query", "choices", "gold"}.
 """
 
-import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.jsonl import parse_row, read_lines
+from dataset.reader import parse_row, read_lines
 from model.cli import UserError
 
 
@@ -85,24 +84,13 @@ FORMATS: dict[str, Callable[[dict], Question]] = {
     "hellaswag": hellaswag}
 
 
-def read_table(path: Path) -> list[tuple[int, bytes | dict]]:
-    """(line number, row) of a .csv, .jsonl or .jsonl.gz file. Raises UserError when it cannot be read."""
-    if path.suffix != ".csv":
-        return list(read_lines(path))
-    try:
-        reader = csv.DictReader(path.read_text("utf-8-sig").splitlines(keepends=True))
-        return [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a csv file in UTF-8: {error}") from None
-
-
 def read_questions(name: str, path: Path) -> list[Question]:
     """All questions of a file of benchmark `name`, or of the files of a folder. Raises UserError naming file and line.
 
     The subject is the row's; without one, that of a C-Eval or CMMLU file is its name. Labels may be beside it.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if re.search(r"\.(csv|jsonl|jsonl\.gz)$", file.name))
+        files = sorted(file for file in path.iterdir() if re.search(r"\.(csv|tsv|jsonl?|parquet)(\.gz)?$", file.name))
         return [question for file in files for question in read_questions(name, file)]
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
@@ -110,9 +98,9 @@ def read_questions(name: str, path: Path) -> list[Question]:
     label_path = path.with_name(f"{path.stem}-labels.lst")
     labels = label_path.read_text("utf-8").split() if label_path.is_file() else None
     questions = []
-    for number, row in read_table(path):
+    for number, line in read_lines(path):
         try:
-            row = parse_row(row) if isinstance(row, bytes) else row
+            row = parse_row(line)
             question = FORMATS[name](row if labels is None else row | {"label": labels[number - 1]})
             if not all(isinstance(text, str) and text for text in (question.context, *question.options)):
                 raise ValueError("question and options are texts, none of them empty")

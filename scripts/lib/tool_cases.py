@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.jsonl import read_rows
 from dataset.prompts import Prompt, PromptDataset
+from dataset.reader import read_rows
 from dataset.sample_world import World
 from model.chat import ChatTokenizer
 from model.cli import UserError
