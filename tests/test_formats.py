@@ -7,21 +7,26 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lab import TOKENIZER
 
 from dataset.formats import FORMATS, normalise
+from dataset.lm_dataset import SFTDataset
 from dataset.reader import CHUNK, parse_row, read_lines, read_rows
-from model.chat import render
+from model.chat import EOS, render
 from model.cli import UserError
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -310,6 +315,68 @@ def test_a_bad_row_is_refused_by_what_is_wrong(name):
     kind, row, words = BAD_ROWS[name]
     with pytest.raises(ValueError, match=words):
         normalise(row, kind)
+
+
+# --------------------------------------------------------------------------------------------------------- data sets
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def learned(path: Path, length: int = 340, **options) -> tuple[SFTDataset, list[str]]:
+    """The data set of a file, and what is learned of each of its documents, special tokens spelt out."""
+    options = {"system_prompt_ratio": 0, "empty_think_ratio": 0, **options}
+    data = SFTDataset(path, TOKENIZER, length, cache_dir=path.parent / "cache", **options)
+    ends = np.load(data.folder / "ends.npy")[:-1]
+    return data, [TOKENIZER.decode(ids[mask != 0].tolist(), True)
+                  for ids, mask in zip(np.split(data.tokens, ends), np.split(data.mask, ends), strict=True)]
+
+
+def test_rows_in_are_rows_learned_and_rows_reported(tmp_path):
+    good = [row for name, (row, _) in CHAT_ROWS.items() if name not in ("weight 0", "train false", "loss false")]
+    bad = [row for kind, row, _ in BAD_ROWS.values() if kind == "chat"]
+    path = write(tmp_path / "rows.jsonl", [row for pair in itertools.zip_longest(good, bad)
+                                           for row in pair if row is not None])
+    data, answers = learned(path, skip_bad_rows=True)
+    assert data.meta["documents"] == len(answers) == len(good) and all(answers)
+    assert data.warnings[0].startswith(f"skipped {len(bad)} bad rows of {path}, the first: line ")
+    with pytest.raises(UserError, match="rows.jsonl:2: a row is "):
+        learned(path)
+
+
+def test_keys_that_are_not_used_are_counted_also_when_the_tokens_are_cached(tmp_path):
+    rows = [chat("q", "a") | {"id": number, "gt": ["x"]} for number in range(3)] + [answer("a", x=1)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    for _ in range(2):
+        assert learned(path)[0].warnings == ["keys that are not used, with the number of rows that have them: "
+                                             "id (3), gt (3), message.x (1)"]
+
+
+def test_an_answer_that_is_switched_off_is_read_and_not_learned(tmp_path):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no", "weight": 0},
+                {"role": "user", "content": "r"}, {"role": "assistant", "content": "yes", "weight": 1}]
+    path = write(tmp_path / "rows.jsonl", [{"messages": messages}])
+    data, answers = learned(path)
+    assert answers == ["yes<|im_end|>"] and "no" in TOKENIZER.decode(data.tokens[:].tolist())
+    with pytest.raises(UserError, match="rows.jsonl:1: no message of the assistant's that is learned"):
+        learned(write(path, [{"messages": messages[:2]}]))
+
+
+def test_conversations_without_an_answer_that_fits_are_left_out_and_counted(tmp_path):
+    long = chat("1" * 80, "never")
+    rows = [long, chat("q", "a"), chat("q", "b", "1" * 80, "c"), chat("q", "1" * 80), long]
+    path = write(tmp_path / "rows.jsonl", rows)
+    data, _ = learned(path, 64)
+    asked = Counter(data.batch(np.arange(len(data)))["targets"].tolist())
+    a, b, one = (TOKENIZER.encode_text(text)[0] for text in "ab1")
+    assert asked.keys() == {a, b, one, EOS} and (asked[a], asked[b], asked[EOS]) == (1, 1, 2) and asked[one] > 50
+    assert "4 of 5 conversations exceed 64 tokens" in data.warnings[0] and "1 first answers are cut" in data.warnings[0]
+    assert data.warnings[0].endswith("2 conversations, whose answers begin later, are left out")
+    assert (data.num_targets > 0).all()
+    with pytest.raises(UserError, match="no answer begins within --max_seq_len 64"):
+        learned(write(path, [long]), 64)
 
 
 # -------------------------------------------------------------------------------------------------------------- fuzz
