@@ -25,7 +25,7 @@ from trainer.rl.advantages import GAE, GroupRelative, SPOValueTracker, gae, grou
 from trainer.rl.packing import colorize_advantages, group_by_prefix
 from trainer.rl.rollouts import RolloutStream
 from trainer.rl.trajectory import RolloutGroup, Trajectory
-from trainer.rollout_engine import LocalRolloutEngine, policy_sampling_params
+from trainer.rollout_engine import LocalRolloutEngine
 
 # -- the losses --------------------------------------------------------------------------------------------------------
 
@@ -294,6 +294,25 @@ def test_what_is_known_before_the_update_is_exactly_what_the_update_starts_from(
     assert len(rollouts.engine.asked) == 12
 
 
+def test_old_and_reference_log_probabilities_are_each_models_own_and_the_drift_is_their_kl():
+    rollouts = make_stream(flags=("--temperature", 0.7, "--update_epochs", 2), reference=small_model())
+    batches = rollouts.take(0).batches
+
+    @torch.no_grad()
+    def log_probs(model, batch) -> torch.Tensor:
+        logits = model(**losses.inputs(batch)).logits / 0.7
+        return logits.log_softmax(-1).gather(1, batch["targets"][:, None])[:, 0]
+
+    for batch in batches:
+        assert_close(batch["old_logprobs"], log_probs(rollouts.model, batch))
+        assert_close(batch["ref_logprobs"], log_probs(rollouts.reference, batch))
+    for parameter in rollouts.model.parameters():
+        parameter.data *= 1.1
+    kl = torch.cat([kl_k3(batch["old_logprobs"], log_probs(rollouts.model, batch)) for batch in batches])
+    assert rollouts.measure_policy_kl() == pytest.approx(float(kl.mean()), rel=1e-4) != 0
+    assert rollouts.measure_policy_kl() == 0  # the same drift is not counted twice
+
+
 def test_a_prompt_is_computed_once_for_all_of_its_answers_that_fit():
     rollouts = make_stream(flags=("--batch_size", 4, "--accumulation_steps", 1, "--max_gen_len", 60))
     (batch,) = (step := rollouts.next_batch(0)).micro_batches
@@ -488,17 +507,6 @@ def test_the_critic_is_the_decoder_with_one_norm_and_starts_at_zero(lab):
     ({"loss_type": "spo", "resample": 1}, ["--resample"])])
 def test_what_cannot_be_learned_from_is_a_mistake(lab, capsys, flags, words):
     with_base(lab()).fails(capsys, 2, *words, stage=train_grpo, **{**RL, **flags})
-
-
-def test_sampled_log_probabilities_are_those_of_the_whole_distribution():
-    model = small_model().eval()
-    prompts = [Prompt([40 + i, 50, 60], []) for i in range(3)]
-    engine = LocalRolloutEngine(model, TOKENIZER)
-    answers = engine.generate(prompts, [policy_sampling_params(12, 0.7, i) for i in range(3)])
-    for answer in answers:
-        logits = model(torch.tensor([answer.tokens])).logits[0, 2:-1] / 0.7
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.completion_ids)[:, None])[:, 0]
-        assert_close(torch.tensor(answer.logprobs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_seeds_of_a_stage_share_a_panel(tmp_path):
