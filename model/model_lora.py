@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.chat import ChatTokenizer
 from model.cli import UserError, first_line
 from model.linear import Linear
-from model.moe import Experts, grouped_linear
+from model.moe import EXPERT_WEIGHTS, Experts, grouped_linear
 from model.weights import OUT_DIR, find_weight, save_weight, weight_name, weights_hash
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -64,7 +64,7 @@ class LoRAExperts(Experts):
         self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj
         self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        for name in ("gate_up_proj", "down_proj"):
+        for name in EXPERT_WEIGHTS:
             if name in lora.targets:
                 self.lora_A[name], self.lora_B[name] = init_lora_AB(getattr(base, name), lora.rank)
 
@@ -81,12 +81,8 @@ def find_target_modules(model: nn.Module) -> dict[str, list[tuple[str, nn.Module
     """The layers of the blocks that can be adapted: last name → [(path of the module, module)]."""
     modules: dict[str, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
-        if ".layers." not in path:
-            continue
-        if isinstance(module, nn.Linear):
-            modules.setdefault(path.rsplit(".", 1)[1], []).append((path, module))
-        elif isinstance(module, Experts):
-            for name in ("gate_up_proj", "down_proj"):
+        if ".layers." in path and isinstance(module, (nn.Linear, Experts)):
+            for name in EXPERT_WEIGHTS if isinstance(module, Experts) else [path.rsplit(".", 1)[1]]:
                 modules.setdefault(name, []).append((path, module))
     return modules
 

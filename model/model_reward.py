@@ -38,9 +38,8 @@ class MiniMindForSequenceClassification(MiniMindPreTrainedModel):
         config.num_hidden_layers += extra_layers
         model = cls(config)
         model.model.load_state_dict(decoder.model.state_dict(), strict=False)
-        for extra_layer, layer in zip(model.model.layers[len(decoder.model.layers):], decoder.model.layers,
-                                      strict=False):
-            extra_layer.load_state_dict(layer.state_dict())
+        for i, extra_layer in enumerate(model.model.layers[len(decoder.model.layers):]):
+            extra_layer.load_state_dict(decoder.model.layers[i].state_dict())
         return model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,

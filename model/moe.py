@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .linear import linear, pad_to_multiple
 
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # of `Experts`
+
 
 class Experts(nn.Module):
     """E SwiGLU networks as stacked weights: every expert has its slice of one gradient, used or not, on every rank."""

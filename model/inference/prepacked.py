@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.linear import Linear
-from model.moe import Experts
+from model.moe import EXPERT_WEIGHTS, Experts
 
 Prepacked = list[tuple[nn.Module, Tensor | dict[str, list[Tensor]]]]  # of each Linear, and of each weight of Experts
 NUM_TOKENS = 16  # the order is chosen for so many; it serves any number
@@ -38,8 +38,8 @@ def prepack(model: nn.Module, dtype: torch.dtype) -> Prepacked:
         if isinstance(module, Linear):
             prepacked.append((module, reorder(module.weight)))
         elif isinstance(module, Experts):
-            prepacked.append((module, {name: [reorder(weight) for weight in getattr(module, name)]
-                                       for name in ("gate_up_proj", "down_proj")}))
+            stacks = {name: [reorder(weight) for weight in getattr(module, name)] for name in EXPERT_WEIGHTS}
+            prepacked.append((module, stacks))
     return prepacked
 
 
