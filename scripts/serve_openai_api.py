@@ -4,15 +4,14 @@
     curl http://127.0.0.1:8998/v1/chat/completions -H "Content-Type: application/json" \
          -d '{"messages": [{"role": "user", "content": "Who are you?"}]}'
 
-Requests run together in one engine. A client that leaves frees its place; Ctrl-C or SIGTERM finishes what runs, answers
-503 to what is new, and ends with status 0; a second one ends at once.
+Requests run together in one engine. A client that disconnects frees its slots; Ctrl-C or SIGTERM finishes what runs,
+answers 503 to new requests, and ends with status 0; a second one ends at once.
 """
 
 import argparse
 import asyncio
 import json
 import os
-import secrets
 import socket
 import sys
 import time
@@ -29,19 +28,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from model.chat import ChatTokenizer
 from model.cli import Parser, UserError, fraction, nonneg_float, nonneg_int, positive_int, run_main
 from model.inference.engine import Engine
 from model.loading import add_loading_args, load_from_args
-from scripts.server import protocol as protocol
-from scripts.server.engine_thread import EngineThread, QueueFull, Stopping, Ticket, metrics_text
-from scripts.server.protocol import ApiError, Defaults, Job
+from scripts.server.engine_thread import EngineThread, QueueFull, Stopping, metrics_text
+from scripts.server.generation import Defaults, GenerationRequest
+from scripts.server.middleware import AuthMiddleware, error_response
+from scripts.server.protocol import ApiError, ChatBody, CompletionBody, validation_error
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
-LARGEST_BODY = 4 * 2**20  # bytes; 32,768 positions hold far less text
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 
 
 def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaults, api_key: str | None = None,
@@ -55,49 +53,53 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
         service.stop()
 
     app = FastAPI(title="MiniMind", lifespan=lifespan, docs_url=None, redoc_url=None)
-    refusals = {"4XX": {"description": "an error object: the request's fault, or not now"},
-                "5XX": {"description": "an error object: the server's fault, or it is stopping"}}
+    errors = {"4XX": {"description": "an error object: the request's fault, or not now"},
+              "5XX": {"description": "an error object: the server's fault, or it is stopping"}}
+    stream_or_errors = errors | {200: {"content": {"text/event-stream": {}}}}
 
-    answers = refusals | {200: {"content": {"text/event-stream": {}}}}
+    @app.post("/v1/chat/completions", responses=stream_or_errors)
+    async def chat_completions(body: ChatBody, http_request: Request) -> Response:
+        return await generate(http_request, body.model,
+                              partial(GenerationRequest.from_chat_body, body, tokenizer, defaults))
 
-    @app.post("/v1/chat/completions", responses=answers)
-    async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
-        return await answer(request, body.model, partial(protocol.chat_job, body, tokenizer, defaults))
+    @app.post("/v1/completions", responses=stream_or_errors)
+    async def completions(body: CompletionBody, http_request: Request) -> Response:
+        return await generate(http_request, body.model,
+                              partial(GenerationRequest.from_completion_body, body, tokenizer, defaults))
 
-    @app.post("/v1/completions", responses=answers)
-    async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
-        return await answer(request, body.model, partial(protocol.completion_job, body, tokenizer, defaults))
-
-    async def answer(request: Request, model: str | None, prepare: Callable[[], Job]) -> Response:
+    async def generate(http_request: Request, model: str | None,
+                       make_request: Callable[[], GenerationRequest]) -> Response:
+        """Body → GenerationRequest → a Sequence of the engine per choice; what they sample comes back in chunks."""
         if model not in (None, defaults.model):
             raise unknown_model(model)
-        job = await asyncio.to_thread(prepare)  # a long prompt takes a while to tokenise
-        if len(job.prompts) > service.room:
-            raise ApiError(400, f"n: {len(job.prompts)} answers; this server holds {service.room} at a time", "n")
+        request = await asyncio.to_thread(make_request)  # a long prompt takes a while to tokenise
+        if len(request.choices) > service.max_pending:
+            raise ApiError(400, f"n: {len(request.choices)} answers; this server holds {service.max_pending} at a time",
+                           "n")
         try:
-            ticket = await service.submit(job.prompts, job.samplings)
+            await service.submit(request)
         except ValueError as error:
             raise ApiError(400, str(error), code="context_length_exceeded") from None
-        if job.stream:
-            return EventStream(service, ticket, job)
-        return await whole_answer(request, service, ticket, job)
+        if request.stream:
+            return EventStream(service, request)
+        return await full_response(http_request, service, request)
 
     def unknown_model(name: str) -> ApiError:
         return ApiError(404, f"there is no model {name!r} here, only {defaults.model!r}", "model", "model_not_found")
 
-    card = {"id": defaults.model, "object": "model", "created": int(time.time()), "owned_by": "minimind"}
+    model_object = {"id": defaults.model, "object": "model", "created": int(time.time()), "owned_by": "minimind"}
 
-    @app.get("/v1/models", responses=refusals)
+    @app.get("/v1/models", responses=errors)
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [card]})
+        return JSONResponse({"object": "list", "data": [model_object]})
 
-    @app.get("/v1/models/{name:path}", responses=refusals)
+    @app.get("/v1/models/{name:path}", responses=errors)
     async def model(name: str) -> JSONResponse:
         if name != defaults.model:
             raise unknown_model(name)
-        return JSONResponse(card)
+        return JSONResponse(model_object)
 
-    @app.get("/health", responses=refusals)
+    @app.get("/health", responses=errors)
     async def health() -> JSONResponse:
         if service.stopping:
             raise Stopping
@@ -113,132 +115,53 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
             ApiError(429, "the queue is full; try again in a second", code="queue_full"), {"Retry-After": "1"}),
         Stopping: lambda _, error: error_response(
             ApiError(503, "the server is stopping", code="stopping"), {"Retry-After": "5"}),
-        RequestValidationError: lambda _, error: error_response(protocol.validation_error(error.errors())),
+        RequestValidationError: lambda _, error: error_response(validation_error(error.errors())),
         HTTPException: lambda _, error: error_response(
             ApiError(error.status_code, error.detail), getattr(error, "headers", None)),
-        Exception: lambda _, error: error_response(failure(error)),
+        Exception: lambda _, error: error_response(internal_error(error)),
     }
-    app.add_middleware(Door, service=service, api_key=api_key)
+    app.add_middleware(AuthMiddleware, service=service, api_key=api_key)
     if cors:
         app.add_middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"])
     return app
 
 
-def error_response(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, headers)
-
-
-def failure(error: Exception) -> ApiError:
-    """What a client learns of a mistake of ours: that it happened. The server's own log has the rest."""
+def internal_error(error: Exception) -> ApiError:
+    """A client learns that the server failed, and no more; the server's own log has the rest."""
     return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
 
 
-class Door:
-    """What stands before the application: the key, the largest body, and the count of answers by path and status."""
-
-    def __init__(self, app: ASGIApp, service: EngineThread, api_key: str | None):
-        self.app, self.service, self.api_key = app, service, api_key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in PATHS else "other"
-                self.service.requests[path, message["status"]] += 1
-            await send(message)
-
-        if self.api_key and scope["path"].startswith("/v1") and not self.knows(scope):
-            refusal = ApiError(401, "a wrong API key, or none: send Authorization: Bearer KEY", code="invalid_api_key")
-            await error_response(refusal, {"WWW-Authenticate": "Bearer"})(scope, receive, counted)
-        else:
-            await self.app(scope, bounded(receive), counted)
-
-    def knows(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return secrets.compare_digest(given, b"Bearer " + self.api_key.encode())
-
-
-def bounded(receive: Receive) -> Receive:
-    """`receive`, which refuses too large a body, but first drops some more of it so that the client hears why."""
-    size = 0
-
-    async def bounded_receive() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        while size > LARGEST_BODY:
-            if not message.get("more_body") or size > 8 * LARGEST_BODY:
-                raise HTTPException(413, f"the body is larger than {LARGEST_BODY:,} bytes")
-            message = await receive()
-            size += len(message.get("body", b""))
-        return message
-
-    return bounded_receive
-
-
-class Progression:
-    """The events of a ticket as chunks of its job's choices, until all of them have ended."""
-
-    def __init__(self, ticket: Ticket, job: Job):
-        self.ticket, self.job = ticket, job
-        self.completion_tokens = 0
-        self._cached: dict[int, int] = {}  # tokens of each prompt that none of its choices computed
-
-    async def chunks(self) -> AsyncIterator[dict]:
-        open_choices = len(self.job.choices)
-        while open_choices:
-            progress = await self.ticket.events.get()
-            if isinstance(progress, Exception):
-                raise progress
-            for chunk in self.job.choices[progress.number].advance(progress):
-                yield chunk
-            if progress.finish_reason:
-                open_choices -= 1
-                self.completion_tokens += progress.sampled
-                prompt = id(self.job.prompts[progress.number])
-                num_cached = progress.num_cached_tokens
-                self._cached[prompt] = min(num_cached, self._cached.get(prompt, num_cached))
-
-    @property
-    def usage(self) -> dict:
-        return protocol.usage_of(self.job, self.completion_tokens, sum(self._cached.values()))
-
-
-async def whole_answer(request: Request, service: EngineThread, ticket: Ticket, job: Job) -> Response:
-    """The answer in one piece, unless its client leaves before."""
-    progression = Progression(ticket, job)
+async def full_response(http_request: Request, service: EngineThread, request: GenerationRequest) -> Response:
+    """The response in one piece, unless its client disconnects before."""
 
     async def finish() -> None:
-        async for _ in progression.chunks():
+        async for _ in request.chunks():
             pass
 
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+    async def disconnect() -> None:
+        while (await http_request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(finish()), asyncio.create_task(leave())]
+    tasks = [asyncio.create_task(finish()), asyncio.create_task(disconnect())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
             return Response(status_code=499)  # nobody reads it
         await tasks[0]
     finally:
-        service.cancel(ticket)
+        service.cancel(request)
         for task in tasks:
             task.cancel()
-    return JSONResponse(protocol.envelope(job, [choice.whole() for choice in job.choices], progression.usage))
+    return JSONResponse(request.to_response())
 
 
 class EventStream(StreamingResponse):
-    """The answer as server-sent events. However it ends, its places are free afterwards."""
+    """The response as server-sent events. However it ends, its slots are free afterwards."""
 
-    def __init__(self, service: EngineThread, ticket: Ticket, job: Job):
-        super().__init__(self._events(Progression(ticket, job), job), media_type="text/event-stream",
+    def __init__(self, service: EngineThread, request: GenerationRequest):
+        super().__init__(self._events(request), media_type="text/event-stream",
                          headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._cancel = partial(service.cancel, ticket)
+        self._cancel = partial(service.cancel, request)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -247,22 +170,22 @@ class EventStream(StreamingResponse):
             self._cancel()
 
     @staticmethod
-    async def _events(progression: Progression, job: Job) -> AsyncIterator[str]:
+    async def _events(request: GenerationRequest) -> AsyncIterator[str]:
         def event(value: dict) -> str:
             return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
-        for choice in job.choices:
-            if first := choice.start():
-                yield event(protocol.envelope(job, [first], None, chunk=True))
+        for choice in request.choices:
+            if first_chunk := choice.first_chunk():
+                yield event(request.to_chunk([first_chunk]))
         try:
-            async with aclosing(progression.chunks()) as chunks:
+            async with aclosing(request.chunks()) as chunks:
                 async for chunk in chunks:
-                    yield event(protocol.envelope(job, [chunk], None, chunk=True))
-        except Exception as error:  # the status is sent already
-            yield event(failure(error).body())
+                    yield event(request.to_chunk([chunk]))
+        except Exception as error:  # the status has been sent
+            yield event(internal_error(error).body())
             return
-        if job.include_usage:
-            yield event(protocol.envelope(job, [], progression.usage, chunk=True))
+        if request.include_usage:
+            yield event(request.to_chunk([], request.usage()))
         yield "data: [DONE]\n\n"
 
 
@@ -279,7 +202,7 @@ class Server(uvicorn.Server):
         self.service.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        self.should_exit |= self.service.stopping and not self.service.unfinished
+        self.should_exit |= self.service.stopping and not self.service.num_pending
         return await super().on_tick(counter)
 
 

@@ -37,13 +37,14 @@ from torch.nn.functional import cross_entropy
 
 from model.chat import BOS, SPECIAL_TOKENS, ChatTokenizer, parse_message
 from model.cli import run_main
-from model.inference.engine import Engine, SamplingParams, Sequence, generate
+from model.inference.engine import Engine, SamplingParams, Sequence, TokenDelta, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, save_weight
 from scripts import chat_api
-from scripts.serve_openai_api import LARGEST_BODY, Server, create_app, listen
-from scripts.server.engine_thread import EngineThread, Progress, Ticket
-from scripts.server.protocol import ChatChoice, Defaults
+from scripts.serve_openai_api import Server, create_app, listen
+from scripts.server.engine_thread import EngineThread
+from scripts.server.generation import ChatChoice, Defaults, GenerationRequest
+from scripts.server.middleware import MAX_BODY
 from trainer.rl.tools import SCHEMAS
 
 TOKENIZER = ChatTokenizer()
@@ -79,7 +80,7 @@ class Served:
     def settles(self, condition: Callable[[], bool] | None = None) -> bool:
         """Whether the condition (by default: nothing runs or waits) holds before long."""
         engine = self.service.engine
-        condition = condition or (lambda: not (self.service.unfinished or engine.num_running or engine.num_waiting))
+        condition = condition or (lambda: not (self.service.num_pending or engine.num_running or engine.num_waiting))
         deadline = time.monotonic() + 60
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -230,17 +231,17 @@ def test_tool_choice_none_hides_the_tools(served):
     assert hidden.choices[0].message.tool_calls is None
 
 
-def choice_of(text: str, finish_reason: str = "stop", calls: bool = True) -> tuple[list[dict], dict]:
+def choice_of(text: str, finish_reason: str = "stop", has_tools: bool = True) -> tuple[list[dict], dict]:
     """What an answer becomes that is sampled token by token: its chunks, and the whole."""
-    choice = ChatChoice(0, TOKENIZER, thinks=False, calls=calls, wants_logprobs=False)
+    choice = ChatChoice(0, TOKENIZER, thinking=False, has_tools=has_tools, has_logprobs=False)
     ids = []
     for part in re.split("(</?tool_call>)", text):  # markers become tokens
         ids += [SPECIAL_TOKENS[part]] if part in SPECIAL_TOKENS else TOKENIZER.encode_text(part)
     chunks = []
-    for number, i in enumerate(ids, 1):
-        ended = finish_reason if number == len(ids) else None
-        chunks += choice.advance(Progress(0, [i], [(i, -0.5, [])], number, 0, ended))
-    return chunks, choice.whole()
+    for i in ids[:-1]:
+        chunks += choice.add(TokenDelta([i], [(i, -0.5, [])], 1, None))
+    chunks += choice.add(TokenDelta(ids[-1:], [(ids[-1], -0.5, [])], 1, finish_reason))
+    return chunks, choice.to_response()
 
 
 def test_a_call_that_cannot_be_read_is_shown_as_text():
@@ -256,7 +257,7 @@ def test_a_call_cut_by_the_length_is_text_and_not_a_call():
 
 
 def test_a_call_that_was_not_allowed_is_text():
-    _, whole = choice_of('<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>', calls=False)
+    _, whole = choice_of('<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>', has_tools=False)
     assert "tool_calls" not in whole["message"] and '"name": "a"' in whole["message"]["content"]
 
 
@@ -400,7 +401,7 @@ def test_a_client_that_leaves_frees_its_place(wildly):
             whole.cancel()
 
     asyncio.run(leave())
-    assert wildly.settles() and not wildly.service._live
+    assert wildly.settles() and not wildly.service._owners
 
 
 def test_a_soak_with_disconnects_loses_no_place_and_no_memory(wildly):
@@ -428,10 +429,10 @@ def test_a_soak_with_disconnects_loses_no_place_and_no_memory(wildly):
                 memory.append(psutil.Process().memory_info().rss)
 
     asyncio.run(soak())
-    assert wildly.settles() and not wildly.service._live
+    assert wildly.settles() and not wildly.service._owners
     gc.collect()
     kept = Counter(type(thing) for thing in gc.get_objects())
-    assert kept[Ticket] < 5  # the engine's thread still holds its last command
+    assert kept[GenerationRequest] < 5  # the engine's thread still holds its last command
     assert kept[Sequence] <= wildly.service.engine.max_batch + 64  # what is kept for reuse; 64 of the test before
     assert memory[-1] - memory[0] < 100 * 2**20, memory
     assert wildly.chat(WHO[:1], max_tokens=2).choices[0].finish_reason == "length"
@@ -536,7 +537,7 @@ def test_unknown_fields_are_ignored_and_null_is_left_out(served):
         [{"role": "system", "content": "x"}, *USER]))
 
 
-@pytest.mark.parametrize("size", [LARGEST_BODY + 1, 3 * LARGEST_BODY])
+@pytest.mark.parametrize("size", [MAX_BODY + 1, 3 * MAX_BODY])
 def test_too_large_a_body_is_refused(served, size):
     response = served.post(content=b" " * size, headers={"Content-Type": "application/json"})
     assert response.status_code == 413 and "bytes" in response.json()["error"]["message"]

@@ -1,8 +1,8 @@
-"""The engine in a thread of its own, and requests in asyncio: who talks to whom, and what is counted.
+"""The engine in a thread of its own, requests in asyncio, and what /metrics counts.
 
-The engine is not thread-safe, so one thread owns it. Requests put commands into its inbox; between two steps it obeys
-them, and after each step it hands all news to the event loop at once. `unfinished` counts the sequences that are
-promised or running; it changes only in the event loop, so it needs no lock.
+The engine is not thread-safe, so one thread owns it. The event loop puts commands into its inbox, which it obeys
+between two steps; after each step it posts all deltas to the event loop at once. `num_pending` counts the sequences
+that were accepted and have not finished; only the event loop changes it, so it needs no lock.
 """
 
 import asyncio
@@ -14,50 +14,21 @@ import traceback
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 from model.cli import first_line
-from model.inference.engine import Engine, SamplingParams, Sequence
+from model.inference.engine import Engine, Sequence, TokenDelta
+from scripts.server.generation import GenerationRequest
 
 BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # of the time to the first token, in seconds
 
 
 class QueueFull(Exception):
-    """All places are taken and enough requests wait already."""
+    """All slots are taken and enough requests wait already."""
 
 
 class Stopping(Exception):
-    """The server finishes what runs and takes nothing new."""
-
-
-@dataclass
-class Progress:
-    """News of one sequence of a ticket: what it sampled since the last time."""
-
-    number: int  # of the sequence in its ticket
-    said: list[str | int]  # what is safe to show: text and the ids of markers
-    tokens: list[tuple[int, float, list[tuple[int, float]]]]  # id, logprob, likeliest; without the stop token
-    sampled: int  # tokens in all, the stop token included
-    num_cached_tokens: int  # prompt tokens that were not computed again
-    finish_reason: str | None
-
-
-@dataclass
-class Ticket:
-    """A request's sequences: their Progress arrives in `events`, an exception instead when the engine has failed."""
-
-    events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    began: float | None = field(default_factory=time.perf_counter)  # None once its first token is here
-    running: set[Sequence] = field(default_factory=set)  # the engine's thread owns it
-
-
-@dataclass
-class Live:
-    """Whose a sequence is."""
-
-    ticket: Ticket
-    number: int
+    """The server finishes what runs and accepts nothing new."""
 
 
 class EngineThread:
@@ -66,14 +37,14 @@ class EngineThread:
     def __init__(self, new_engine: Callable[[], Engine], max_queue: int = 128):
         self.engine, self._new_engine, self.max_queue = new_engine(), new_engine, max_queue
         self.stopping = False
-        self.unfinished = 0
+        self.num_pending = 0
         self.prompt_tokens = self.generated_tokens = 0
         self.requests: Counter[tuple[str, int]] = Counter()  # by path and status
         self.first_token = Counter({bucket: 0 for bucket in range(len(BUCKETS) + 1)})
         self.first_token_seconds = 0.0
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._live: dict[Sequence, Live] = {}
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._owners: dict[Sequence, tuple[GenerationRequest, int]] = {}  # and the index of its choice
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -86,115 +57,104 @@ class EngineThread:
         self._thread.join()
 
     @property
-    def room(self) -> int:
-        """How many sequences may be promised at a time: running and waiting ones."""
+    def max_pending(self) -> int:
+        """How many sequences may be pending at a time: running and waiting ones."""
         return self.engine.max_batch + self.max_queue
 
-    async def submit(self, prompts: list[list[int]], samplings: list[SamplingParams]) -> Ticket:
-        """A ticket for one sequence a prompt. Raises QueueFull, Stopping, or ValueError when the engine refuses."""
+    async def submit(self, request: GenerationRequest) -> None:
+        """Queue one sequence per choice. Raises QueueFull, Stopping, or ValueError when the engine refuses one."""
         if self.stopping:
             raise Stopping
-        if self.unfinished + len(prompts) > self.room:
+        if self.num_pending + len(request.choices) > self.max_pending:
             raise QueueFull
-        ticket, accepted = Ticket(), self._loop.create_future()
-        self.unfinished += len(prompts)
-        self._inbox.put(partial(self._add, ticket, prompts, samplings, accepted))
+        accepted = self._loop.create_future()
+        request.submitted_at = time.perf_counter()
+        self.num_pending += len(request.choices)
+        self._inbox.put(partial(self._add, request, accepted))
         try:
             await accepted
         except asyncio.CancelledError:
-            self.cancel(ticket)
+            self.cancel(request)
             raise
-        return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Free the places of a ticket's sequences that still run. Does nothing when all have ended."""
-        self._inbox.put(partial(self._cancel, ticket))
+    def cancel(self, request: GenerationRequest) -> None:
+        """Free the slots of a request's sequences that still run. Does nothing when all have finished."""
+        self._inbox.put(partial(self._cancel, request))
 
     # -- in the engine's thread ----------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
             while not self.engine.busy or not self._inbox.empty():
                 command = self._inbox.get()
                 if command is None:
                     return
                 command()
-            if self.engine.busy:
-                try:
-                    self._tell(self._hand_out, [self._news(sequence) for sequence in self.engine.step()])
-                except Exception as error:
-                    traceback.print_exc(file=sys.stderr)
-                    self._give_up(RuntimeError(first_line(error)))
+            try:
+                self._post(self._dispatch, [self._delta(sequence) for sequence in self.engine.step()])
+            except Exception as error:
+                traceback.print_exc(file=sys.stderr)
+                self._fail_all(RuntimeError(first_line(error)))
 
-    def _tell(self, function, *arguments: object) -> None:
+    def _post(self, function: Callable, *arguments: object) -> None:
         """Call `function` in the event loop, unless that has ended."""
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
             self._inbox.put(None)
 
-    def _add(self, ticket: Ticket, prompts: list[list[int]], samplings: list[SamplingParams],
-             accepted: asyncio.Future) -> None:
+    def _add(self, request: GenerationRequest, accepted: asyncio.Future) -> None:
+        error = None
         try:
-            for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-                sequence = self.engine.add(prompt, sampling)
-                self._live[sequence] = Live(ticket, number)
-                ticket.running.add(sequence)
+            for index, (prompt, params) in enumerate(zip(request.prompts, request.params, strict=True)):
+                request.sequences.append(self.engine.add(prompt, params))
+                self._owners[request.sequences[-1]] = request, index
+            self.prompt_tokens += request.num_prompt_tokens
         except Exception as refusal:
-            self._tell(self._forget, len(prompts) - len(ticket.running))
-            self._cancel(ticket)
-            self._tell(settle, accepted, refusal)
-        else:
-            self.prompt_tokens += sum({id(prompt): len(prompt) for prompt in prompts}.values())
-            self._tell(settle, accepted, None)
+            error = refusal
+            self._post(self._release, len(request.choices) - len(request.sequences))
+            self._cancel(request)
+        self._post(resolve_future, accepted, error)
 
-    def _cancel(self, ticket: Ticket) -> None:
-        for sequence in ticket.running:
+    def _cancel(self, request: GenerationRequest) -> None:
+        unfinished = [sequence for sequence in request.sequences if self._owners.pop(sequence, None)]
+        for sequence in unfinished:
             self.engine.cancel(sequence)
-            del self._live[sequence]
-        self._tell(self._forget, len(ticket.running))
-        ticket.running.clear()
+        self._post(self._release, len(unfinished))
 
-    def _news(self, sequence: Sequence) -> tuple[Ticket, Progress]:
-        """What a sequence has to tell since the last time, and whom."""
-        live, delta = self._live[sequence], sequence.next_delta()
-        ended = delta.finish_reason
-        news = Progress(live.number, delta.pieces, delta.tokens, len(sequence.completion_ids),
-                        sequence.num_cached_tokens, ended)
+    def _delta(self, sequence: Sequence) -> tuple[GenerationRequest, int, TokenDelta]:
+        """What a step added to a sequence, and for which choice of which request."""
+        delta = sequence.next_delta()
         self.generated_tokens += delta.num_tokens
-        if ended:
-            del self._live[sequence]
-            live.ticket.running.discard(sequence)
-        return live.ticket, news
+        owner = self._owners.pop(sequence) if delta.finish_reason else self._owners[sequence]
+        return *owner, delta
 
-    def _give_up(self, error: Exception) -> None:
-        """The engine broke in the middle of a step: its requests end, a new engine serves the next ones."""
-        tickets, lost = {id(live.ticket): live.ticket for live in self._live.values()}, len(self._live)
-        self._live.clear()
+    def _fail_all(self, error: Exception) -> None:
+        """The engine broke in the middle of a step: all its requests fail, and a new engine serves the next ones."""
+        owners = list(self._owners.values())
+        self._owners.clear()
         self.engine = self._new_engine()
-        for ticket in tickets.values():
-            ticket.running.clear()
-            self._tell(ticket.events.put_nowait, error)
-        self._tell(self._forget, lost)
+        for request in {request for request, _ in owners}:
+            self._post(request.deltas.put_nowait, error)
+        self._post(self._release, len(owners))
 
     # -- in the event loop ---------------------------------------------------------------------------------------------
 
-    def _hand_out(self, news: list[tuple[Ticket, Progress]]) -> None:
+    def _dispatch(self, deltas: list[tuple[GenerationRequest, int, TokenDelta]]) -> None:
         now = time.perf_counter()
-        for ticket, progress in news:
-            if ticket.began is not None and progress.sampled:
-                self.first_token[bisect_left(BUCKETS, now - ticket.began)] += 1
-                self.first_token_seconds += now - ticket.began
-                ticket.began = None
-            if progress.finish_reason:
-                self.unfinished -= 1
-            ticket.events.put_nowait(progress)
+        for request, index, delta in deltas:
+            if request.submitted_at is not None:
+                self.first_token[bisect_left(BUCKETS, now - request.submitted_at)] += 1
+                self.first_token_seconds += now - request.submitted_at
+                request.submitted_at = None
+            self.num_pending -= delta.finish_reason is not None
+            request.deltas.put_nowait((index, delta))
 
-    def _forget(self, count: int) -> None:
-        self.unfinished -= count
+    def _release(self, num_sequences: int) -> None:
+        self.num_pending -= num_sequences
 
 
-def settle(future: asyncio.Future, error: Exception | None) -> None:
+def resolve_future(future: asyncio.Future, error: Exception | None) -> None:
     if future.done():  # its request was cancelled meanwhile
         return
     if error:
@@ -204,28 +164,27 @@ def settle(future: asyncio.Future, error: Exception | None) -> None:
 
 
 def metrics_text(service: EngineThread) -> str:
-    """What is counted, in Prometheus's text format, version 0.0.4."""
+    """The counts in Prometheus's text format, version 0.0.4."""
     engine = service.engine
     lines = []
 
-    def family(name: str, kind: str, meaning: str, *samples: tuple[str, float]) -> None:
+    def add_metric(name: str, kind: str, meaning: str, *samples: tuple[str, float]) -> None:
         lines.extend((f"# HELP minimind_{name} {meaning}", f"# TYPE minimind_{name} {kind}"))
         lines.extend(f"minimind_{name}{labels} {value}" for labels, value in samples)
 
-    family("requests_total", "counter", "Requests answered, by path and HTTP status.",
-           *((f'{{path="{path}",status="{status}"}}', n) for (path, status), n in sorted(service.requests.items())))
-    family("prompt_tokens_total", "counter", "Tokens of accepted prompts.", ("", service.prompt_tokens))
-    family("generated_tokens_total", "counter", "Tokens sampled.", ("", service.generated_tokens))
-    family("reused_prompt_tokens_total", "counter", "Prompt tokens that were not computed again.",
-           ("", engine.num_cached_tokens))
-    family("sequences_waiting", "gauge", "Sequences without a place.", ("", engine.num_waiting))
-    family("sequences_running", "gauge", "Sequences with a place.", ("", engine.num_running))
-    family("places", "gauge", "Sequences that can run at a time.", ("", engine.max_batch))
-    seen = 0
-    buckets = []
-    for number, edge in enumerate((*BUCKETS, "+Inf")):
-        seen += service.first_token[number]
-        buckets.append((f'_bucket{{le="{edge}"}}', seen))
-    family("time_to_first_token_seconds", "histogram", "From the request to its first token.", *buckets,
-           ("_sum", service.first_token_seconds), ("_count", seen))
+    add_metric("requests_total", "counter", "Requests answered, by path and HTTP status.",
+               *((f'{{path="{path}",status="{status}"}}', n) for (path, status), n in sorted(service.requests.items())))
+    add_metric("prompt_tokens_total", "counter", "Tokens of accepted prompts.", ("", service.prompt_tokens))
+    add_metric("generated_tokens_total", "counter", "Tokens sampled.", ("", service.generated_tokens))
+    add_metric("reused_prompt_tokens_total", "counter", "Prompt tokens that were not computed again.",
+               ("", engine.num_cached_tokens))
+    add_metric("sequences_waiting", "gauge", "Sequences without a place.", ("", engine.num_waiting))
+    add_metric("sequences_running", "gauge", "Sequences with a place.", ("", engine.num_running))
+    add_metric("places", "gauge", "Sequences that can run at a time.", ("", engine.max_batch))
+    count, buckets = 0, []
+    for bucket, upper_bound in enumerate((*BUCKETS, "+Inf")):
+        count += service.first_token[bucket]
+        buckets.append((f'_bucket{{le="{upper_bound}"}}', count))
+    add_metric("time_to_first_token_seconds", "histogram", "From the request to its first token.", *buckets,
+               ("_sum", service.first_token_seconds), ("_count", count))
     return "\n".join(lines) + "\n"

@@ -1,0 +1,265 @@
+"""A request on its way through the server: from a client's body to the engine's tokens, and back.
+
+    ChatBody ─ from_chat_body ─→ GenerationRequest ─ EngineThread.submit ─→ Engine.add: one Sequence per choice
+    JSON ←──── ChatChoice.add ── GenerationRequest.chunks ←─ TokenDelta ── Engine.step
+"""
+
+import asyncio
+import json
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from model.chat import BOS, ChatTokenizer, MessageParser
+from model.inference.engine import SamplingParams, Sequence, TokenDelta
+from scripts.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, TemplateOptions
+
+MAX_CHOICES = 1024  # of one request: many small prompts cost more memory than their text
+MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for a token that cannot be sampled
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request leaves open; `model` is the name that clients give."""
+
+    model: str = "minimind"
+    max_new_tokens: int = 1024
+    temperature: float = 0.85
+    top_p: float = 0.95
+    open_thinking: bool = False
+
+
+@dataclass(eq=False)
+class GenerationRequest:
+    """One HTTP request, ready for the engine. `prompts`, `params`, `choices` and `sequences` have one entry each."""
+
+    object: str  # what the response is: "chat.completion" or "text_completion"
+    model: str
+    prompts: list[list[int]]  # token ids; n choices of one prompt share the list
+    params: list[SamplingParams]
+    choices: list["ChatChoice | TextChoice"]
+    stream: bool
+    include_usage: bool
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+    sequences: list[Sequence] = field(default_factory=list)  # the engine's thread adds them
+    deltas: asyncio.Queue = field(default_factory=asyncio.Queue)  # (index, TokenDelta), or why the engine failed
+    submitted_at: float | None = None  # time.perf_counter(), until the first token comes
+
+    @classmethod
+    def from_chat_body(cls, body: ChatBody, tokenizer: ChatTokenizer, defaults: Defaults) -> "GenerationRequest":
+        """Raises ApiError when the messages or tools cannot be written in the chat format."""
+        template = body.chat_template_kwargs or TemplateOptions()
+        thinking = bool(first_given(body.open_thinking, template.open_thinking, template.enable_thinking,
+                                    defaults.open_thinking))
+        tools = [tool.model_dump() for tool in body.tools or []] if body.tool_choice != "none" else []
+        try:
+            prompt = tokenizer.prompt([message.to_dict() for message in body.messages], tools, thinking)
+        except ValueError as error:
+            raise ApiError(400, str(error), "messages") from None
+        n = body.n or 1
+        params = sampling_params(body, defaults, n, body.top_logprobs or None, body.max_completion_tokens)
+        choices = [ChatChoice(i, tokenizer, thinking, bool(tools), bool(body.logprobs)) for i in range(n)]
+        return cls("chat.completion", defaults.model, [prompt] * n, params, choices, *stream_options(body))
+
+    @classmethod
+    def from_completion_body(cls, body: CompletionBody, tokenizer: ChatTokenizer,
+                             defaults: Defaults) -> "GenerationRequest":
+        """Text follows `<|im_start|>`, as in pretraining; token ids are taken as they are. Raises ApiError."""
+        prompts = body.prompt
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]
+        prompts = [prompt if isinstance(prompt, list) else [BOS, *tokenizer.encode_text(prompt)] for prompt in prompts]
+        if not prompts or not all(prompts):
+            raise ApiError(400, "prompt: it is empty", "prompt")
+        if any(not 0 <= i < tokenizer.vocab_size for prompt in prompts for i in prompt):
+            raise ApiError(400, f"prompt: token ids are 0 to {tokenizer.vocab_size - 1}", "prompt")
+        n = body.n or 1
+        num_choices = n * len(prompts)
+        if num_choices > MAX_CHOICES:
+            raise ApiError(400, f"prompt: {num_choices:,} answers, the most is {MAX_CHOICES:,} per request", "prompt")
+        params = sampling_params(body, defaults, num_choices, body.logprobs or None)
+        choices = [TextChoice(i, tokenizer, body.logprobs is not None) for i in range(num_choices)]
+        return cls("text_completion", defaults.model, [prompt for prompt in prompts for _ in range(n)], params, choices,
+                   *stream_options(body))
+
+    async def chunks(self) -> AsyncIterator[dict]:
+        """The choices' chunks as the engine samples them, until all have finished. Raises what the engine raised."""
+        num_open = len(self.choices)
+        while num_open:
+            delta = await self.deltas.get()
+            if isinstance(delta, Exception):
+                raise delta
+            index, delta = delta
+            for chunk in self.choices[index].add(delta):
+                yield chunk
+            num_open -= delta.finish_reason is not None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """A prompt of n choices counts once."""
+        return sum({id(prompt): len(prompt) for prompt in self.prompts}.values())
+
+    def usage(self) -> dict:
+        """The tokens of the finished request; those of a prompt are cached where none of its choices computed them."""
+        completion_tokens = sum(len(sequence.completion_ids) for sequence in self.sequences)
+        num_cached: dict[int, int] = {}
+        for prompt, sequence in zip(self.prompts, self.sequences, strict=True):
+            num_cached[id(prompt)] = min(sequence.num_cached_tokens, num_cached.get(id(prompt), len(prompt)))
+        return {"prompt_tokens": self.num_prompt_tokens, "completion_tokens": completion_tokens,
+                "total_tokens": self.num_prompt_tokens + completion_tokens,
+                "prompt_tokens_details": {"cached_tokens": sum(num_cached.values())}}
+
+    def to_response(self) -> dict:
+        """The finished response, in one piece."""
+        return self._envelope([choice.to_response() for choice in self.choices]) | {"usage": self.usage()}
+
+    def to_chunk(self, choices: list[dict], usage: dict | None = None) -> dict:
+        """One event of the response's stream."""
+        is_chat = self.object == "chat.completion"
+        return self._envelope(choices, ".chunk" * is_chat) | ({"usage": usage} if self.include_usage else {})
+
+    def _envelope(self, choices: list[dict], suffix: str = "") -> dict:
+        prefix = "chatcmpl-" if self.object == "chat.completion" else "cmpl-"
+        return {"id": prefix + self.id, "object": self.object + suffix, "created": self.created, "model": self.model,
+                "choices": choices}
+
+
+def first_given(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def stream_options(body: GenerationBody) -> tuple[bool, bool]:
+    """`stream` and `include_usage`."""
+    return bool(body.stream), bool(body.stream_options and body.stream_options.include_usage)
+
+
+def sampling_params(body: GenerationBody, defaults: Defaults, num_choices: int, top_logprobs: int | None,
+                    max_completion_tokens: int | None = None) -> list[SamplingParams]:
+    """The params of each choice; choice i is sampled with the seed + i."""
+    seed = first_given(body.seed, secrets.randbits(62))
+    stop = body.stop or ()
+    params = {
+        "max_new_tokens": first_given(max_completion_tokens, body.max_tokens, defaults.max_new_tokens),
+        "temperature": first_given(body.temperature, defaults.temperature),
+        "top_p": first_given(body.top_p, defaults.top_p), "top_k": max(body.top_k or 0, 0), "min_p": body.min_p or 0.0,
+        "presence_penalty": body.presence_penalty or 0.0, "frequency_penalty": body.frequency_penalty or 0.0,
+        "repetition_penalty": first_given(body.repetition_penalty, 1.0),
+        "stop": (stop,) if isinstance(stop, str) else tuple(stop), "top_logprobs": top_logprobs,
+    }
+    return [SamplingParams(**params, seed=(seed + i) % 2**63) for i in range(num_choices)]
+
+
+class ChatChoice:
+    """One choice of a chat completion: deltas of tokens become chunks, which add up to its message."""
+
+    def __init__(self, index: int, tokenizer: ChatTokenizer, thinking: bool, has_tools: bool, has_logprobs: bool):
+        self.index, self.tokenizer, self.has_tools, self.finish_reason = index, tokenizer, has_tools, None
+        self.message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
+        self.logprobs: list[dict] | None = [] if has_logprobs else None
+        self._parser = MessageParser(tokenizer, thinking)
+
+    def first_chunk(self) -> dict:
+        return self._chunk({"role": "assistant", "content": ""}, [])
+
+    def add(self, delta: TokenDelta) -> Iterator[dict]:
+        """The next chunks of this choice."""
+        entries = []
+        if self.logprobs is not None:
+            entries = [chat_logprob(self.tokenizer, *token) for token in delta.tokens]
+            self.logprobs += entries
+        events = [*self._parser.feed(delta.pieces), *(self._parser.finish() if delta.finish_reason else ())]
+        for part in self._parts(events):
+            yield self._chunk(part, entries)
+            entries = []
+        if delta.finish_reason:
+            has_called = delta.finish_reason == "stop" and self.message["tool_calls"]
+            self.finish_reason = "tool_calls" if has_called else delta.finish_reason
+        if entries or self.finish_reason:
+            yield self._chunk({}, entries)
+
+    def _parts(self, events: list[tuple[str, Any]]) -> Iterator[dict]:
+        """The parser's events as parts of a message; a tool call comes as its name, then its arguments."""
+        for kind, value in events:
+            if kind == "tool_call" and self.has_tools:
+                index, function = len(self.message["tool_calls"]), {"name": value["name"], "arguments": ""}
+                call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+                arguments = json.dumps(value["arguments"], ensure_ascii=False)
+                self.message["tool_calls"].append(call | {"function": function | {"arguments": arguments}})
+                yield {"tool_calls": [{"index": index, **call}]}
+                yield {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
+                continue
+            if kind in ("tool_call", "malformed"):  # what is no call to this client is text
+                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                kind, value = "content", "\n" * bool(self.message["content"]) + f"<tool_call>\n{text}\n</tool_call>"
+            name = "reasoning_content" if kind == "reasoning" else "content"
+            self.message[name] += value
+            yield {name: value}
+
+    def _chunk(self, part: dict, entries: list[dict]) -> dict:
+        logprobs = {"content": entries, "refusal": None} if entries else None
+        return {"index": self.index, "delta": part, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+    def to_response(self) -> dict:
+        """The finished choice."""
+        message = {"role": "assistant", "content": self.message["content"], "refusal": None}
+        if self.message["reasoning_content"]:
+            message["reasoning_content"] = self.message["reasoning_content"]
+        if self.message["tool_calls"]:
+            message |= {"tool_calls": self.message["tool_calls"], "content": self.message["content"] or None}
+        logprobs = None if self.logprobs is None else {"content": self.logprobs, "refusal": None}
+        return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+class TextChoice:
+    """One choice of a plain completion: the engine's text, in chunks or whole."""
+
+    def __init__(self, index: int, tokenizer: ChatTokenizer, has_logprobs: bool):
+        self.index, self.tokenizer, self.finish_reason, self.text = index, tokenizer, None, ""
+        self.logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        self._has_logprobs, self._offset = has_logprobs, 0
+
+    def first_chunk(self) -> None:
+        """A plain completion has none."""
+
+    def add(self, delta: TokenDelta) -> Iterator[dict]:
+        """The next chunk of this choice, unless nothing is new."""
+        text = "".join(piece for piece in delta.pieces if isinstance(piece, str))
+        self.text += text
+        self.finish_reason = delta.finish_reason
+        entries = {key: [] for key in self.logprobs}
+        if self._has_logprobs:
+            for token, logprob, top_logprobs in delta.tokens:
+                name = token_text(self.tokenizer, token)
+                top = {token_text(self.tokenizer, i): max(value, MIN_LOGPROB) for i, value in top_logprobs}
+                for key, value in zip(entries, (name, logprob, top, self._offset), strict=True):
+                    entries[key].append(value)
+                    self.logprobs[key].append(value)
+                self._offset += len(name)
+        if text or self.finish_reason or entries["tokens"]:
+            yield self._response(text, entries)
+
+    def to_response(self) -> dict:
+        """The finished choice."""
+        return self._response(self.text, self.logprobs)
+
+    def _response(self, text: str, logprobs: dict) -> dict:
+        return {"index": self.index, "text": text, "logprobs": logprobs if self._has_logprobs else None,
+                "finish_reason": self.finish_reason}
+
+
+def token_text(tokenizer: ChatTokenizer, token: int) -> str:
+    return tokenizer.token_bytes[token].decode("utf-8", "replace")
+
+
+def chat_logprob(tokenizer: ChatTokenizer, token: int, logprob: float, top_logprobs: list[tuple[int, float]]) -> dict:
+    """A token, its log-probability in nats, and the likeliest tokens in its place, as chat completions write them."""
+
+    def entry(token: int, logprob: float) -> dict:
+        return {"token": token_text(tokenizer, token), "logprob": max(logprob, MIN_LOGPROB),
+                "bytes": list(tokenizer.token_bytes[token])}
+
+    return entry(token, logprob) | {"top_logprobs": [entry(*top) for top in top_logprobs]}
