@@ -25,173 +25,175 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import model_config, model_parser, random_prompt, result_name, save_result
+from benchmarks.machine import clock, model_config, model_parser, random_prompt, result_name, save_result
 from benchmarks.plain import TEMPERATURE, TOP_P, plain_loop
-from model import model_minimind
+from model.attention import attention
 from model.cli import positive_int, run_main
-from model.device import choose_device, inference_dtype, synchronise
+from model.device import choose_device, inference_dtype
 from model.inference.engine import Engine, SamplingParams
 from model.inference.prepacked import use_prepacked
+from model.inference.sampling import sample
 from model.inference.scheduler import Batch
 from model.linear import linear
 from model.model_minimind import MiniMindForCausalLM
 from trainer.flops import peak_flops
 
+Request = tuple[list[int], int]  # a prompt, and the tokens of its answer
 
-def engine_run(engine: Engine, requests: list[tuple[list[int], int]], every: int = 0) -> None:
-    """Answer requests (prompt, tokens), all at once or a new one `every` so many steps."""
-    waiting, steps = list(requests), 0
+
+def engine_run(engine: Engine, requests: list[Request], interval: int = 0) -> None:
+    """Answer requests, all at once or a new one every `interval` steps."""
+    waiting, num_steps = list(requests), 0
     while waiting or engine.busy:
-        while waiting and steps >= every * (len(requests) - len(waiting)):
-            prompt, tokens = waiting.pop(0)
-            engine.add(prompt, SamplingParams(tokens, TEMPERATURE, TOP_P, seed=len(waiting), stop_ids=()))
+        while waiting and num_steps >= interval * (len(requests) - len(waiting)):
+            prompt, num_tokens = waiting.pop(0)
+            engine.add(prompt, SamplingParams(num_tokens, TEMPERATURE, TOP_P, seed=len(waiting), stop_ids=()))
         engine.step()
-        steps += 1
+        num_steps += 1
 
 
-def compare(name: str, requests: list[tuple[list[int], int]], plain: nn.Module, fast: nn.Module,
-            args: argparse.Namespace, together: bool) -> dict:
-    """Tokens a second of both on the same requests, in turn, `args.repeats` times after a warm-up."""
+def compare(name: str, requests: list[Request], plain: nn.Module, fast: nn.Module, args: argparse.Namespace,
+            at_once: bool) -> dict:
+    """Tokens/s of both on the same requests, in turn, `args.repeats` times after a warm-up."""
     speeds: dict[str, list[float]] = {"plain": [], "engine": []}
     engine = Engine(fast, max_batch=max(32, len(requests)), compile=bool(args.compile),
                     graphs=None if args.graphs else False)
     for repeat in range(args.repeats + 1):
         for kind in speeds:
-            # every fourth request says as much about the plain loop, which takes them one by one
-            chosen = requests if together or kind == "engine" else requests[::4] or requests
+            # the plain loop takes requests that arrive one by one: every fourth is enough to know its speed
+            chosen = requests if at_once or kind == "engine" else requests[::4] or requests
             if repeat == 0:
                 chosen = [(prompt, 4) for prompt, _ in chosen]
-            began = time.perf_counter()
+            start = time.perf_counter()
             if kind == "engine":
                 engine.reset_prefix_cache()
-                engine_run(engine, chosen, 0 if together else 2)
-            elif together:
+                engine_run(engine, chosen, 0 if at_once else 2)
+            elif at_once:
                 plain_loop(plain, [prompt for prompt, _ in chosen], chosen[0][1])
             else:
-                for prompt, tokens in chosen:
-                    plain_loop(plain, [prompt], tokens)
-            synchronise(plain.device)
+                for prompt, num_tokens in chosen:
+                    plain_loop(plain, [prompt], num_tokens)
+            seconds = clock(plain.device) - start
             if repeat:
-                speeds[kind].append(sum(tokens for _, tokens in chosen) / (time.perf_counter() - began))
+                speeds[kind].append(sum(num_tokens for _, num_tokens in chosen) / seconds)
     result = {kind: statistics.median(values) for kind, values in speeds.items()}
     result["ratio"] = result["engine"] / result["plain"]
     line = (f"{name:12} plain {result['plain']:8,.1f}   engine {result['engine']:8,.1f} tokens/s   "
             f"ratio {result['ratio']:5.2f}")
-    if together:
-        result["bandwidth_share"] = result["engine"] * bytes_a_token(fast, requests) / read_speed(fast.device)
+    if at_once:
+        result["bandwidth_share"] = result["engine"] * bytes_per_token(fast, requests) / read_speed(fast.device)
         line += f"   {result['bandwidth_share']:.0%} of the speed at which memory is read"
     print(line, flush=True)
     return result | {"all": speeds}
 
 
-def bytes_a_token(model: nn.Module, requests: list[tuple[list[int], int]]) -> float:
-    """What a token of requests that are answered together must read: its share of the weights, keys and values."""
+def bytes_per_token(model: nn.Module, requests: list[Request]) -> float:
+    """What must be read for a token of requests that are answered together: its share of the weights, and its KV."""
     config = model.config
-    seen = statistics.mean(len(prompt) + tokens / 2 for prompt, tokens in requests)
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * seen
-    return sum(p.nbytes for p in model.parameters()) / len(requests) + numbers * model.dtype.itemsize
+    mean_len = statistics.mean(len(prompt) + num_tokens / 2 for prompt, num_tokens in requests)
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * mean_len
+    return sum(p.nbytes for p in model.parameters()) / len(requests) + kv * model.dtype.itemsize
 
 
 def read_speed(device: torch.device) -> float:
-    """Bytes a second of a long read of memory."""
+    """Bytes per second of a long read of memory."""
     long = torch.randn(2**26, device=device)
-    return long.nbytes / seconds_of(lambda: long.sum().item())
+    return long.nbytes / median_seconds(lambda: long.sum().item())
 
 
-def seconds_of(work: Callable[[], object], repeats: int = 15) -> float:
-    """The median, after a warm-up."""
+def median_seconds(work: Callable[[], object], repeats: int = 15) -> float:
+    """The median duration of `work`, after a warm-up."""
     times = []
     for _ in range(repeats + 2):
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
+
+
+def timed(function: Callable, add_seconds: Callable[[float], None]) -> Callable:
+    """The same function, which also reports how long each call took."""
+    def wrapper(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        add_seconds(time.perf_counter() - start)
+        return result
+    return wrapper
 
 
 @torch.inference_mode()
 def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[str, float]:
     """Milliseconds of a decoding step with so many sequences, after about 100 tokens, and the least it could take."""
-    engine, drawing = Engine(model, max_batch=32, compile=compile), []
+    engine, sampling_seconds = Engine(model, max_batch=32, compile=compile), []
     for number, prompt in enumerate(prompts):
         engine.add(prompt, SamplingParams(200, TEMPERATURE, TOP_P, seed=number, stop_ids=()))
     for _ in range(30):
         engine.step()
-    result, sample = {"step": seconds_of(engine.step)}, engine._sample
-
-    def timed(*arguments):
-        began = time.perf_counter()
-        drawn = sample(*arguments)
-        drawing.append(time.perf_counter() - began)
-        return drawn
-
-    engine._sample = timed
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+    result = {"step": median_seconds(engine.step)}
+    with mock.patch("model.inference.engine.sample", timed(sample, sampling_seconds.append)), \
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
         for _ in range(10):
             engine.step()
-    of_op = {event.key: event.self_cpu_time_total / 1e7 for event in trace.key_averages()}
-    result["attention"] = sum(seconds for name, seconds in of_op.items() if "scaled_dot_product" in name)
-    result["drawing"] = statistics.median(drawing)
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    weights = [layer.weight for layer in layers]
-    inputs = {weight.shape[1]: torch.randn(len(prompts), weight.shape[1], dtype=weight.dtype) for weight in weights}
+    result["attention"] = sum(event.self_cpu_time_total / 1e7 for event in trace.key_averages()
+                              if "scaled_dot_product" in event.key)
+    result["sampling"] = statistics.median(sampling_seconds)
     # a compiled step hides some of its products from the profiler: so they are done once more, by themselves
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    inputs = {layer.in_features: torch.randn(len(prompts), layer.in_features, dtype=layer.weight.dtype)
+              for layer in layers}
 
     def products() -> list[Tensor]:
         return [layer(inputs[layer.in_features]) for layer in layers]
 
     with use_prepacked(engine.runner.prepacked):
-        result["products alone"] = seconds_of(products)
-    result["the same, not packed"] = seconds_of(products)
-    numbers = sum(weight.numel() for weight in weights)
-    result["their FLOP at best"] = 2 * numbers * len(prompts) / peak_flops(model.device, model.dtype)
-    result["weights read once"] = numbers * weights[0].element_size() / read_speed(model.device)
+        result["products alone"] = median_seconds(products)
+    result["the same, not packed"] = median_seconds(products)
+    num_weights = sum(layer.weight.numel() for layer in layers)
+    result["their FLOP at best"] = 2 * num_weights * len(prompts) / peak_flops(model.device, model.dtype)
+    result["weights read once"] = sum(layer.weight.nbytes for layer in layers) / read_speed(model.device)
     return {name: 1000 * seconds for name, seconds in result.items()}
 
 
 @torch.inference_mode()
-def profile_requests(model: nn.Module, requests: list[tuple[list[int], int]], every: int) -> dict[str, dict]:
-    """Seconds that requests take which arrive `every` so many steps, or all at once: where they go.
+def profile_requests(model: nn.Module, requests: list[Request], interval: int) -> dict[str, dict]:
+    """Where the seconds go of requests that arrive every `interval` steps, or all at once.
 
     "least": the products' FLOP at the speed of a large product, but at least the weights read once in each pass.
     """
     engine = Engine(model, max_batch=32)
-    found, phase = {name: Counter() for name in ("reading", "answering", "beside")}, "beside"
-    speed = peak_flops(model.device, model.dtype) / 1e12
-    reading = sum(p.nbytes for p in model.parameters()) / read_speed(model.device)
+    times, phase = {name: Counter() for name in ("prefill", "decode", "other")}, "other"
+    tflops = peak_flops(model.device, model.dtype) / 1e12
+    weight_seconds = sum(p.nbytes for p in model.parameters()) / read_speed(model.device)
+    run = engine.runner.run
 
-    def timed(part: str, work: Callable) -> Callable:
-        def measured(*arguments, **options):
-            began = time.perf_counter()
-            result = work(*arguments, **options)
-            found[phase][part] += time.perf_counter() - began
-            if part == "products":
-                found[phase]["TFLOP"] += 2e-12 * arguments[1].numel() * arguments[0].numel() / arguments[0].shape[-1]
-            return result
-        return measured
+    def timed_part(part: str, function: Callable) -> Callable:
+        return timed(function, lambda seconds: times[phase].update({part: seconds}))
 
-    def forward(batch: Batch) -> Tensor:
+    def counted_linear(x: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
+        times[phase]["TFLOP"] += 2e-12 * weight.numel() * x.numel() / x.shape[-1]
+        return linear(x, weight, *args, **kwargs)
+
+    def run_batch(batch: Batch) -> Tensor:
         nonlocal phase
-        lengths = list(map(len, batch.chunks))
-        phase = "answering" if batch.is_decode else "reading"
-        here, before = found[phase], found[phase]["TFLOP"]
-        here.update(passes=1, tokens=sum(lengths), rows=len(lengths) * max(lengths))
-        result = passed(batch)
-        here["least"] += max((here["TFLOP"] - before) / speed, reading)
-        phase = "beside"
-        return result
+        phase, widths = "decode" if batch.is_decode else "prefill", list(map(len, batch.chunks))
+        counts, tflop = times[phase], times[phase]["TFLOP"]
+        counts.update(passes=1, tokens=sum(widths), rows=len(widths) * max(widths))
+        logits = timed_part("all", run)([batch])
+        counts["least"] += max((counts["TFLOP"] - tflop) / tflops, weight_seconds)
+        phase = "other"
+        return logits
 
-    passed = timed("whole", engine.runner._forward)
-    engine.runner._forward = forward
-    engine._sample = timed("drawing", engine._sample)
-    engine.scheduler.schedule = timed("places", engine.scheduler.schedule)
-    engine.slots.free = timed("places", engine.slots.free)
-    with mock.patch("model.linear.linear", timed("products", linear)), \
-            mock.patch("model.moe.linear", timed("products", linear)), \
-            mock.patch.object(model_minimind, "attention", timed("attention", model_minimind.attention)):
-        began = time.perf_counter()
-        engine_run(engine, requests, every)
-        found["beside"]["whole"] = time.perf_counter() - began - sum(found[name]["whole"] for name in found)
-    return found
+    products = timed_part("products", counted_linear)
+    engine.runner.run = lambda batches: torch.cat(list(map(run_batch, batches)))
+    engine.scheduler.schedule = timed_part("scheduling", engine.scheduler.schedule)
+    engine.slots.free = timed_part("scheduling", engine.slots.free)
+    with mock.patch("model.inference.engine.sample", timed_part("sampling", sample)), \
+            mock.patch("model.linear.linear", products), mock.patch("model.moe.linear", products), \
+            mock.patch("model.model_minimind.attention", timed_part("attention", attention)):
+        start = time.perf_counter()
+        engine_run(engine, requests, interval)
+        times["other"]["all"] = time.perf_counter() - start - sum(parts["all"] for parts in times.values())
+    return times
 
 
 def main() -> None:

@@ -21,12 +21,14 @@ import json
 import random
 import statistics
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
@@ -40,6 +42,7 @@ from model.chat import CALL, END_CALL, EOS, ChatTokenizer
 from model.cli import positive_int, run_main
 from model.device import choose_device, cpu_has_bfloat16
 from model.inference.engine import Engine, SamplingParams
+from model.inference.sampling import sample
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.arguments import parse_policy_args, policy_parser
 from trainer.distributed import World
@@ -165,15 +168,15 @@ def compare_steps(config: MiniMindConfig, num_answers: int, repeats: int, rng: r
     return medians | {"ratios": ratios, "answers": num_answers, "all": speeds}
 
 
-class Reciting(Engine):
-    """Draws as ever, and then says what stands in `scripts`: of each episode the turns, which its seeds tell."""
+def recite(scripts: list[list[list[int]]]) -> Callable:
+    """`sample`, which computes as ever, and then says the script of each episode: a list of turns, told by the seed."""
+    turns = {number + TURN_SEED_STRIDE * turn: iter(tokens) for number, script in enumerate(scripts)
+             for turn, tokens in enumerate(script)}
 
-    scripts: list[list[list[int]]] = []
-
-    def _sample(self, logits, sequences):
-        _, *rest = super()._sample(logits, sequences)
-        asked = [(divmod(s.params.seed, TURN_SEED_STRIDE), len(s.completion_ids)) for s in sequences]
-        return [self.scripts[episode][turn][place] for (turn, episode), place in asked], *rest
+    def sample_script(logits, params, u):
+        _, *rest = sample(logits, params, u)
+        return [next(turns[p.seed]) for p in params], *rest
+    return sample_script
 
 
 def compare_episodes(config: MiniMindConfig, num_episodes: int, repeats: int, rng: random.Random,
@@ -192,11 +195,10 @@ def compare_episodes(config: MiniMindConfig, num_episodes: int, repeats: int, rn
                      for n in range(2)]
             turns = [[CALL, *tokenizer.encode_text(f"\n{json.dumps(call)}\n"), END_CALL, EOS] for call in calls]
             scripts.append([*turns, [*random_prompt(rng, rng.randint(12, 32)), EOS]])
-        Reciting.scripts = scripts
         start = clock(device)
         params = [SamplingParams(64, 1.0, 1.0, seed=number) for number in range(num_episodes)]
-        with stage_autocast(device):
-            engine = Reciting(model, max_batch=min(64, num_episodes))
+        with stage_autocast(device), mock.patch("model.inference.engine.sample", recite(scripts)):
+            engine = Engine(model, max_batch=min(64, num_episodes))
             episodes = run_episodes(engine, prompts, params, tokenizer)
         speeds["ours"].append(sum(sum(episode.action_mask) for episode in episodes) / (clock(device) - start))
         assert all(len(episode.turns) == 3 for episode in episodes), "an episode did not go as written"

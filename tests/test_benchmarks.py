@@ -85,7 +85,16 @@ def test_decoding_is_timed_against_the_plain_loop(saved, one_thread):
 def test_bytes_a_token_are_its_share_of_the_weights_and_the_keys_it_looks_at():
     model = MiniMindForCausalLM(MiniMindConfig(64, 1)).bfloat16()
     weights, heads = sum(p.numel() for p in model.parameters()), 4 * 8
-    assert decode_speed.bytes_a_token(model, [([1] * 6, 4), ([1] * 10, 12)]) == weights + 2 * heads * 2 * 12
+    assert decode_speed.bytes_per_token(model, [([1] * 6, 4), ([1] * 10, 12)]) == weights + 2 * heads * 2 * 12
+
+
+def test_requests_are_taken_apart_into_passes_and_what_is_done_between(one_thread):
+    model = MiniMindForCausalLM(MiniMindConfig(64, 1)).eval().requires_grad_(False)
+    times = decode_speed.profile_requests(model, [([40] * 6, 3), ([41] * 6, 3)], 0)
+    assert times["prefill"]["tokens"] == 12 and (times["decode"]["passes"], times["decode"]["tokens"]) == (2, 4)
+    for phase in ("prefill", "decode"):
+        assert 0 < times[phase]["products"] < times[phase]["all"] > times[phase]["attention"] > 0
+    assert min(times["other"][part] for part in ("scheduling", "sampling", "all")) > 0
 
 
 @pytest.mark.parametrize("agent", [[], ["--agent"]], ids=["steps", "episodes"])

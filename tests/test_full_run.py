@@ -183,7 +183,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, capsys, flags):
 
 
 def test_shapes_are_counted_without_allocating_and_the_state_is_that_of_the_formulas(capsys):
-    assert sum(p.numel() for p in dry_run.outline(hidden_size=64, num_hidden_layers=2).parameters()) == \
+    assert sum(p.numel() for p in dry_run.meta_model(hidden_size=64, num_hidden_layers=2).parameters()) == \
         sum(p.numel() for p in small_model(hidden_size=64, num_hidden_layers=2).parameters())
     P, gb = 1.0592e9, {"ddp": 16.9, "zero1": 10.1, "zero2": 6.4, "zero3": 2.6, "fsdp": 2.1}  # docs/scaling.md
     assert {name: round(sum(state(P, 8)) / 1e9, 1) for name, state in dry_run.STATE.items()} == gb
