@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from lab import Lab
 
-from benchmarks.dry_run import held as bytes_held
+from benchmarks.dry_run import measure_state
 from trainer.rl.rewards import Rewards
 from trainer.trainer import Trainer
 
@@ -29,7 +29,7 @@ def run_all(data: Path, runs: list[dict]) -> list[dict]:
 
     def measured(trainer: Trainer) -> None:
         fit(trainer)
-        held.append(bytes_held(trainer.strategy))
+        held.append(measure_state(trainer.strategy))
 
     fit = Trainer.fit
     with ExitStack() as stack:
