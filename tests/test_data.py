@@ -1,5 +1,6 @@
 """Packing loses no target and wastes little; a file is tokenised once, in small pieces; bad rows are named."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -19,6 +20,7 @@ from dataset.lm_dataset import SYSTEM_PROMPTS, PretrainDataset, SFTDataset, Toke
 from dataset.reader import read_lines
 from model.chat import BOS, EOS, ChatTokenizer
 from model.cli import UserError
+from model.files import open_atomically
 from scripts import prepare_data
 
 REPO = Path(__file__).resolve().parent.parent
@@ -295,6 +297,18 @@ def test_interrupted_tokenising_leaves_nothing_half_done(make, tmp_path, monkeyp
         make(PretrainDataset, rows)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files"]
     assert len(documents(make(PretrainDataset, rows))) == len(rows)
+
+
+def test_a_file_is_written_whole_or_not_at_all_also_by_two_at_once(tmp_path):
+    path = tmp_path / "file"
+    with open_atomically(path, shared=True) as one, open_atomically(path, shared=True) as two:
+        one.write(b"one")
+        two.write(b"second")
+    assert path.read_bytes() == b"one"  # renamed last
+    with pytest.raises(OSError, match="file: not saved: No space left"), open_atomically(path) as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------------------------------ what SFT adds to the rows
