@@ -59,12 +59,26 @@ class AssistantMessage:
 
 
 def hash_tokenizer(text: str) -> str:
-    """Hash of the text of tokenizer.json, by which the metadata of weights names their tokenizer."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Hash of the vocabulary, merges and special tokens, by which the metadata of weights names their tokenizer.
+
+    Not of the text of tokenizer.json: transformers writes the same tokenizer in other words.
+    """
+    layout = json.loads(text)
+    added = {token["content"]: token["id"] for token in layout["added_tokens"]}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in layout["model"]["merges"]]
+    content = json.dumps([sorted((layout["model"]["vocab"] | added).items()), merges, sorted(added.items())])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def tokenizer_hashes(text: str) -> tuple[str, str]:
+    """The hash of a tokenizer.json, and the one that older .json files of weights have: of its text."""
+    return hash_tokenizer(text), hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class ChatTokenizer:
     """The tokenizer of `folder` (tokenizer.json) and the chat format on top of it."""
+
+    required_tokens = {"<|endoftext|>": PAD, "<|im_start|>": BOS, "<|im_end|>": EOS, **SPECIAL_TOKENS}
 
     def __init__(self, folder: str | Path = TOKENIZER_DIR):
         path = Path(folder) / "tokenizer.json"
@@ -72,10 +86,10 @@ class ChatTokenizer:
             raise UserError(f"{path}: no tokenizer there; --tokenizer names a folder that holds tokenizer.json")
         text = path.read_text("utf-8")
         self.folder = Path(folder)
-        self.hash = hash_tokenizer(text)
-        settings = json.loads(text)
+        self.hashes = tokenizer_hashes(text)
+        self.hash, settings = self.hashes[0], json.loads(text)
         added = {token["content"]: token["id"] for token in settings["added_tokens"]}
-        for token, expected in {"<|endoftext|>": PAD, "<|im_start|>": BOS, "<|im_end|>": EOS, **SPECIAL_TOKENS}.items():
+        for token, expected in self.required_tokens.items():
             if added.get(token) != expected:
                 raise UserError(f"{path}: token {token} must have id {expected}, found {added.get(token)}")
         self._bpe = Tokenizer.from_str(json.dumps(settings | {"added_tokens": []}))
@@ -85,6 +99,8 @@ class ChatTokenizer:
         #: by id: the bytes that a token adds to a UTF-8 text
         self.token_bytes = [tokens[i].encode() if tokens[i] in added else bytes(byte_of[c] for c in tokens[i])
                             for i in range(self.vocab_size)]
+        self.num_special = next(i for i in range(self.vocab_size) if tokens[i] not in added)  # they come first
+        self.has_special_tokens = SPECIAL_TOKENS.items() <= added.items()  # else <think> and <tool_call> are text
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of text; special tokens that are spelt in it stay text."""
@@ -96,7 +112,7 @@ class ChatTokenizer:
 
     def decode(self, ids: Iterable[int], keep_special_tokens: bool = False) -> str:
         """Text of the ids; special tokens are left out unless `keep_special_tokens`."""
-        parts = (self.token_bytes[i] for i in ids if keep_special_tokens or i >= NUM_SPECIAL)
+        parts = (self.token_bytes[i] for i in ids if keep_special_tokens or i >= self.num_special)
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def encode_segments(self, conversations: list[list[Segment]]) -> list[tuple[list[int], list[bool]]]:
@@ -122,6 +138,15 @@ class ChatTokenizer:
         """Messages → ids that the next answer continues: inside `<think>\n`, or after an empty think block."""
         segments = [*render(messages, tools), *generation_prompt(open_thinking)]
         return self.encode_segments([segments])[0][0]
+
+    def observation(self, messages: list[dict], open_thinking: bool = False) -> list[int]:
+        """Ids between an assistant's `<|im_end|>` and its next turn: the results of tools, as the prompt has them."""
+        segments = [("\n", False), *render(messages), *generation_prompt(open_thinking)]
+        return self.encode_segments([segments])[0][0]
+
+    def starts_in_thinking(self, open_thinking: bool) -> bool:
+        """Whether what follows a prompt is thinking; there are templates that leave `<think>` to the model."""
+        return open_thinking
 
 
 def generation_prompt(open_thinking: bool) -> list[Segment]:
@@ -281,19 +306,24 @@ class MessageParser:
     def __init__(self, tokenizer: ChatTokenizer, open_thinking: bool = False):
         self.tokenizer = tokenizer
         self.message = AssistantMessage()
-        self._section = "reasoning" if open_thinking else "content"
+        starts_in_thinking = tokenizer.starts_in_thinking(open_thinking) if tokenizer else open_thinking
+        self._section = "reasoning" if starts_in_thinking else "content"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending_text = ""  # from feed_text: may be the beginning of a special token
         self._pending_newlines = ""  # of the text if more of it follows, else of the format
         self._call = ""  # text of the tool call being written
 
     def feed(self, tokens: Iterable[int | str]) -> Iterator[tuple[str, str | dict]]:
-        """Events of the next token ids, or of text in which no special token is meant. Other specials are skipped."""
+        """Events of the next token ids, or of text in which no special token is meant. Other specials are skipped.
+
+        Where the tokenizer has no tokens for thinking and tool calls, all text is searched for their spelling.
+        """
+        text = self._text if self.tokenizer.has_special_tokens else self.feed_text
         for token in tokens:
             if isinstance(token, str):
-                yield from self._text(token)
-            elif token >= NUM_SPECIAL:
-                yield from self._text(self._utf8.decode(self.tokenizer.token_bytes[token]))
+                yield from text(token)
+            elif token >= self.tokenizer.num_special:
+                yield from text(self._utf8.decode(self.tokenizer.token_bytes[token]))
             elif token in SPECIAL_TOKENS.values():
                 yield from self._text(self._utf8.decode(b"", final=True))
                 yield from self._special_token(token)
