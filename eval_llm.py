@@ -10,7 +10,7 @@ import torch
 from model.chat import BOS, AssistantMessage, ChatTokenizer, MessageParser
 from model.cli import Parser, UserError, add_sampling_args, run_main
 from model.inference.engine import Engine, SamplingParams
-from model.loading import add_loading_args, load_from_args
+from model.loading import add_loading_args, continues_text, load_from_args
 from scripts.lib.terminal import interact, print_event
 
 QUESTIONS = ("你好，你是谁？", "你有什么特长？", "为什么天空是蓝色的？", "请介绍一下北京。", "推荐一些中国的美食。",
@@ -37,7 +37,7 @@ class Chat:
         self.tokenizer, self.args = tokenizer, args
         self.new_engine = partial(Engine, model, tokenizer, max_batch=1)
         self.engine = self.new_engine()  # keeps what it has computed: earlier turns are not computed again
-        self.continues_text = args.load_from == "model" and args.weight.startswith("pretrain")
+        self.continues_text = continues_text(args.load_from, args.weight)
         self.messages: list[dict] = []
 
     def answer(self, text: str) -> AssistantMessage:

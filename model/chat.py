@@ -23,7 +23,6 @@ from model.cli import UserError
 
 TOKENIZER_DIR = Path(__file__).resolve().parent
 PAD, BOS, EOS = 0, 1, 2  # <|endoftext|> <|im_start|> <|im_end|>
-NUM_SPECIAL = 36  # ids below are special tokens, ids from here on are text
 SPECIAL_TOKENS = {"<tool_call>": 21, "</tool_call>": 22, "<tool_response>": 23, "</tool_response>": 24, "<think>": 25,
                   "</think>": 26}
 CALL, END_CALL, RESPONSE, END_RESPONSE, THINK, END_THINK = SPECIAL_TOKENS.values()
@@ -78,6 +77,7 @@ def tokenizer_hashes(text: str) -> tuple[str, str]:
 class ChatTokenizer:
     """The tokenizer of `folder` (tokenizer.json) and the chat format on top of it."""
 
+    own_template = False  # whether the folder's own chat template writes the prompts
     required_tokens = {"<|endoftext|>": PAD, "<|im_start|>": BOS, "<|im_end|>": EOS, **SPECIAL_TOKENS}
 
     def __init__(self, folder: str | Path = TOKENIZER_DIR):

@@ -1,6 +1,7 @@
 """What every program shares: errors that end in one line, and the types of command-line arguments."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -22,6 +23,12 @@ class UserError(Failure):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def notice(text: str) -> None:
+    """A line on stderr, of the first rank only, about something that was chosen for the user."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[], None]) -> None:

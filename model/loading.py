@@ -4,13 +4,17 @@ import argparse
 from pathlib import Path
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.cli import SWITCH, positive_int
+from model.cli import SWITCH, UserError, positive_int
 from model.device import choose_device, inference_dtype
 from model.model_lora import load_lora, merge_lora
-from model.transformers_io import load_folder
-from model.weights import OUT_DIR, find_tokenizer, find_weight, read_metadata, read_weight
+from model.transformers_io import from_hf_model, load_folder, open_tokenizer
+from model.weights import OUT_DIR, find_weight, read_metadata, read_weight, tokenizer_of, weight_name
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+         "use_moe", "norm_topk_prob")
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +33,14 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
 def add_folder_args(parser: argparse.ArgumentParser) -> None:
     """Flags for where weights and tokenizer are, and for the device."""
     parser.add_argument("--save_dir", type=Path, default=OUT_DIR, help="folder of the weights and logs")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the one in model/")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if the weight's .json names none")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best available")
 
 
 def add_loading_args(parser: argparse.ArgumentParser) -> None:
     """Flags that choose a model for inference; each program adds its own flag for the name of the weights."""
-    parser.add_argument("--load_from", default="model", help="'model': from --save_dir; else a transformers folder")
+    parser.add_argument("--load_from", default="model", help="'model': from --save_dir; a folder with only a "
+                        "tokenizer: from --save_dir, with this tokenizer; else a transformers folder")
     parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
     add_folder_args(parser)
     parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than trained on")
@@ -44,9 +49,51 @@ def add_loading_args(parser: argparse.ArgumentParser) -> None:
 
 def load_from_args(args: argparse.Namespace, weight: str) -> tuple[nn.Module, ChatTokenizer]:
     """The model that the flags of `add_loading_args` describe, with the weights `weight`, and its tokenizer."""
+    if args.tokenizer and not is_native(args.load_from):
+        raise UserError(f"--tokenizer {args.tokenizer}: {args.load_from} has its own tokenizer; leave the flag out")
     use_moe = None if args.use_moe is None else bool(args.use_moe)
-    return load_for_inference(args.load_from, weight, args.save_dir, args.tokenizer, choose_device(args.device),
-                              args.hidden_size, use_moe, args.inference_rope_scaling, args.lora_weight)
+    model, tokenizer = load_for_inference(
+        args.load_from, weight, args.save_dir, args.tokenizer, choose_device(args.device), args.hidden_size, use_moe,
+        args.inference_rope_scaling, args.lora_weight)
+    check_sizes(args, model.config, f"weight {weight}" if is_native(args.load_from) else args.load_from)
+    return model, tokenizer
+
+
+def check_sizes(args: argparse.Namespace, config: PretrainedConfig, source: str) -> None:
+    """Raise UserError for a flag of `add_model_args` that disagrees with the configuration of what `source` names."""
+    for name in SIZES:
+        actual = getattr(config, name, "moe" in config.model_type if name == "use_moe" else None)
+        if (value := getattr(args, name)) not in (None, actual):
+            raise UserError(f"--{name} {int(value)}, but {source} has {int(actual) if actual is not None else 'none'}; "
+                            "leave the flag out, or name another weight")
+
+
+def is_native(load_from: str) -> bool:
+    """Whether `--load_from` means a weight of --save_dir: model/ of this project, or a folder with only a tokenizer."""
+    folder = Path(load_from).expanduser()
+    return is_ours(load_from) or (folder / "tokenizer.json").is_file() and not (folder / "config.json").exists()
+
+
+def is_ours(folder: str | Path) -> bool:
+    """Whether `folder` means model/ of this project: the word itself, its path, or ../model from anywhere."""
+    path = Path(folder).expanduser()
+    return str(folder) == "model" or path.resolve() == TOKENIZER_DIR or path.name == "model" and not path.exists()
+
+
+def continues_text(load_from: str, weight: str) -> bool:
+    """Whether a model continues text and does not chat: a native weight called 'pretrain…'."""
+    return is_native(load_from) and weight_name(weight).startswith("pretrain")
+
+
+def load_native(path: Path, tokenizer_dir: str | Path | None = None,
+                inference_rope_scaling: bool = False) -> tuple[nn.Module, ChatTokenizer, dict]:
+    """The model of a .pth, its tokenizer and its metadata.
+
+    A weight that was not trained here (there is no .json, or it says so) is prompted by its tokenizer's own template.
+    """
+    folder, metadata = tokenizer_of(path, tokenizer_dir), read_metadata(path)
+    tokenizer = open_tokenizer(folder, metadata.get("own_template", not metadata))
+    return read_weight(path, tokenizer, inference_rope_scaling)[0], tokenizer, metadata
 
 
 def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_dir: str | Path | None, device: str,
@@ -55,20 +102,20 @@ def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_di
                        lora_weight: str | None = None) -> tuple[nn.Module, ChatTokenizer]:
     """A frozen model in evaluation mode on `device`, in the dtype of `inference_dtype`, and its tokenizer.
 
-    `load_from`: "model" for the weights `weight` of `save_dir`, anything else is a transformers folder.
-    `tokenizer_dir`: None for the tokenizer that the weights' .json names, model/ where there is none.
+    `load_from`: "model", or a folder with a tokenizer and no model, for the weights `weight` of `save_dir`; anything
+    else is a transformers folder. `tokenizer_dir`: None for the tokenizer that `load_from` or the weights' .json names.
     `lora_weight`: name of a LoRA in `save_dir`, merged into the weights. Raises UserError where something is missing.
     """
-    if load_from != "model":
-        yarn = {"inference_rope_scaling": True} if inference_rope_scaling else {}
-        model, tokenizer = load_folder(load_from, **yarn)
-    else:
+    if is_native(load_from):
+        if not is_ours(load_from):
+            tokenizer_dir = tokenizer_dir or Path(load_from).expanduser()
         path = find_weight(weight, save_dir, hidden_size, use_moe)
-        tokenizer_hash = read_metadata(path).get("tokenizer")
-        if tokenizer_hash and not tokenizer_dir:
-            tokenizer_dir = find_tokenizer(tokenizer_hash, path.parent)
-        tokenizer = ChatTokenizer(tokenizer_dir or TOKENIZER_DIR)
-        model, _ = read_weight(path, tokenizer, inference_rope_scaling)
+        model, tokenizer, _ = load_native(path, tokenizer_dir, inference_rope_scaling)
+    else:
+        model, tokenizer = load_folder(load_from)
+        if inference_rope_scaling:  # our decoder computes it
+            model = from_hf_model(model)
+            model.config.inference_rope_scaling = True
     if lora_weight:
         load_lora(model, lora_weight, save_dir)
         merge_lora(model)

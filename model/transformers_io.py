@@ -1,6 +1,10 @@
-"""Folders in transformers' format: read Qwen3 and Qwen3-MoE, write our models as these or as our own class."""
+"""Folders in transformers' format: read Qwen3 and Qwen3-MoE, write our models as these or as our own class.
+
+A folder that was published with a chat template of its own is prompted by that template (`TemplateTokenizer`).
+"""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +13,22 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from model import attention, linear, model_minimind, moe
-from model.chat import TOKENIZER_DIR, ChatTokenizer
+from model.chat import (
+    BOS,
+    EOS,
+    PAD,
+    TOKENIZER_DIR,
+    ChatTokenizer,
+    content_text,
+    parse_json,
+    parse_tool_calls,
+    render,
+)
 from model.cli import UserError, first_line
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import CONFIG_KEYS
 
+MAX_PADDING = 512  # rows of an embedding that no token has: other projects round their number up
 AUTO_MAP = {"AutoConfig": "model_minimind.MiniMindConfig", "AutoModelForCausalLM": "model_minimind.MiniMindForCausalLM"}
 
 
@@ -59,14 +74,99 @@ def from_hf_model(model: nn.Module) -> MiniMindForCausalLM:
     return ours
 
 
+OUR_TEMPLATE = TOKENIZER_DIR / "chat_template.jinja"
+GUARD, CUT = "\ufdd0", "\ufdd1"  # no characters of any text (Unicode's noncharacters)
+
+
+def read_template(folder: str | Path) -> str:
+    """The chat template of a tokenizer's folder; "" where it has none."""
+    path, settings = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
+    if path.is_file():
+        return path.read_text("utf-8")
+    template = json.loads(settings.read_text("utf-8")).get("chat_template") if settings.is_file() else ""
+    if isinstance(template, list):  # several, by name
+        template = next((each["template"] for each in template if each["name"] == "default"), "")
+    return template or ""
+
+
+def open_tokenizer(folder: str | Path, own_template: bool = True) -> ChatTokenizer:
+    """The tokenizer of a folder; with `own_template`, the folder's own chat template writes its prompts."""
+    has_own = own_template and read_template(folder) not in ("", OUR_TEMPLATE.read_text("utf-8"))
+    return TemplateTokenizer(folder) if has_own else ChatTokenizer(folder)
+
+
+class TemplateTokenizer(ChatTokenizer):
+    """A published tokenizer with the chat template of its folder, by which its models were trained.
+
+    Only the three tokens of ChatML must be ours; MiniMind2's tokenizer has no others, its `<think>` is text.
+    """
+
+    own_template = True
+    required_tokens = {"<|endoftext|>": PAD, "<|im_start|>": BOS, "<|im_end|>": EOS}
+
+    def __init__(self, folder: str | Path):
+        from transformers import PreTrainedTokenizerFast
+
+        super().__init__(folder)
+        self.template = read_template(folder)
+        added = json.loads((self.folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+        self._added = {token["content"]: token["id"] for token in added}
+        special = "|".join(re.escape(token["content"][1:]) for token in added if token["special"])
+        self._special = re.compile(f"<(?={special})")
+        self._renderer = PreTrainedTokenizerFast(
+            tokenizer_file=str(self.folder / "tokenizer.json"), bos_token="<|im_start|>", eos_token="<|im_end|>",
+            pad_token="<|endoftext|>", unk_token="<|endoftext|>", chat_template=self.template)
+        self._thinks = {thinking: self._render([{"role": "user", "content": ""}], [], thinking).rstrip()
+                        .endswith("<think>") for thinking in (False, True)}
+
+    def prompt(self, messages: list[dict], tools: list | str | None = None, open_thinking: bool = False) -> list[int]:
+        """As `ChatTokenizer.prompt`, by the folder's template. No text becomes <|im_end|> or another special token."""
+        render(messages, tools)  # refuses what ours does, and says in which message
+        tools = parse_json(tools or messages[0].get("tools") or [], "tools", list)
+        if tools and messages[0]["role"] == "system" and not messages[0].get("content"):  # only there to hold the tools
+            messages = messages[1:] or messages
+        return self._encode(self._render(messages, tools, open_thinking))
+
+    def observation(self, messages: list[dict], open_thinking: bool = False) -> list[int]:
+        turn = [{"role": "user", "content": ""}, {"role": "assistant", "content": CUT}]
+        text = self._render([*turn, *messages], [], open_thinking)
+        return self._encode(text.split(CUT)[1].removeprefix("<|im_end|>"))
+
+    def starts_in_thinking(self, open_thinking: bool) -> bool:
+        return self._thinks[open_thinking]
+
+    def _render(self, messages: list[dict], tools: list, open_thinking: bool) -> str:
+        """The text of a prompt. GUARD stands in what would be special tokens in the messages and tools."""
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        content = json.dumps([[template_message(message) for message in messages], tools], ensure_ascii=False)
+        messages, tools = json.loads(self._special.sub(f"<{GUARD}", content))
+        # without tokens to think in, a model was trained on prompts that say nothing about it
+        thinking = {"enable_thinking": open_thinking} if open_thinking or self.has_markers else {}
+        try:
+            return self._renderer.apply_chat_template(messages, tools=tools or None, tokenize=False, **thinking,
+                                                      add_generation_prompt=True, open_thinking=open_thinking)
+        except Exception as error:  # whatever the template raises
+            raise ValueError(f"the chat template of {self.folder}: {first_line(error)}") from None
+
+    def _encode(self, text: str) -> list[int]:
+        pieces = re.split("(" + "|".join(map(re.escape, self._added)) + ")", text)
+        segments = [self._added.get(piece, piece.replace(GUARD, "")) for piece in pieces if piece]
+        return self.encode_segments([[(segment, False) for segment in segments]])[0][0]
+
+
+def template_message(message: dict) -> dict:
+    """A message as templates expect it: its content text, its tool calls nested as OpenAI does."""
+    plain = {"role": message["role"], "content": content_text(message.get("content"))}
+    if message.get("reasoning_content") is not None:
+        plain["reasoning_content"] = message["reasoning_content"]
+    if calls := parse_tool_calls(message):
+        plain["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return plain
+
+
 def chat_template(tokenizer: ChatTokenizer) -> str:
-    """The jinja template in the tokenizer's folder; the one that renders as model/chat.py where there is none."""
-    path, settings = tokenizer.folder / "chat_template.jinja", tokenizer.folder / "tokenizer_config.json"
-    if not path.is_file() and settings.is_file():
-        template = json.loads(settings.read_text("utf-8")).get("chat_template")
-        if isinstance(template, str):
-            return template
-    return (path if path.is_file() else TOKENIZER_DIR / path.name).read_text("utf-8")
+    """The jinja template that renders as the tokenizer does."""
+    return tokenizer.template if isinstance(tokenizer, TemplateTokenizer) else OUR_TEMPLATE.read_text("utf-8")
 
 
 def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, kind: str = "CausalLM",
@@ -126,4 +226,12 @@ def load_folder(folder: str | Path, flag: str = "--load_from", **overrides) -> t
         raise UserError(f"{flag} {folder}: {first_line(error)}") from None
     if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random, behind a warning
         raise UserError(f"{flag} {folder}: its weights lack {missing[0]} and {len(missing) - 1} others")
-    return model, ChatTokenizer(folder)
+    broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{flag} {folder}: {broken[0]} holds NaN or infinite numbers; its weights are damaged")
+    tokenizer = open_tokenizer(folder)
+    rows = model.get_input_embeddings().num_embeddings
+    if not 0 <= rows - tokenizer.vocab_size < MAX_PADDING:
+        raise UserError(f"{flag} {folder}: its model embeds {rows:,} tokens, but its tokenizer has "
+                        f"{tokenizer.vocab_size:,}")
+    return model, tokenizer

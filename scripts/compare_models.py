@@ -26,7 +26,7 @@ from model.cli import Failure, Parser, UserError, add_sampling_args, run_main
 from model.device import choose_device
 from model.files import write_atomically
 from model.inference.engine import SamplingParams, generate
-from model.loading import add_folder_args, load_for_inference
+from model.loading import add_folder_args, continues_text, load_for_inference
 from model.weights import find_models
 from scripts.generate_answers import prompt_of
 from scripts.lib.openai_client import ChatClient
@@ -67,7 +67,7 @@ def answers_of(spec: str, prompts: list[list[dict]], args: argparse.Namespace) -
         "load_from": base if Path(base).is_dir() else "model", "weight": base, "save_dir": args.save_dir}
     model, tokenizer = load_for_inference(**source, tokenizer_dir=args.tokenizer, device=choose_device(args.device),
                                           lora_weight=lora or None)
-    if source["load_from"] == "model" and base.startswith("pretrain"):  # it continues text
+    if continues_text(source["load_from"], base):
         prompt_ids = [[BOS, *tokenizer.encode_text(prompt[-1]["content"])] for prompt in prompts]
     else:
         prompt_ids = [tokenizer.prompt(prompt) for prompt in prompts]

@@ -27,9 +27,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.chat import TOKENIZER_DIR, ChatTokenizer
+from model.chat import ChatTokenizer
 from model.cli import Failure, Parser, UserError, first_line, run_main
 from model.files import write_atomically
+from model.loading import load_native
 from model.model_lora import (
     LoRA,
     find_target_modules,
@@ -54,15 +55,15 @@ SAMPLE = [{"role": "system", "content": "You answer briefly. 请简短回答。"
           {"role": "assistant", "reasoning_content": "北京; 12 × 34 = 408.", "content": "北京，408。"}]
 
 
-def read_source(path: Path, tokenizer_dir: Path) -> tuple[nn.Module, ChatTokenizer, dict]:
+def read_source(path: Path, tokenizer_dir: Path | None) -> tuple[nn.Module, ChatTokenizer, dict]:
     """The model and tokenizer that --source names, and the metadata of a .pth."""
     if path.is_dir():
+        if tokenizer_dir:
+            raise UserError(f"--tokenizer {tokenizer_dir}: {path} has its own tokenizer; leave the flag out")
         return *load_folder(path, "--source"), {}
     if not path.is_file():
         raise UserError(f"--source {path}: there is no such file or folder")
-    tokenizer = ChatTokenizer(tokenizer_dir)
-    model, metadata = read_weight(path, tokenizer)
-    return model, tokenizer, metadata
+    return load_native(path, tokenizer_dir)
 
 
 def attach(model: nn.Module, text: str, base: str | None = None) -> tuple[LoRA, float]:
@@ -104,7 +105,8 @@ def convert(model: MiniMindForCausalLM, tokenizer: ChatTokenizer, target: Path, 
         from scripts.lib import gguf_file  # PyPI's gguf is needed for nothing else
 
         gguf_file.write_gguf(model, target, tokenizer, dtype)
-        write_atomically(target.with_suffix(".Modelfile"), gguf_file.modelfile(target.name))
+        if not tokenizer.own_template:  # Ollama's template language is another
+            write_atomically(target.with_suffix(".Modelfile"), gguf_file.modelfile(target.name))
         return gguf_file.read_gguf(target, model.config)
     save_folder(model, target, tokenizer, dtype=DTYPES[dtype], as_minimind=output_format == "minimind")
     return load_folder(target)[0]
@@ -223,6 +225,8 @@ def write(args: argparse.Namespace, draft: Path) -> str:
     for name, value in model.named_parameters():
         value.data = round_to(args.dtype, name, value.data, args.format)
     result = check(args.target, args.dtype, source_logits, logits(model, ids), logits(written, ids))
+    if args.format == "gguf" and tokenizer.own_template:
+        result += "; without a Modelfile: Ollama needs the chat template in its own language"
     if args.format == "torch" and tokenizer.hash != ChatTokenizer().hash:
         result += f"; its tokenizer is --tokenizer {tokenizer.folder}"
     return result
@@ -237,7 +241,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora", nargs="+", default=[], metavar="PATH[=WEIGHT]",
                         help="LoRAs (.pth) or peft adapters (folders) of the source, to merge into it")
     parser.add_argument("--dtype", choices=DTYPES, default="f16", help="precision of the target (default: f16)")
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer of a .pth")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer of a .pth, if its .json names none")
     args = parser.parse_args(argv)
     if args.target.exists():
         raise UserError(f"--target {args.target} is already there; remove it or name another")

@@ -18,12 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the repository, not this folder
 
-import torch
-
 from model.chat import hash_tokenizer
 from model.cli import Parser, UserError, run_main
 from model.files import write_atomically
-from model.weights import OUT_DIR, infer_config, read_metadata
+from model.weights import OUT_DIR, infer_config, read_metadata, read_state
 from scripts.lib.download import (
     OWNERS,
     RemoteFile,
@@ -56,14 +54,13 @@ def download_tokenizer(files: dict[str, RemoteFile], args: argparse.Namespace, f
 def download_weight(file: RemoteFile, folder: Path, tokenizer_hash: str, source: str) -> None:
     """Fetch a .pth and write its .json (tokenizer, source, sizes). Raises UserError rather than replace another."""
     path = folder / file.path
-    metadata = {"tokenizer": tokenizer_hash, "source": source}
+    metadata = {"tokenizer": tokenizer_hash, "own_template": True, "source": source}
     known = read_metadata(path)
     if path.exists() and known.get("source") != source and not is_complete(path, file):
         raise UserError(f"{path} is there and is not the published file; move it, or name another folder with --target")
     download(file, folder)
-    with contextlib.suppress(UserError):  # a LoRA, or a model from before QK-norm: only its tokenizer is known
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        metadata["config"] = infer_config(state, path)
+    with contextlib.suppress(UserError):  # of a LoRA only the tokenizer is known
+        metadata["config"] = infer_config(read_state(path), path)
     write_atomically(path.with_suffix(".json"), json.dumps(known | metadata, indent=1))
 
 

@@ -164,7 +164,7 @@ def test_a_published_state_dict_without_a_card_is_read(tmp_path):
         else:
             state[name] = value
     torch.save(state, tmp_path / "published.pth")
-    convert(tmp_path / "published.pth", tmp_path / "folder", "transformers")
+    convert(tmp_path / "published.pth", tmp_path / "folder", "transformers", "--tokenizer", "model")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
     assert_close(theirs(some_ids()).logits, model(some_ids()).logits, rtol=0, atol=1e-5)
 

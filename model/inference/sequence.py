@@ -9,7 +9,6 @@ from torch import Tensor
 from model.chat import SPECIAL_TOKENS, ChatTokenizer
 from model.inference.sampling import SamplingParams
 
-NUM_SPECIAL = 36  # ids below are special tokens
 ID_TO_TOKEN = {token_id: token for token, token_id in SPECIAL_TOKENS.items()}
 
 
@@ -68,7 +67,7 @@ class Sequence:
             self.finish("stop")
             return
         if self._tokenizer is not None:
-            if NUM_SPECIAL <= token < self._tokenizer.vocab_size:
+            if self._tokenizer.num_special <= token < self._tokenizer.vocab_size:
                 self._emit_text(self._utf8.decode(self._tokenizer.token_bytes[token]))
             elif token in ID_TO_TOKEN:
                 self._utf8.reset()

@@ -10,7 +10,7 @@ import streamlit as st
 from model.cli import Failure, Parser
 from model.device import choose_device
 from model.inference.engine import SamplingParams
-from model.loading import add_folder_args, load_for_inference
+from model.loading import add_folder_args, continues_text, load_for_inference
 from model.model_lora import compatible_adapters
 from model.transformers_io import load_folder
 from model.weights import find_models, load_weight, weights_hash
@@ -57,7 +57,7 @@ def load(name: str, modified: tuple[float, ...], args: argparse.Namespace, lora:
     source = find_models(args.save_dir)[name]
     model, tokenizer = load_for_inference(**source, tokenizer_dir=args.tokenizer, device=choose_device(args.device),
                                           lora_weight=lora)
-    return LocalModel(model, tokenizer, source["load_from"] == "model" and source["weight"].startswith("pretrain"))
+    return LocalModel(model, tokenizer, continues_text(source["load_from"], source["weight"]))
 
 
 @st.cache_data(show_spinner=False)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from dataset.prompts import Prompt
-from model.chat import EOS, AssistantMessage, ChatTokenizer, generation_prompt, parse_json, parse_message, render
+from model.chat import EOS, AssistantMessage, ChatTokenizer, parse_json, parse_message
 from model.inference.engine import Engine, SamplingParams, Sequence
 from trainer.rl.tools import call_tool
 from trainer.rl.trajectory import Trajectory
@@ -118,7 +118,7 @@ def offered_tools(prompt: Prompt) -> list[str]:
 def observation(tokenizer: ChatTokenizer, results: list[dict], thinking: bool) -> list[int]:
     """The ids between one turn's `<|im_end|>` and the next turn's first: as the chat format renders these messages."""
     messages = [{"role": "tool", "content": json.dumps(result, ensure_ascii=False)} for result in results]
-    return tokenizer.encode_segments([[("\n", False), *render(messages), *generation_prompt(thinking)]])[0][0]
+    return tokenizer.observation(messages, thinking)
 
 
 # -- on which engine ---------------------------------------------------------------------------------------------------
