@@ -6,6 +6,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -458,18 +459,29 @@ def test_a_published_weight_with_names_an_expert_loads(tmp_path):
     assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_several_weights_of_one_name_ask_for_a_choice(tmp_path):
+def test_of_several_weights_of_one_name_the_published_default_is_taken(tmp_path, capsys):
     for options in ({}, {"use_moe": True}, {"hidden_size": 32}):
         save_weight(small_model(**options), "pretrain", tmp_path, TOKENIZER)
     save_weight(small_model(), "pretrain_best", tmp_path, TOKENIZER)
     with pytest.raises(UserError, match="pretrain_32, pretrain_64, pretrain_64_moe; choose with --hidden_size"):
         find_weight("pretrain", tmp_path)
-    with pytest.raises(UserError, match="several"):
-        find_weight("pretrain", tmp_path, hidden_size=64)
     assert find_weight("pretrain", tmp_path, hidden_size=32).stem == "pretrain_32"
     assert find_weight("pretrain", tmp_path, use_moe=True).stem == "pretrain_64_moe"
     assert find_weight("pretrain", tmp_path, 64, False).stem == "pretrain_64"
     assert find_weight("pretrain_best", tmp_path).stem == "pretrain_best_64"
+    assert not capsys.readouterr().err
+    assert find_weight("pretrain", tmp_path, hidden_size=64).stem == "pretrain_64"
+    assert capsys.readouterr().err.startswith("pretrain_64 is taken of pretrain_64, pretrain_64_moe; --hidden_size")
+    for stem in ("pretrain_768", "pretrain_768_moe"):
+        shutil.copy(tmp_path / "pretrain_64.pth", tmp_path / f"{stem}.pth")
+    assert find_weight("pretrain", tmp_path).stem == "pretrain_768"
+    assert "pretrain_768 is taken of pretrain_32, pretrain_64" in capsys.readouterr().err
+    assert find_weight("pretrain", tmp_path, use_moe=True).stem == "pretrain_768_moe"
+    for name in ("pretrain_64_moe", "pretrain_64_moe.pth", str(tmp_path / "pretrain_64_moe.pth")):
+        assert find_weight(name, tmp_path) == tmp_path / "pretrain_64_moe.pth"
+    for name in ("elsewhere.pth", "pretrain_512", "pre*"):
+        with pytest.raises(UserError, match="no such file|no weight"):
+            find_weight(name, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no weight", None], ids=["empty", "text", "tensor"])
