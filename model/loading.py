@@ -11,7 +11,7 @@ from model.cli import SWITCH, UserError, positive_int
 from model.device import choose_device, inference_dtype
 from model.model_lora import load_lora, merge_lora
 from model.transformers_io import from_hf_model, load_folder, open_tokenizer
-from model.weights import OUT_DIR, find_weight, read_metadata, read_weight, tokenizer_of, weight_name
+from model.weights import OUT_DIR, check_tokenizer, find_weight, read_weight, tokenizer_of, weight_name
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
          "use_moe", "norm_topk_prob")
@@ -91,9 +91,10 @@ def load_native(path: Path, tokenizer_dir: str | Path | None = None,
 
     A weight that was not trained here (there is no .json, or it says so) is prompted by its tokenizer's own template.
     """
-    folder, metadata = tokenizer_of(path, tokenizer_dir), read_metadata(path)
-    tokenizer = open_tokenizer(folder, metadata.get("own_template", not metadata))
-    return read_weight(path, tokenizer, inference_rope_scaling)[0], tokenizer, metadata
+    model, metadata = read_weight(path, inference_rope_scaling=inference_rope_scaling)
+    tokenizer = open_tokenizer(tokenizer_of(path, tokenizer_dir), metadata.get("own_template", not metadata))
+    check_tokenizer(path, metadata, tokenizer, model.config.vocab_size)
+    return model, tokenizer, metadata
 
 
 def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_dir: str | Path | None, device: str,
