@@ -141,7 +141,7 @@ class TemplateTokenizer(ChatTokenizer):
         content = json.dumps([[template_message(message) for message in messages], tools], ensure_ascii=False)
         messages, tools = json.loads(self._special.sub(f"<{GUARD}", content))
         # without tokens to think in, a model was trained on prompts that say nothing about it
-        thinking = {"enable_thinking": open_thinking} if open_thinking or self.has_markers else {}
+        thinking = {"enable_thinking": open_thinking} if open_thinking or self.has_special_tokens else {}
         try:
             return self._renderer.apply_chat_template(messages, tools=tools or None, tokenize=False, **thinking,
                                                       add_generation_prompt=True, open_thinking=open_thinking)
