@@ -6,6 +6,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,8 +72,8 @@ def answers(*request, **options) -> list[list[int]]:
 
 
 @pytest.fixture
-def short_places(monkeypatch):
-    """The cache starts with places of 8 tokens, so that it grows, shrinks and runs out."""
+def short_slots(monkeypatch):
+    """The cache starts with slots of 8 tokens, so that it grows, shrinks and runs out."""
     monkeypatch.setattr(kv_cache, "MIN_SLOT_LEN", 8)
 
 
@@ -80,7 +81,7 @@ def short_places(monkeypatch):
 
 
 @every_kind
-def test_greedy_answers_of_mixed_batches_are_those_of_one_by_one_decoding_without_a_cache(kind, short_places):
+def test_greedy_answers_of_mixed_batches_are_those_of_one_by_one_decoding_without_a_cache(kind, short_slots):
     model, dice = lively_model(kind), random.Random(2)
     prompts = some_prompts(*(dice.choice([1, 2, 5, 11, 23]) for _ in range(100)))
     lengths = [dice.choice([1, 3, 8]) for _ in prompts]
@@ -348,7 +349,7 @@ def test_experts_are_used_in_the_precision_that_one_kernel_takes():
         assert inference_dtype("cuda", use_moe=True) == torch.float16
 
 
-def test_after_the_weights_changed_the_engine_forgets():
+def test_after_the_weights_changed_nothing_cached_is_used():
     model, (prompt,) = lively_model(), some_prompts(20)
     engine = Engine(model)
 
@@ -393,7 +394,7 @@ def test_a_prompt_without_room_for_an_answer_is_a_mistake_of_its_request_alone()
         Engine(model, max_tokens=8).add(fits[:8])
 
 
-def test_sequences_that_outgrow_the_cache_take_turns(short_places):
+def test_sequences_that_outgrow_the_cache_take_turns(short_slots):
     model, prompts = lively_model(), some_prompts(6, 7, 5)
     engine = Engine(model, max_batch=3, max_tokens=48)
     sequences = [engine.add(prompt, greedy(30)) for prompt in prompts]
@@ -409,7 +410,7 @@ def test_sequences_that_outgrow_the_cache_take_turns(short_places):
 # -- events ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_thousand_events_leak_no_place_and_survivors_answer_as_if_alone(short_places):
+def test_a_thousand_events_leak_no_slot_and_survivors_answer_as_if_alone(short_slots):
     model, dice = lively_model(), random.Random(4)
     begin = some_prompts(12)[0]
     requests = [(begin[:dice.randrange(1, 12)] + prompt, free(dice.randrange(1, 12), temperature=t, seed=n))
@@ -439,6 +440,31 @@ def test_a_thousand_events_leak_no_place_and_survivors_answer_as_if_alone(short_
         assert sequence.completion_ids == alone[number]
     for number, sequence in added:
         assert sequence.completion_ids == alone[number][:len(sequence.completion_ids)]
+
+
+def test_streams_of_several_threads_give_each_all_of_its_tokens_and_a_closed_one_is_cancelled():
+    model, prompts = lively_model(), some_prompts(9, 3, 14, 6)
+    engine = Engine(model, TOKENIZER)
+    requests = [(prompt, greedy(20 + 5 * number, top_logprobs=1)) for number, prompt in enumerate(prompts)]
+
+    def run(request: tuple) -> tuple:
+        sequence = engine.add(*request)
+        return sequence, list(engine.stream(sequence))
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(run, requests))
+    for (sequence, deltas), (prompt, params) in zip(results, requests, strict=True):
+        ids, logprobs, top_logprobs = zip(*(token for delta in deltas for token in delta.tokens), strict=True)
+        assert list(ids) == sequence.completion_ids == plainly(model, prompt, params.max_new_tokens)
+        assert (list(logprobs), list(top_logprobs)) == (sequence.logprobs, sequence.top_logprobs)
+        assert [piece for delta in deltas for piece in delta.pieces] == sequence.output_pieces
+        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+        assert sum(delta.num_tokens for delta in deltas) == params.max_new_tokens
+    sequence = engine.add(prompts[0], greedy(1000))
+    deltas = engine.stream(sequence)
+    next(deltas)
+    deltas.close()
+    assert sequence.finish_reason == "cancelled" and not engine.busy
 
 
 def test_a_prompt_shared_by_many_samples_is_computed_once():

@@ -73,7 +73,7 @@ class Engine:
         return bool(self.num_waiting or self.num_running)
 
     def add(self, prompt_ids: list[int], params: SamplingParams = SamplingParams()) -> Sequence:  # noqa: B008 (frozen)
-        """Queue a request. Raises ValueError for a prompt that is empty, has no such tokens, or leaves no room."""
+        """Queue a request. Raises ValueError for a prompt that is empty, too long, or holds no token ids."""
         if not prompt_ids:
             raise ValueError("the prompt is empty")
         vocab_size = self.model.config.vocab_size
@@ -100,11 +100,13 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One more token for every decoding sequence, a chunk of the prompts. → the sequences that got a token"""
         batches = self.scheduler.schedule()
+        if not batches:
+            return []
+        logits = self.runner.run(batches)
         sequences = [batch.sequences[row] for batch in batches for row in batch.sampled_rows]
-        if batches:
-            logits = self.runner.run(batches)
-        if sequences:
-            self._finish(sequences, *self._sample(logits, sequences))
+        if sequences:  # else there were only chunks of longer prompts
+            tokens = self._sample(logits, sequences)
+            self._finish(sequences, *tokens)
         return sequences
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[float], list]:
