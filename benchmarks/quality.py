@@ -28,7 +28,7 @@ from model.weights import ROOT
 
 # the recipe as published: padded rows, AdamW, 256 rows per step, eager
 PLAIN = {"packing": 0, "optimizer": "adamw", "batch_size": 32, "accumulation_steps": 8, "learning_rate": 5e-4,
-         "warmup_ratio": 0.02, "use_compile": 0}
+         "warmup_ratio": 0.02, "weight_decay": 0.1, "use_compile": 0}
 PACKED, COMPILED, MUON = {"packing": 1}, {"use_compile": 1}, {"optimizer": "muon", "learning_rate": 2e-3}
 SMALL_STEPS = {"batch_size": 8, "accumulation_steps": 1, "learning_rate": 2e-3, "warmup_ratio": 0.05}
 FAST = {**PLAIN, **PACKED, **COMPILED, **SMALL_STEPS}
@@ -89,7 +89,8 @@ def train_choice(choice: dict, args: argparse.Namespace, data: Path, val: Path |
         flags = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers", "use_moe", "batch_size",
                                                         "device")}
         flags |= {"data_path": data, "cache_dir": folder, "use_compile": 1, "accumulation_steps": 1,
-                  "learning_rate": 2e-3, "warmup_ratio": 0.05, **({"val_data_path": val} if val else {})}
+                  "learning_rate": 2e-3, "warmup_ratio": 0.05, "weight_decay": 0.1,
+                  **({"val_data_path": val} if val else {})}
         flags |= choice | overrides
         masked = flags.pop("document_masking", 1)
         return train([ROOT / "trainer/train_pretrain.py"] if masked else [__file__, "--unmasked"], flags, Path(folder))

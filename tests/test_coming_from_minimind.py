@@ -1,6 +1,7 @@
 """docs/coming-from-minimind.md names flags and defaults that our programs really have."""
 
 import argparse
+import ast
 import re
 import runpy
 import sys
@@ -49,12 +50,21 @@ def same(text: str, value: object) -> bool:
 @pytest.mark.parametrize("page", PAGES)
 def test_defaults_are_those_of_an_empty_command_line(page):
     rows = [row for row in table_rows(page, 5) if row[0].startswith("`")]
-    assert len(rows) > 20
+    assert len(rows) > 6
     for script, flag, published, here, _ in rows:
         parser = parser_of(find_program(script.strip("`")))
         action, = (action for action in parser._actions if flag.strip("`") in action.option_strings)
         default = parser.get_default(action.dest)
         assert same(here, default), f"{page}: {script} {flag} is {default} now, not {here}; published: {published}"
+
+
+@pytest.mark.parametrize("stage", sorted((ROOT / "trainer").glob("train_*.py")), ids=lambda path: path.stem)
+def test_a_stage_gets_the_defaults_that_it_names(stage):
+    call = next(node for node in ast.walk(ast.parse(stage.read_text("utf-8"))) if isinstance(node, ast.Call)
+                and getattr(node.func, "id", "").endswith("_parser"))
+    parser = parser_of(stage)
+    named = {part.arg: ast.literal_eval(part.value) for part in call.keywords if part.arg != "data_path"}
+    assert len(named) > 5 and {name: parser.get_default(name) for name in named} == named
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -76,7 +76,7 @@ def test_what_is_done_is_not_done_again_unless_it_would_become_something_else(li
     said = capsys.readouterr().out
     assert scripts == [f"trainer/train_{name}.py" for name in (
         "full_sft", "lora", "dpo", "reward", "grpo", "agent")]
-    assert "full_sft: begins anew: --weight_decay was None, is 0.2" in said and "pretrain: done before" in said
+    assert "full_sft: begins anew: --weight_decay was 0.1, is 0.2" in said and "pretrain: done before" in said
     assert "dpo: begins anew: what it starts from was made anew" in said
     assert not list((lived / "tiny/checkpoints").glob("dpo_*"))  # the state of the old one is gone
 

@@ -224,7 +224,7 @@ class Seeded:
 def make_stream(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: tuple = (),
                 reference=None) -> RolloutStream:
     defaults = {"--batch_size": 2, "--accumulation_steps": 2, "--num_generations": 3, "--max_seq_len": 24,
-                "--max_gen_len": 24, "--beta": 0, "--device": "cpu"}
+                "--max_gen_len": 24, "--loss_type": "grpo", "--beta": 0, "--device": "cpu"}
     flags = [str(part) for pair in defaults.items() for part in pair] + [str(flag) for flag in flags]
     parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
     parser.set_defaults(reward_mix="")
@@ -415,7 +415,7 @@ def test_a_bad_prompt_is_told_with_its_line(tmp_path, line, words):
 
 RL = {"from_weight": "full_sft", "max_gen_len": 8, "num_generations": 3, "accumulation_steps": 1, "batch_size": 4,
       "learning_rate": 1e-3, "warmup_ratio": 0, "thinking_ratio": 0.5, "max_steps": 4}
-STAGES = [(train_grpo, "grpo", {"beta": 0.1, "mini_batches": 2}),
+STAGES = [(train_grpo, "grpo", {"loss_type": "grpo", "beta": 0.1, "mini_batches": 2}),
           (train_grpo, "grpo", {"loss_type": "spo", "batch_size": 6}),
           (train_grpo, "grpo", {"loss_type": "cispo", "resample": 1, "is_cap": 2}),
           (train_ppo, "ppo_actor", {"mini_batches": 2, "update_epochs": 1, "critic_learning_rate": 1e-3})]

@@ -43,8 +43,8 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--accumulation_steps", type=positive_int, default=1,
                        help="batches per step: batch_size x accumulation_steps rows, on any number of devices")
     group.add_argument("--learning_rate", type=nonneg_float, help="peak; linear warm-up, then a cosine to a tenth")
-    group.add_argument("--warmup_ratio", type=fraction, default=0.02, help="share of the steps that warm up")
-    group.add_argument("--weight_decay", type=nonneg_float, default=0.1, help="decoupled, on matrices only")
+    group.add_argument("--warmup_ratio", type=fraction, default=0.0, help="share of the steps that warm up")
+    group.add_argument("--weight_decay", type=nonneg_float, default=0.01, help="decoupled, on matrices only")
     group.add_argument("--grad_clip", type=nonneg_float, default=1.0, help="largest gradient norm (0: no limit)")
     group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
                        help="muon: for the hidden matrices, AdamW for the rest")
@@ -104,6 +104,7 @@ def rl_parser(description: str, **defaults) -> Parser:
                        help="truncated importance sampling against the sampler's rounding: the largest weight (0: off)")
     group.add_argument("--show_samples", type=nonneg_int, default=0,
                        help="print so many answers per rollout, coloured by the advantage of each token")
+    parser.set_defaults(**defaults)  # after the flags: argparse lets the default of a later flag win
     return parser
 
 
@@ -116,7 +117,7 @@ def policy_parser(description: str, **defaults) -> Parser:
     """The flags of an online RL stage without a critic."""
     parser = rl_parser(description, **defaults)
     group = parser.add_argument_group("loss")
-    group.add_argument("--loss_type", choices=POLICY_DEFAULTS, default="grpo", help="spo: one answer per prompt")
+    group.add_argument("--loss_type", choices=POLICY_DEFAULTS, default="cispo", help="spo: one answer per prompt")
     group.add_argument("--beta", type=nonneg_float, default=0.1, help="coefficient of the KL to the start (0: no KL)")
     group.add_argument("--epsilon", type=nonneg_float, help="clip the ratio at 1 - this (default: of the loss)")
     group.add_argument("--epsilon_high", type=nonneg_float, help="clip the ratio at 1 + this; cispo: at this")
@@ -127,6 +128,7 @@ def policy_parser(description: str, **defaults) -> Parser:
                        help="replace prompts whose answers all get the same reward (DAPO)")
     group.add_argument("--spo_half_life", type=nonneg_float, default=0.06,
                        help="spo: KL per token after which a prompt's past rewards count half")
+    parser.set_defaults(**defaults)
     return parser
 
 

@@ -25,11 +25,11 @@ from trainer.trainer import Trainer
 def main() -> None:
     parser = policy_parser(
         __doc__, data_path=str(ROOT / "dataset/agent_rl.jsonl"), from_weight="full_sft", save_weight="agent",
-        max_seq_len=1024, max_gen_len=768, batch_size=2, num_generations=4, learning_rate=3e-7, weight_decay=0.0,
-        epochs=1, loss_type="cispo", thinking_ratio=0.1, log_interval=1, save_interval=10,
-        wandb_project="MiniMind-Agent")
+        max_seq_len=1024, max_gen_len=768, batch_size=2, num_generations=4, learning_rate=3e-7,
+        epochs=1, thinking_ratio=0.1, log_interval=1, save_interval=10,
+        wandb_project="MiniMind-Agent-RL")
     parser.add_argument("--max_total_len", type=positive_int, default=2500, help="longest episode, in tokens")
-    parser.add_argument("--max_turns", type=positive_int, default=4, help="times the model may speak in an episode")
+    parser.add_argument("--max_turns", type=positive_int, default=3, help="times the model may speak in an episode")
     add_reward_args(parser)
     add_rollout_engine_args(parser)
     parser.set_defaults(reward_mix=AGENT_REWARD_MIX)

@@ -52,8 +52,8 @@ def reference_log_probs(run: Run, model: nn.Module, base: str, data: DPODataset)
 def main() -> None:
     parser = stage_parser(
         __doc__, data_path=str(ROOT / "dataset/dpo.jsonl"), from_weight="full_sft", save_weight="dpo",
-        max_seq_len=1024, batch_size=4, learning_rate=1e-6, weight_decay=0.0, epochs=1, wandb_project="MiniMind-DPO")
-    parser.add_argument("--beta", type=nonneg_float, default=0.1,
+        max_seq_len=1024, batch_size=4, learning_rate=4e-8, epochs=1, wandb_project="MiniMind-DPO")
+    parser.add_argument("--beta", type=nonneg_float, default=0.15,
                         help="how much a log-ratio counts (simpo: 2 and more)")
     parser.add_argument("--loss_type", choices=PREFERENCE_LOSSES, default="sigmoid",
                         help="simpo: of mean log-probabilities, without a reference")

@@ -23,7 +23,7 @@ from trainer.trainer import Trainer
 def main() -> None:
     parser = policy_parser(
         __doc__, data_path=str(ROOT / "dataset/rlaif.jsonl"), from_weight="full_sft", save_weight="grpo",
-        max_seq_len=768, batch_size=2, learning_rate=3e-7, weight_decay=0.0, epochs=1, log_interval=1,
+        max_seq_len=768, batch_size=2, learning_rate=3e-7, epochs=1, log_interval=1,
         save_interval=10, wandb_project="MiniMind-GRPO")
     add_reward_args(parser)
     add_rollout_engine_args(parser)

@@ -21,11 +21,11 @@ from trainer.trainer import Trainer
 def main() -> None:
     parser = stage_parser(
         __doc__, data_path=str(ROOT / "dataset/lora_identity.jsonl"), from_weight="full_sft",
-        save_weight="lora_identity", max_seq_len=340, batch_size=32, learning_rate=1e-4, weight_decay=0.0, epochs=10,
+        save_weight="lora_identity", max_seq_len=340, batch_size=32, learning_rate=1e-4, epochs=10,
         wandb_project="MiniMind-LoRA")
     parser.add_argument("--lora_name", dest="save_weight", help="name of the LoRA to write, as --save_weight")
     parser.add_argument("--lora_rank", type=positive_int, default=LoRA.rank, help="width of the branches")
-    parser.add_argument("--lora_alpha", type=nonneg_float, default=LoRA.alpha,
+    parser.add_argument("--lora_alpha", type=nonneg_float, default=16.0,
                         help="a branch counts alpha / rank times")
     parser.add_argument("--lora_dropout", type=fraction, default=LoRA.dropout,
                         help="share of a branch's inputs left out")

@@ -54,8 +54,8 @@ def save_actor(model: ActorCritic, *where, **facts) -> Path:
 def main() -> None:
     parser = rl_parser(
         __doc__, data_path=str(ROOT / "dataset/rlaif.jsonl"), from_weight="full_sft", save_weight="ppo_actor",
-        max_seq_len=768, batch_size=4, num_generations=1, update_epochs=2, mini_batches=2, target_kl=0.25,
-        learning_rate=3e-7, weight_decay=0.0, epochs=1, log_interval=1, save_interval=10, wandb_project="MiniMind-PPO")
+        max_seq_len=768, batch_size=2, num_generations=1, update_epochs=2, target_kl=0.25,
+        learning_rate=3e-7, epochs=1, log_interval=1, save_interval=10, wandb_project="MiniMind-PPO")
     group = parser.add_argument_group("loss")
     group.add_argument("--critic_learning_rate", type=nonneg_float, default=5e-7,
                        help="peak, on the schedule of the actor's")

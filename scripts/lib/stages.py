@@ -54,7 +54,7 @@ class Stage:
 LONG_ROWS = {"max_seq_len": 1024, "batch_size": 2}  # as many tokens per step as 4 rows of 512, and 8% faster
 CHAT_ROWS = {"empty_think_ratio": 1, "system_prompt_ratio": 0}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-         "from_weight": "none", "learning_rate": 4e-3, "max_steps": 300, **CHAT_ROWS}
+         "from_weight": "none", "learning_rate": 4e-3, "weight_decay": 0.1, "max_steps": 300, **CHAT_ROWS}
 ONLINE = {"thinking_ratio": 0, "num_generations": 8, "optimizer": "adamw", "learning_rate": 2e-4, "use_compile": 0,
           "log_interval": 4}
 SINGLE_TURN = {**ONLINE, "batch_size": 8, "accumulation_steps": 4, "max_seq_len": 256, "max_gen_len": 64,
@@ -63,16 +63,17 @@ GROUPS = {**SINGLE_TURN, "beta": 0, "max_steps": 12}
 STAGES = (
     Stage("pretrain", "trainer/train_pretrain.py", "pretrain", {
         **LONG_ROWS, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "learning_rate": 4e-3}, in_demo=True, answers=False),  # it only continues texts
-    Stage("full_sft", "trainer/train_full_sft.py", "sft", {**LONG_ROWS, "learning_rate": 4e-3, **CHAT_ROWS},
-          in_demo=True),
+        "learning_rate": 4e-3, "weight_decay": 0.1}, in_demo=True, answers=False),  # it only continues texts
+    Stage("full_sft", "trainer/train_full_sft.py", "sft", {
+        **LONG_ROWS, "learning_rate": 4e-3, "weight_decay": 0.1, **CHAT_ROWS}, in_demo=True),
     Stage("lora_identity", "trainer/train_lora.py", "lora_identity", {
-        "optimizer": "adamw", "epochs": 4, "batch_size": 2, "learning_rate": 1e-3, "lora_alpha": 16, **CHAT_ROWS},
+        "optimizer": "adamw", "epochs": 4, "batch_size": 2, "learning_rate": 1e-3, **CHAT_ROWS},
         scoring={"weight": "full_sft", "lora_weight": "lora_identity",
                  "data_path": (SAMPLE / "heldout.jsonl", SAMPLE / "lora_identity_val.jsonl")}),
     Stage("dpo", "trainer/train_dpo.py", "dpo", {"optimizer": "adamw", "batch_size": 1, "learning_rate": 3e-5}),
     Stage("reward", "trainer/train_reward.py", "reward", {
-        "optimizer": "adamw", "batch_size": 2, "learning_rate": 6e-4, "extra_layers": 2, "token_weight": 1},
+        "optimizer": "adamw", "batch_size": 2, "learning_rate": 6e-4, "weight_decay": 0.1, "extra_layers": 2,
+        "token_weight": 1},
         answers=False),
     Stage("small_sft", "trainer/train_full_sft.py", "sft", {**SMALL, "save_weight": "small_sft"}),
     Stage("full_dist", "trainer/train_distillation.py", "sft", {  # small_sft, taught
@@ -80,11 +81,11 @@ STAGES = (
     Stage("grpo", "trainer/train_grpo.py", "rlaif", {**GROUPS, "loss_type": "grpo"}),
     Stage("cispo", "trainer/train_grpo.py", "rlaif", {**GROUPS, "loss_type": "cispo", "save_weight": "cispo"}),
     Stage("ppo_actor", "trainer/train_ppo.py", "rlaif", {
-        **SINGLE_TURN, "critic_learning_rate": 5e-4, "kl_coef": 0, "update_epochs": 1, "learning_rate": 1e-4,
-        "max_steps": 24}),
+        **SINGLE_TURN, "critic_learning_rate": 5e-4, "kl_coef": 0, "update_epochs": 1, "target_kl": 0,
+        "learning_rate": 1e-4, "max_steps": 24}),
     Stage("agent", "trainer/train_agent.py", "agent_rl", {
-        **ONLINE, "num_generations": 4, "max_seq_len": 384, "max_gen_len": 96, "max_total_len": 640, "beta": 0.02,
-        "accumulation_steps": 4, "max_steps": 10}, in_demo=True),
+        **ONLINE, "num_generations": 4, "max_seq_len": 384, "max_gen_len": 96, "max_total_len": 640, "max_turns": 4,
+        "loss_type": "grpo", "beta": 0.02, "accumulation_steps": 4, "max_steps": 10}, in_demo=True),
 )
 CHAT = ("你好！", "Who are you?", "217 + 8等于多少？", "What is the colour of the ink cat?")
 
