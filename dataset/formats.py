@@ -194,7 +194,8 @@ def with_system(messages: list[dict], prompt: str, tools: dict[str, list]) -> li
     """Put the row's system prompt, and the tools, wherever they stand, on the system message that comes first."""
     offered = next(iter(tools.values()), [])
     for name, value in tools.items():
-        if value != offered or not all(isinstance(tool, dict) for tool in value):
+        if value != offered or not all(isinstance(tool, dict) and isinstance(tool.get("function", {}), dict)
+                                       for tool in value):
             raise ValueError(f"{name}: " + ("a tool is an object" if value == offered else
                                             f"other tools than in {next(iter(tools))}; a conversation has one list"))
     has_system = bool(messages) and messages[0]["role"] == "system"

@@ -1,14 +1,16 @@
 """Rewards of episodes with tools: what is right earns most, and what was tried to earn it otherwise does not."""
 
+import json
+
 import pytest
 from lab import TOKENIZER
 from reciter import Reciter
 from test_episodes import OFFER, PRODUCT, SUM, ask, calls, says, told
 
-from dataset.prompts import Prompt
+from dataset.prompts import Prompt, PromptDataset
 from model.chat import END_CALL, END_THINK, EOS
 from model.inference.engine import Engine, SamplingParams
-from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS
+from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS, find_unrewarded
 from trainer.rl.episodes import run_episodes
 
 MIX = {name: float(weight) for name, weight in (part.split("=") for part in AGENT_REWARD_MIX.split(","))}
@@ -100,3 +102,13 @@ def test_an_unfinished_episode_loses():
 
 def test_saying_it_twice_is_repetition():
     assert scores(*ONCE, says("The result is 3. " * 6))["repetition"] < -0.5
+
+
+def test_prompts_that_can_earn_nothing_are_told_before_the_run(tmp_path):
+    own = {"role": "system", "content": "", "tools": [{"type": "function", "function": {"name": "my_own_tool"}}]}
+    rows = [{"conversations": [OFFER, ask("1 + 2?")], "gt": [3]}, {"conversations": [own, ask("1 + 2?")], "gt": ["3"]},
+            {"conversations": [ask("1 + 2?")]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    no_gt, no_tool = find_unrewarded(PromptDataset(tmp_path / "rows.jsonl", TOKENIZER, 512))
+    assert no_gt.startswith("1 of 3 prompts have no gt")
+    assert no_tool.startswith("tool my_own_tool of 1 prompts is not in")

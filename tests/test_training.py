@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lab import DEADLINE, ROOT, SMALL, TOKENIZER, Lab, small_model, wait_for
+from lab import DEADLINE, FLAGS, ROOT, SMALL, TOKENIZER, Lab, small_model, wait_for
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
@@ -27,7 +27,7 @@ from model.cli import UserError
 from model.weights import find_weight, load_weight, save_weight
 from trainer import metrics, train_full_sft, train_pretrain
 from trainer import trainer as loop
-from trainer.batches import BatchStream
+from trainer.batches import BatchStream, adapt_batch
 from trainer.distributed import World
 from trainer.flops import flops_per_token
 from trainer.losses import Loss, aux_loss_term, inputs, next_token_loss
@@ -314,6 +314,30 @@ def test_an_epoch_takes_every_row_once_in_an_order_of_its_own():
 def test_rows_that_ranks_cannot_share_evenly_are_a_mistake():
     with pytest.raises(UserError, match="8 rows .* 3 ranks"):
         row_stream(3)
+
+
+@pytest.mark.parametrize("rows, ranks, expected", [
+    (1, 1, (1, 1)), (15, 1, (1, 1)), (91, 1, (4, 1)), (91, 2, (4, 1)), (50, 4, (4, 1)), (640, 1, (32, 1)),
+    (2_000, 1, (32, 3)), (5_120, 1, (32, 8)), (10**6, 1, (32, 8))])
+def test_an_epoch_of_a_small_file_has_twenty_steps_where_it_has_as_many_rows(rows, ranks, expected):
+    assert adapt_batch(rows, 32, 8, ranks) == expected
+    assert rows / math.prod(expected) >= min(20, rows) or ranks > 1
+
+
+def test_small_data_is_told_and_flags_that_are_given_win(lab, data, tmp_path, capsys):
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join((data / "sft.jsonl").read_text().splitlines()[:25]))
+    flags = {"stage": train_full_sft, "data_path": path, "packing": 0, "max_steps": 1}
+    with mock.patch.dict(FLAGS):
+        del FLAGS["batch_size"], FLAGS["accumulation_steps"]
+        lab("small").train(**flags)
+    out = capsys.readouterr().out
+    assert "25 rows are few, so that a step takes 1 of them instead of 16" in out
+    assert "steps 0 to 1 of 50, 1 rows a step" in out
+    lab("given").train(**flags, batch_size=32)
+    out = capsys.readouterr().out
+    assert "25 documents fill 25 rows, so that there are only 1 steps; lower --batch_size or raise --epochs" in out
+    assert "2.00/2 step 1/1" in out and "are few" not in out  # not 2.56/2
 
 
 def test_micro_batches_are_never_larger_than_batch_size():

@@ -17,7 +17,7 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     """
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", help="training rows, .jsonl or .jsonl.gz")
+    group.add_argument("--data_path", help="training rows: .jsonl, .json, .csv, .parquet; formats: dataset/formats.py")
     group.add_argument("--val_data_path", help="rows to validate on; the best weights are kept as {save_weight}_best")
     group.add_argument("--max_seq_len", type=positive_int, help="tokens per row")
     if packs:
@@ -39,7 +39,8 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
     group.add_argument("--max_steps", type=nonneg_int, default=0,
                        help="stop after so many steps (0: never); the schedule still spans all epochs")
-    group.add_argument("--batch_size", type=positive_int, help="rows per device and micro-step")
+    group.add_argument("--batch_size", type=positive_int,
+                       help="rows per device and micro-step (the default is lowered for a file of few rows)")
     group.add_argument("--accumulation_steps", type=positive_int, default=1,
                        help="batches per step: batch_size x accumulation_steps rows, on any number of devices")
     group.add_argument("--learning_rate", type=nonneg_float, help="peak; linear warm-up, then a cosine to a tenth")
@@ -156,7 +157,11 @@ def policy_settings(args: argparse.Namespace) -> dict:
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; paths become absolute, so that nothing depends on the current directory later."""
-    args = parser.parse_args(argv)
+    sizes = ("batch_size", "accumulation_steps")
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(sizes)))  # None where a flag is not given
+    args.adapt_batch = all(getattr(args, name) is None for name in sizes)  # to the size of the data
+    for name in sizes:
+        setattr(args, name, getattr(args, name) or parser.get_default(name))
     if getattr(args, "temperature", 1.0) == 0:
         parser.error("--temperature 0 leaves no distribution to learn from; give more than 0")
     for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir",

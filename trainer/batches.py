@@ -12,6 +12,8 @@ from dataset.token_cache import TokenDataset
 from model.cli import UserError
 from trainer.distributed import World
 
+MIN_STEPS = 20  # in an epoch of a small file, unless --batch_size or --accumulation_steps is given
+
 
 class GlobalBatch(NamedTuple):
     """What one optimizer step learns from."""
@@ -33,6 +35,16 @@ def sampler_indices(start: int, count: int, seed: int, size: int) -> np.ndarray:
     """Elements start … start + count of an endless stream of indices below `size`: one permutation after the other."""
     epochs, positions = np.divmod(np.arange(start, start + count), size)
     return np.concatenate([permutation(seed, epoch, size)[positions[epochs == epoch]] for epoch in np.unique(epochs)])
+
+
+def adapt_batch(num_rows: int, batch_size: int, accumulation_steps: int, world_size: int = 1) -> tuple[int, int]:
+    """Lower accumulation_steps, then batch_size, until an epoch of `num_rows` rows has MIN_STEPS steps, if it can.
+
+    People fine-tune on 20 to 500 short rows, which packing makes even fewer: with 32 per step, a step or two.
+    """
+    rows_per_step = max(1, num_rows // MIN_STEPS)
+    return (min(batch_size, -(-rows_per_step // world_size) * world_size),
+            min(accumulation_steps, max(1, rows_per_step // batch_size)))
 
 
 class BatchStream:

@@ -1,6 +1,7 @@
 """What a run of any stage starts from: device, ranks, precision, seed, tokenizer, data and models, and signals."""
 
 import ctypes
+import math
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from model.cli import Failure, UserError, first_line
 from model.device import cpu_has_bfloat16
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.weights import load_weight
+from trainer.batches import MIN_STEPS, adapt_batch
 from trainer.distributed import init_distributed
 
 MODEL_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -71,8 +73,20 @@ class Run:
 
     def load_datasets(self, dataset_class: type[TokenDataset], **options) -> list[TokenDataset | None]:
         """The rows to train and to validate on, tokenised once for all ranks of a machine; None without a path."""
-        return [self._load_dataset(dataset_class, path, **options) if path else None
-                for path in (self.args.data_path, self.args.val_data_path)]
+        args = self.args
+        data, val_data = (self._load_dataset(dataset_class, path, **options) if path else None
+                          for path in (args.data_path, args.val_data_path))
+        default = args.batch_size, args.accumulation_steps
+        if args.adapt_batch:
+            args.batch_size, args.accumulation_steps = adapt_batch(len(data), *default, self.world.size)
+        rows = args.batch_size * args.accumulation_steps
+        if rows < math.prod(default):
+            self.print_main(f"data: {len(data):,} rows are few, so that a step takes {rows:,} of them instead of "
+                            f"{math.prod(default):,} (--batch_size decides otherwise)")
+        if (steps := math.ceil(args.epochs * len(data) / rows)) < MIN_STEPS:
+            self.print_main(f"data: {data.meta['documents']:,} documents fill {len(data):,} rows, so that there are "
+                            f"only {steps:,} steps; {'lower --batch_size or ' * (rows > 1)}raise --epochs")
+        return [data, val_data]
 
     def _load_dataset(self, dataset_class: type[TokenDataset], path: Path, **options) -> TokenDataset:
         args = self.args

@@ -13,7 +13,7 @@ from model.weights import ROOT
 from trainer.arguments import parse_policy_args, policy_parser, policy_settings
 from trainer.losses import policy_loss
 from trainer.rl.advantages import GroupRelative
-from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS
+from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS, find_unrewarded
 from trainer.rl.episodes import EpisodeEngine
 from trainer.rl.rewards import add_reward_args, make_rewards
 from trainer.rl.rollouts import RolloutStream, make_rollout_eval
@@ -40,6 +40,8 @@ def main() -> None:
     with Run(args) as run:
         policy = run.prepare(run.load_model())
         prompts, val_prompts = run.load_prompts()
+        for warning in find_unrewarded(prompts):
+            run.print_main(f"data: {warning}")
 
         # 1. Sample: episodes o_1 … o_n of turns ~ π_θ and the results of the tools they call, for each prompt q.
         sampler = make_rollout_engine(args, policy, run.tokenizer, run.autocast(), run.world)

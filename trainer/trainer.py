@@ -174,8 +174,9 @@ class Trainer:
         self._check_finite()
         metrics = self.interval.collect(self.world)
         mfu = metrics["tokens_per_s"] * self.flops_per_token / self.peak_flops
-        return {"step": self.step, "epoch": self.stream.epoch(self.step), "tokens": self.tokens, **metrics,
-                "mfu": mfu, "memory_gb": peak_memory(self.device)}
+        epoch = min(self.stream.epoch(self.step), self.args.epochs)  # the last step may go on into the next epoch
+        return {"step": self.step, "epoch": epoch, "tokens": self.tokens, **metrics, "mfu": mfu,
+                "memory_gb": peak_memory(self.device)}
 
     def log(self, row: dict) -> None:
         """A line on the screen, and `row` in the log file and the tracker."""
@@ -188,6 +189,7 @@ class Trainer:
                  f"{row['tokens_per_s']:,.0f} tok/s mfu {row['mfu']:.0%} {row['memory_gb']:.1f} GB eta {eta}"]
         parts += [" ".join(f"{name} {row[name]:.4f}" for name in names)
                   for names in (self.interval.names, [name for name in row if name.startswith("val_")]) if names]
+        parts += ["the gradient is exactly 0, so nothing is learned"] * (row["grad_norm"] == 0)
         print(" · ".join(parts), flush=True)
         self.metrics_log.write(row)
         self.tracker.log(row)

@@ -13,11 +13,25 @@ reward without solving the task, and what they earn (tests/test_agent_rewards.py
     the answer in the thinking only           `truth` 0: only the content counts
 """
 
-from dataset.prompts import Prompt
+from collections import Counter
+
+from dataset.prompts import Prompt, PromptDataset
+from trainer.rl.episodes import offered_tools
 from trainer.rl.rewards import RewardFn, accuracy, is_well_formed, repetition
+from trainer.rl.tools import TOOLS
 from trainer.rl.trajectory import Trajectory
 
 AGENT_REWARD_MIX = "truth=1,calls=0.2,form=0.2,unfinished=0.4,repetition=0.2"  # how much each counts
+
+
+def find_unrewarded(prompts: PromptDataset) -> list[str]:
+    """Sentences on prompts that cannot earn what others earn: without ground truth, or with tools that nobody has."""
+    num_unknown = sum(not prompt.ground_truth for prompt in prompts.prompts)
+    missing_tools = Counter(name for prompt in prompts.prompts for name in offered_tools(prompt) if name not in TOOLS)
+    return [f"{num_unknown:,} of {len(prompts):,} prompts have no gt, the values of a right answer: their truth reward "
+            "is 0 whatever is answered"] * bool(num_unknown) + [
+        f"tool {name!s:.80} of {count:,} prompts is not in trainer/rl/builtin_tools.py: its calls will fail"
+        for name, count in missing_tools.most_common(20)]
 
 
 def answer_reward(prompt: Prompt, episode: Trajectory) -> float:
