@@ -8,13 +8,14 @@ from functools import partial
 import torch
 
 from model.chat import BOS, AssistantMessage, ChatTokenizer, MessageParser
-from model.cli import Parser, UserError, add_sampling_args, run_main
+from model.cli import SWITCH, Parser, UserError, add_sampling_args, nonneg_int, run_main
 from model.inference.engine import Engine, SamplingParams
 from model.loading import add_loading_args, continues_text, load_from_args
 from scripts.lib.terminal import interact, print_event
 
 QUESTIONS = ("你好，你是谁？", "你有什么特长？", "为什么天空是蓝色的？", "请介绍一下北京。", "推荐一些中国的美食。",
              "Who are you?", "What is machine learning?", "Why does it rain?", "Give me tips for learning English.")
+MODES = ("pretrain", "full_sft", "dpo", "reason", "ppo_actor", "grpo")  # weights, as MiniMind2 numbered them
 TEXTS = ("很久以前，", "机器学习是", "Once upon a time, ", "The capital of France")
 
 
@@ -24,10 +25,21 @@ def parse_arguments() -> argparse.Namespace:
                         help="name of the weight; 'pretrain…' continues text, others chat")
     add_loading_args(parser)
     parser.add_argument("--prompt", nargs="+", help="answer this, or each of these by itself, and exit")
+    add_chat_args(parser)
     parser.add_argument("--questions", action="store_true", help="answer the built-in questions and exit")
-    add_sampling_args(parser, open_thinking=0, max_new_tokens=1024, temperature=0.85, top_p=0.95, top_k=0,
+    add_sampling_args(parser, open_thinking=0, max_new_tokens=8192, temperature=0.85, top_p=0.95, top_k=0,
                       repetition_penalty=1.0, seed=None)
+    parser.add_aliases(max_seq_len="max_new_tokens")
+    parser.add_argument("--model_mode", dest="weight", type=lambda mode: MODES[int(mode)], default=argparse.SUPPRESS,
+                        help=argparse.SUPPRESS)  # MiniMind2's
     return parser.parse_args()
+
+
+def add_chat_args(parser: Parser) -> None:
+    """Flags of a conversation in the terminal."""
+    parser.add_argument("--history", type=nonneg_int, help="messages of the conversation to remember (default: all)")
+    parser.add_argument("--show_speed", **SWITCH, help="print tokens per second (default: on a terminal)")
+    parser.add_aliases(historys="history", history_cnt="history")
 
 
 class Chat:
@@ -44,6 +56,8 @@ class Chat:
         """Print the answer to `text` while it is written, and remember both. Ctrl-C ends it early."""
         if self.continues_text:
             return self.reply([BOS, *self.tokenizer.encode_text(text)])
+        if self.args.history is not None:
+            self.messages = self.messages[-self.args.history:] if self.args.history else []
         self.messages.append({"role": "user", "content": text})
         return self.reply(self.tokenizer.prompt(self.messages, open_thinking=bool(self.args.open_thinking)))
 
@@ -70,7 +84,8 @@ class Chat:
             print_event(*event)
         num_tokens = len(sequence.completion_ids)
         speed = num_tokens / (time.perf_counter() - start)
-        print(f"\n[{num_tokens} tokens, {speed:.1f} tokens/s]" if sys.stdout.isatty() else "")
+        show_speed = sys.stdout.isatty() if args.show_speed is None else args.show_speed
+        print(f"\n[{num_tokens} tokens, {speed:.1f} tokens/s]" if show_speed else "")
         if not self.continues_text:
             self.messages.append(parser.message.to_dict())
         return parser.message

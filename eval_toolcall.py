@@ -21,7 +21,7 @@ from math import sqrt
 from pathlib import Path
 
 from dataset.prompts import Prompt
-from eval_llm import Chat
+from eval_llm import Chat, add_chat_args
 from model.chat import TOKENIZER_DIR, AssistantMessage, ChatTokenizer
 from model.cli import Parser, UserError, add_sampling_args, positive_int, run_main
 from model.files import write_atomically
@@ -168,7 +168,7 @@ class ToolChat(Chat):
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weight", nargs="+", default=["agent"], help="name of the weight; several to be compared")
+    parser.add_argument("--weight", nargs="+", default=["full_sft"], help="name of the weight; several to be compared")
     add_loading_args(parser)
     parser.add_argument("--backend", choices=("local", "api"), default="local", help="api: a server answers")
     parser.add_argument("--api_base_url", default=LOCAL_SERVER, help="of the server (%(default)s)")
@@ -181,7 +181,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", type=Path, help="score the cases of a file")
     parser.add_argument("--json", type=Path, help="write the scores there, with every turn")
     parser.add_argument("--max_total_len", type=positive_int, default=2048, help="tokens of an episode (%(default)s)")
-    add_sampling_args(parser, open_thinking=0, max_new_tokens=256, temperature=0.0, top_p=0.95, seed=42)
+    add_sampling_args(parser, open_thinking=0, max_new_tokens=512, temperature=0.0, top_p=0.95, seed=42)
+    add_chat_args(parser)
+    parser.add_aliases(api_model="model", stream=None)
     args = parser.parse_args()
     args.top_k, args.repetition_penalty = 0, 1.0  # which Chat wants
     if len(args.weight) > 1 and (args.backend == "api" or not (args.benchmark or args.cases)):

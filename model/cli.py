@@ -55,6 +55,17 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
 
+    def add_aliases(self, **flags: str | None) -> None:
+        """Also accept flags by their names in MiniMind's scripts, alias="flag"; --help does not list them.
+
+        None: there is nothing that the flag could change here. It may have a value, which is ignored.
+        """
+        for alias, flag in flags.items():
+            if flag:
+                self._option_string_actions[f"--{alias}"] = self._option_string_actions[f"--{flag}"]
+            else:
+                self.add_argument(f"--{alias}", nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
 
 def positive_int(text: str) -> int:
     if int(text) < 1:
@@ -72,6 +83,16 @@ def nonneg_float(text: str) -> float:
     if not 0 <= float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
     return float(text)
+
+
+def optional_name(text: str) -> str | None:
+    return None if text == "None" else text
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("0", "1", "false", "true"):
+        raise argparse.ArgumentTypeError(f"{text} is not True or False")
+    return text.lower() in ("1", "true")
 
 
 def fraction(text: str) -> float:

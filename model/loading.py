@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.cli import SWITCH, UserError, positive_int
+from model.cli import SWITCH, Parser, UserError, boolean, optional_name, positive_int
 from model.device import choose_device, inference_dtype
 from model.model_lora import load_lora, merge_lora
 from model.transformers_io import from_hf_model, load_folder, open_tokenizer
@@ -37,14 +37,16 @@ def add_folder_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best available")
 
 
-def add_loading_args(parser: argparse.ArgumentParser) -> None:
+def add_loading_args(parser: Parser) -> None:
     """Flags that choose a model for inference; each program adds its own flag for the name of the weights."""
     parser.add_argument("--load_from", default="model", help="'model': from --save_dir; a folder with only a "
                         "tokenizer: from --save_dir, with this tokenizer; else a transformers folder")
-    parser.add_argument("--lora_weight", help="name of a LoRA that was trained on the weight")
+    parser.add_argument("--lora_weight", type=optional_name, help="name of a LoRA that was trained on the weight")
     add_folder_args(parser)
-    parser.add_argument("--inference_rope_scaling", action="store_true", help="YaRN: longer texts than trained on")
+    parser.add_argument("--inference_rope_scaling", type=boolean, nargs="?", const=True, default=False,
+                        help="YaRN: longer texts than trained on")
     add_model_args(parser)
+    parser.add_aliases(lora_name="lora_weight", out_dir="save_dir")
 
 
 def load_from_args(args: argparse.Namespace, weight: str) -> tuple[nn.Module, ChatTokenizer]:

@@ -44,7 +44,7 @@ from model.model_lora import (
 from model.model_minimind import MiniMindForCausalLM
 from model.moe import Experts
 from model.transformers_io import from_hf_model, load_folder, save_folder
-from model.weights import file_stem, read_weight, save_weight, weight_name, weights_hash
+from model.weights import OUT_DIR, ROOT, file_stem, read_weight, save_weight, weight_name, weights_hash
 
 FORMATS = {"transformers": "a folder of Qwen3 or Qwen3-MoE", "minimind": "a folder of MiniMind's own class",
            "torch": "a .pth of ours", "gguf": "a file for llama.cpp, with Ollama's Modelfile",
@@ -234,15 +234,19 @@ def write(args: argparse.Namespace, draft: Path) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="weight (.pth) or transformers folder to convert")
-    parser.add_argument("--target", type=Path, required=True, help="file or folder to write")
-    parser.add_argument("--format", choices=FORMATS, required=True,
-                        help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()))
+    parser.add_argument("--source", type=Path, default=OUT_DIR / "full_sft_768.pth",
+                        help="weight (.pth) or transformers folder to convert (default: out/full_sft_768.pth)")
+    parser.add_argument("--target", type=Path, help="file or folder to write (default: minimind-3, a folder)")
+    parser.add_argument("--format", choices=FORMATS, default="transformers",
+                        help="default: %(default)s. " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items()))
     parser.add_argument("--lora", nargs="+", default=[], metavar="PATH[=WEIGHT]",
                         help="LoRAs (.pth) or peft adapters (folders) of the source, to merge into it")
     parser.add_argument("--dtype", choices=DTYPES, default="f16", help="precision of the target (default: f16)")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer of a .pth, if its .json names none")
     args = parser.parse_args(argv)
+    if args.target is None and args.format not in ("transformers", "minimind"):
+        raise UserError(f"--format {args.format} writes no folder like minimind-3; name the --target")
+    args.target = args.target or ROOT / "minimind-3"
     if args.target.exists():
         raise UserError(f"--target {args.target} is already there; remove it or name another")
     if args.dtype != "f16" and args.format in ("torch", "lora"):

@@ -66,7 +66,7 @@ def main() -> None:
         pipeline.run(stage.name, flags, partial(run, stage.script, flags))
         scores[stage.name] = score(stage)
     show_tool_calls()
-    run("eval_llm.py", {"hidden_size": HIDDEN_SIZE, "temperature": 0, "prompt": CHAT})
+    run("eval_llm.py", {"hidden_size": HIDDEN_SIZE, "temperature": 0, "max_new_tokens": 512, "prompt": CHAT})
     curves = OUT_DIR / "demo.png"
     draw_curves([stage.log for stage in stages], curves)
     minutes = {name: record["seconds"] / 60 for name, record in pipeline.records.items()}

@@ -234,6 +234,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--cors", nargs="+", metavar="ORIGIN", help="web pages that may ask, or '*' for all")
     group.add_argument("--max_batch", type=positive_int, default=32, help="answers written together (%(default)s)")
     group.add_argument("--max_cache_tokens", type=positive_int, help="bound of the key-value cache (2,048 an answer)")
+    parser.add_aliases(max_seq_len=None)  # the model's own length holds
     group.add_argument("--max_queue", type=nonneg_int, default=128, help="answers that may wait beside (%(default)s)")
     return parser.parse_args()
 

@@ -8,7 +8,7 @@ small model learns arithmetic only if a number is always spelt the same way.
 The tokenizer in model/ was made in 80 s and 2.6 GiB of memory (every row instead: 250 s, 6.9 GiB, the same ratios) by
 
     python scripts/train_tokenizer.py --data_path ../shared/data/pretrain.jsonl.gz ../shared/data/sft.jsonl.gz \
-        --every 3 --val_data_path ../shared/data/pretrain_val.jsonl.gz
+        --every 3 --val_data_path ../shared/data/pretrain_val.jsonl.gz --tokenizer_dir model
 """
 
 import argparse
@@ -29,6 +29,7 @@ from dataset.reader import parse_row, read_lines
 from model.chat import TOKENIZER_DIR
 from model.cli import Parser, UserError, positive_int, run_main
 from model.files import write_atomically
+from model.weights import ROOT
 
 # Position is id, and weights depend on it: append nothing, reorder nothing.
 CONTROL_TOKENS = [
@@ -130,9 +131,11 @@ def measure(tokenizer: Tokenizer, path: Path) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", type=Path, nargs="+", required=True, help=".jsonl or .jsonl.gz, any row format")
+    parser.add_argument("--data_path", type=Path, nargs="+", default=[ROOT / "dataset/sft_t2t_mini.jsonl"],
+                        help=".jsonl or .jsonl.gz, any row format (default: dataset/sft_t2t_mini.jsonl)")
     parser.add_argument("--val_data_path", type=Path, help="held-out rows to measure compression on")
-    parser.add_argument("--tokenizer_dir", type=Path, default=TOKENIZER_DIR, help="output (default: %(default)s)")
+    parser.add_argument("--tokenizer_dir", type=Path, default=ROOT / "model_learn_tokenizer",
+                        help="folder to write (default: %(default)s)")
     parser.add_argument("--vocab_size", type=positive_int, default=6400,
                         help="entries, added tokens and bytes included")
     parser.add_argument("--every", type=positive_int, default=1, help="take every N-th row of each training file")

@@ -4,11 +4,14 @@ import argparse
 import ast
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
+
+from trainer.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("coming-from-minimind.md", "coming-from-minimind.zh.md")
@@ -17,6 +20,12 @@ PROGRAM = r"((?:(?:trainer|scripts)/)?\w+\.py)"
 
 class ParserFound(Exception):
     pass
+
+
+def parse(program: str, *flags: str) -> argparse.Namespace:
+    """What a program's parser makes of a command line."""
+    parser = parser_of(ROOT / program)
+    return parser.parse_args(flags)
 
 
 def parser_of(program: Path) -> argparse.ArgumentParser:
@@ -53,12 +62,13 @@ def test_defaults_are_those_of_an_empty_command_line(page):
     assert len(rows) > 6
     for script, flag, published, here, _ in rows:
         parser = parser_of(find_program(script.strip("`")))
-        action, = (action for action in parser._actions if flag.strip("`") in action.option_strings)
+        action = parser._option_string_actions[flag.strip("`")]
         default = parser.get_default(action.dest)
         assert same(here, default), f"{page}: {script} {flag} is {default} now, not {here}; published: {published}"
 
 
-@pytest.mark.parametrize("stage", sorted((ROOT / "trainer").glob("train_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("stage", [path for path in sorted((ROOT / "trainer").glob("train_*.py"))
+                                   if path.stem != "train_tokenizer"], ids=lambda path: path.stem)
 def test_a_stage_gets_the_defaults_that_it_names(stage):
     call = next(node for node in ast.walk(ast.parse(stage.read_text("utf-8"))) if isinstance(node, ast.Call)
                 and getattr(node.func, "id", "").endswith("_parser"))
@@ -73,8 +83,51 @@ def test_every_command_of_ours_is_accepted(page):
                 for match in re.finditer(rf"`(?:python )?{PROGRAM}((?: [^`]+)?)`", row[-1])]
     assert len(commands) > 30
     for match in commands:
-        known = {flag for action in parser_of(find_program(match[1]))._actions for flag in action.option_strings}
-        assert set(re.findall(r"--\w+", match[2])) <= known, f"{page}: {match[0]}"
+        known = parser_of(find_program(match[1]))._option_string_actions
+        assert set(re.findall(r"--\w+", match[2])) <= {*known}, f"{page}: {match[0]}"
+
+
+RL_FLAGS = "--num_workers 8 --debug_interval 5 --sglang_base_url http://a --sglang_model_path DIR"
+RL_FLAGS += " --rollout_engine torch --sglang_shared_path DIR2 --wandb_run_name N --out_dir O --reasoning 1"
+RL_ARGS = {"show_interval": 5, "rollout_url": "http://a", "tokenizer": "DIR", "rollout_engine": "local",
+           "rollout_dir": "DIR2", "wandb_run_name": "N", "save_dir": "O", "thinking_ratio": 1}
+
+
+@pytest.mark.parametrize(("program", "flags", "expected"), [
+    ("trainer/train_pretrain.py", "--ddp --out_dir O", {"save_dir": "O"}),
+    ("trainer/train_grpo.py", f"{RL_FLAGS} --debug_mode", {**RL_ARGS, "show_samples": 2}),
+    ("trainer/train_agent.py", RL_FLAGS, {**RL_ARGS, "show_samples": 0}),
+    ("trainer/train_ppo.py", f"{RL_FLAGS} --debug_log_ratio --ppo_update_iters 3 --early_stop_kl 0.5",
+     {**RL_ARGS, "update_epochs": 3, "target_kl": 0.5}),
+    ("trainer/train_distillation.py", "--student_hidden_size 512 --student_use_moe 1 --from_student_weight none",
+     {"hidden_size": 512, "use_moe": 1, "from_weight": "none", "teacher_use_moe": 1}),
+    ("eval_llm.py", "--historys 4 --show_speed 0 --lora_weight None --inference_rope_scaling True",
+     {"history": 4, "show_speed": 0, "lora_weight": None, "inference_rope_scaling": True}),
+    ("eval_llm.py", "--model_mode 3 --lora_name medical --max_seq_len 99 --inference_rope_scaling --out_dir O",
+     {"weight": "reason", "lora_weight": "medical", "max_new_tokens": 99, "inference_rope_scaling": True,
+      "save_dir": Path("O")}),
+    ("scripts/eval_toolcall.py", "--api_model M --stream 1 --show_speed 1", {"model": "M", "show_speed": 1}),
+    ("scripts/serve_openai_api.py", "--max_seq_len 8192 --lora_weight None --inference_rope_scaling False",
+     {"lora_weight": None, "inference_rope_scaling": False})])
+def test_published_flags_are_accepted_with_their_meaning(program, flags, expected, capsys):
+    args = parse(program, *flags.split())
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert capsys.readouterr() == ("", "")
+    text = parser_of(ROOT / program).format_help()
+    assert not re.search("--(sglang|ppo_update|early_stop_kl|debug|historys|api_model|out_dir|student)", text)
+
+
+@pytest.mark.parametrize(("answers", "mini_batches"), [(2, 4), (3, 3), (8, 1), (99, 1)])
+def test_mini_batch_size_counts_answers_in_a_step(answers, mini_batches):
+    parser = parser_of(ROOT / "trainer/train_ppo.py")
+    flags = f"--batch_size 2 --accumulation_steps 2 --num_generations 2 --mini_batch_size {answers}"
+    assert parse_args(parser, flags.split()).mini_batches == mini_batches
+
+
+@pytest.mark.parametrize(("folder", "program"), [("scripts", "eval_toolcall.py"), ("trainer", "train_tokenizer.py")])
+def test_programs_run_where_minimind_has_them(folder, program):
+    result = subprocess.run([sys.executable, program, "--help"], cwd=ROOT / folder, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("usage:") and not result.stderr
 
 
 def test_both_languages_list_the_same():

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.chat import ChatTokenizer
-from model.cli import run_main
+from model.cli import UserError, run_main
 from model.model_lora import LoRA, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.transformers_io import load_folder, qwen3_config, register, save_folder
@@ -393,3 +393,14 @@ def test_ollama_renders_as_our_template_does(tmp_path, source):
         values.append({"System": "".join(m["content"] for m in messages if m["role"] == "system"), "Messages": turns,
                        "Think": thinking, "Tools": [json.dumps(tool) for tool in tools or []]})
     assert ask_node(template=text.split('"""')[1], values=values)["rendered"] == expected
+
+
+def test_without_arguments_the_published_conversion_is_done(tmp_path, capsys, monkeypatch):
+    save_weight(small_model(hidden_size=768, num_hidden_layers=1), "full_sft", tmp_path / "out", TOKENIZER)
+    monkeypatch.setattr(convert_model, "OUT_DIR", tmp_path / "out")
+    monkeypatch.setattr(convert_model, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert_model.py"])
+    run_main(convert_model.main)
+    assert (tmp_path / "minimind-3/config.json").is_file() and "full_sft_768.pth" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--target"):
+        convert_model.parse_args(["--format", "gguf"])

@@ -17,7 +17,7 @@ from trainer import train_distillation, train_full_sft
 from trainer.losses import TAG_TOKENS, distillation_loss, inputs, kl_divergence, next_token_loss, teacher_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DISTIL = {"stage": train_distillation, "from_weight": "none", "from_teacher_weight": "full_sft",
+DISTIL = {"stage": train_distillation, "from_weight": "none", "from_teacher_weight": "full_sft", "teacher_use_moe": 0,
           "student_hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -99,6 +99,9 @@ def test_mistakes_are_told_in_one_line(lab, capsys, tmp_path):
     lab = lab().with_base()
     lab.fails(capsys, 2, "--temperature 0", **DISTIL, temperature=0)
     lab.fails(capsys, 2, "--teacher_num_layers 5", "has 2", **DISTIL, teacher_num_layers=5)
+    lab.fails(capsys, 2, "its own teacher", stage=train_distillation, from_weight="full_sft", hidden_size=64,
+              teacher_use_moe=0)
+    lab.fails(capsys, 2, "full_sft_64_moe.pth", stage=train_distillation, teacher_hidden_size=64)
     lab.fails(capsys, 2, "full_sft_96.pth", **DISTIL, teacher_hidden_size=96)
     save_folder(small_model(), tmp_path / "other", TOKENIZER)
     tokenizer = json.loads((tmp_path / "other/tokenizer.json").read_text())

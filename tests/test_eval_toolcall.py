@@ -112,7 +112,7 @@ def test_rows_of_agent_rl_are_cases(run, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     texts = [TOKENIZER.encode([*row["conversations"][:-1], says(f"= {row['gt'][0]}")])[0] for row in rows[:3]]
-    assert "agent rows: 3/4" in run(f"--cases={path}", models={"agent": Reciter(texts)})
+    assert "full_sft rows: 3/4" in run(f"--cases={path}", models={"full_sft": Reciter(texts)})
 
 
 ACCEPTED = {"area": {"base": [10], "unit": ["units", ""], "names": [["A b"]],
@@ -152,11 +152,11 @@ def test_rows_of_the_leaderboard_are_scored_by_the_call(run, tmp_path):
     assert properties["type"] == "object" and properties["properties"]["base"] == {"type": "number"}
     texts = [TOKENIZER.encode([*cases[0].prompt.messages, calls(("math.area", {"base": 0}))])[0],
              TOKENIZER.encode([*cases[1].prompt.messages, calls(("math.area", {"base": 7}))])[0]]
-    out = run(f"--cases={path}", models={"agent": Reciter(texts)})
-    assert [line[0] for line in out.splitlines()[:3]] == ["✅", "❌", "❌"] and "agent simple: 1/3" in out
+    out = run(f"--cases={path}", models={"full_sft": Reciter(texts)})
+    assert [line[0] for line in out.splitlines()[:3]] == ["✅", "❌", "❌"] and "full_sft simple: 1/3" in out
     (tmp_path / "simple_answers.jsonl").unlink()
     with pytest.raises(SystemExit, match="2"):
-        run(f"--cases={path}", models={"agent": Reciter([])})
+        run(f"--cases={path}", models={"full_sft": Reciter([])})
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared/data/eval/bfcl_simple.jsonl").is_file(), reason="the data is not here")
@@ -183,11 +183,11 @@ KNOWN = TOKENIZER.encode([OFFER, *TALK])[0]
 
 def test_a_conversation_shows_calls_and_results(run):
     lines = ["1 + 2?", "Thanks", "/clear", "Hm"]
-    out = run("--tools", "calculate_math", models={"agent": Reciter([KNOWN])}, lines=lines)
+    out = run("--tools", "calculate_math", models={"full_sft": Reciter([KNOWN])}, lines=lines)
     shown = [line for line in out.splitlines() if line]
     assert shown[1:] == ["[tool_call] {'name': 'calculate_math', 'arguments': {'expression': '1 + 2'}}",
                          '[calculate_math → {"result": 3}]', "It is 3.", "Welcome."]
-    assert "It is 3." in run("--tools", "calculate_math", "--prompt=1 + 2?", models={"agent": Reciter([KNOWN])})
+    assert "It is 3." in run("--tools", "calculate_math", "--prompt=1 + 2?", models={"full_sft": Reciter([KNOWN])})
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_a_server_whose_call_cannot_be_read_is_told_so_and_goes_on(run, tmp_path
     (["--backend=api", "--api_base_url=http://127.0.0.1:9/v1", "--prompt=a"], "no server"),
     (["--cases=/nowhere.jsonl"], "/nowhere.jsonl"), (["--tools", "hammer"], "hammer")])
 def test_mistakes_are_told_in_one_line(run, flags, said, tmp_path, capsys):
-    save_weight(small_model(), "agent", tmp_path, TOKENIZER)
+    save_weight(small_model(), "full_sft", tmp_path, TOKENIZER)
     with pytest.raises(SystemExit, match="2"):
         run(f"--save_dir={tmp_path}", *flags)
     error = capsys.readouterr().err

@@ -191,7 +191,7 @@ def test_a_lora_run_resumes_to_the_bit_with_dropout_and_muon(lab):
     whole.train(**flags)
     parts.train(**flags, max_steps=2)
     parts.train(**flags, from_resume=1)
-    assert parts.ended_like(whole, "lora_identity_64")
+    assert parts.ended_like(whole, "lora_medical_64")
 
 
 def test_a_lora_of_two_ranks_is_the_one_of_one(lab):
@@ -204,7 +204,7 @@ def test_a_lora_of_two_ranks_is_the_one_of_one(lab):
     lab("one").train(**flags)
     out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0 and "on 2 x cpu" in out, err
-    one, two = (lab(name).state("lora_identity_64")["model"] for name in ("one", "two"))
+    one, two = (lab(name).state("lora_medical_64")["model"] for name in ("one", "two"))
     assert_close(two, one, rtol=0, atol=1e-5)
 
 
@@ -216,7 +216,7 @@ def test_adapters_can_be_compiled(lab, monkeypatch):
         torch.manual_seed(1)
         lab(name).with_base()
         lab(name).train(train_lora, from_weight="full_sft", max_steps=3, use_compile=int(name == "compiled"))
-    assert_close(lab("compiled").losses("lora_identity_64"), lab("eager").losses("lora_identity_64"), rtol=0, atol=1e-4)
+    assert_close(lab("compiled").losses("lora_medical_64"), lab("eager").losses("lora_medical_64"), rtol=0, atol=1e-4)
 
 
 def test_a_run_validates_without_dropout_and_trains_with_it(lab, monkeypatch):
@@ -229,6 +229,12 @@ def test_a_run_validates_without_dropout_and_trains_with_it(lab, monkeypatch):
     lab.train(train_lora, from_weight="full_sft", max_steps=2, eval_interval=1, val_data_path=lab.data / "sft.jsonl")
     assert set(modes) == {("train", True), ("validate", False)} and modes[-1][0] == "validate"
     assert modes.index(("validate", False)) < max(i for i, (kind, _) in enumerate(modes) if kind == "train")
+
+
+def test_the_data_follows_the_name(lab, capsys, monkeypatch):
+    monkeypatch.setattr(train_lora, "ROOT", lab().data)
+    for flags, name in (({}, "lora_medical"), ({"lora_name": "lora_x"}, "lora_x")):
+        lab().fails(capsys, 2, str(lab().data / f"dataset/{name}.jsonl"), stage=train_lora, data_path="", **flags)
 
 
 def test_dropout_only_acts_in_training(tmp_path):
@@ -246,20 +252,20 @@ def test_errors_are_one_line(lab, capsys, tmp_path):
     lab.fails(capsys, 2, "--lora_targets x_proj", "q_proj", **flags, lora_targets="q_proj,x_proj")
     lab.train(**flags)
     capsys.readouterr()
-    lab.fails(capsys, 2, "is a LoRA", "--lora_weight lora_identity", **flags | {"from_weight": "lora_identity"})
+    lab.fails(capsys, 2, "is a LoRA", "--lora_weight lora_medical", **flags | {"from_weight": "lora_medical"})
     lab.fails(capsys, 2, "lora", "now it is", **flags, from_resume=1, lora_rank=4)
-    with pytest.raises(UserError, match="lora_identity_64.pth was trained on another base"):
-        load_lora(small_model(), "lora_identity", lab.out)
-    with pytest.raises(UserError, match="no weight lora_identity_32.pth"):
-        load_lora(small_model(hidden_size=32), "lora_identity", lab.out)
+    with pytest.raises(UserError, match="lora_medical_64.pth was trained on another base"):
+        load_lora(small_model(), "lora_medical", lab.out)
+    with pytest.raises(UserError, match="no weight lora_medical_32.pth"):
+        load_lora(small_model(hidden_size=32), "lora_medical", lab.out)
     with pytest.raises(UserError, match="full_sft_64.pth: not a LoRA file"):
         load_lora(small_model(), "full_sft", lab.out)
-    to_peft(lab.out / "lora_identity_64.pth", tmp_path / "adapter")
+    to_peft(lab.out / "lora_medical_64.pth", tmp_path / "adapter")
     with pytest.raises(UserError, match="this model has no module for"):
         convert_model.import_peft(small_model(use_moe=True), tmp_path / "adapter")
     for name, change, message in (("a", {"use_dora": True}, "use_dora"), ("b", {"r": None}, "not a peft adapter")):
         folder = tmp_path / name
-        to_peft(lab.out / "lora_identity_64.pth", folder)
+        to_peft(lab.out / "lora_medical_64.pth", folder)
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):

@@ -367,6 +367,9 @@ def test_the_flags_choose_the_engine(policy, tmp_path):
     assert engine.folder == tmp_path / "rollout_weights"
     engine = make("--rollout_engine=vllm", "--rollout_url=https://a", f"--rollout_dir={tmp_path / 'b'}")
     assert isinstance(engine, VLLMEngine) and engine.folder == tmp_path / "b"
-    for flags in (["--rollout_engine=vllm"], ["--rollout_engine=vllm", "--rollout_url=file:///etc/passwd"]):
-        with pytest.raises(UserError, match="--rollout_url http://HOST:PORT"):
-            make(*flags)
+    assert make("--rollout_engine=vllm").url == "http://localhost:8998"
+    assert isinstance(make("--rollout_engine=torch"), LocalRolloutEngine)
+    engine = make("--rollout_engine=sglang", "--sglang_base_url=http://a", f"--sglang_shared_path={tmp_path / 'b'}")
+    assert engine.url == "http://a" and engine.folder == tmp_path / "b"
+    with pytest.raises(UserError, match="--rollout_url http://HOST:PORT"):
+        make("--rollout_engine=vllm", "--rollout_url=file:///etc/passwd")

@@ -270,6 +270,16 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, run_script, name):
     assert not (tmp_path / "t" / "tokenizer.json").exists()
 
 
+def test_without_arguments_it_writes_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "ROOT", tmp_path)
+    (tmp_path / "dataset").mkdir()
+    write_rows(tmp_path / "dataset/sft_t2t_mini.jsonl", [{"text": "again and again " * 9}])
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py"])
+    run_main(train_tokenizer.main)
+    assert {path.name for path in (tmp_path / "model_learn_tokenizer").iterdir()} == {
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+
 BAD_FLAGS = [("vocab_size", 291, 2), ("every", 0, 2), ("val_data_path", "absent", 2), ("tokenizer_dir", "a_file", 1)]
 
 

@@ -70,6 +70,8 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--eval_first", **SWITCH, default=0, help="validate before the first step too")
     group.add_argument("--use_wandb", action="store_true", help="track with SwanLab (offline without a network)")
     group.add_argument("--wandb_project", help="project of the tracker")
+    group.add_argument("--wandb_run_name", help="name of the run there (default: of the weight)")
+    parser.add_aliases(out_dir="save_dir", ddp=None)
     parser.set_defaults(**{"data_path": None, **defaults})
     return parser
 
@@ -105,6 +107,13 @@ def rl_parser(description: str, **defaults) -> Parser:
                        help="truncated importance sampling against the sampler's rounding: the largest weight (0: off)")
     group.add_argument("--show_samples", type=nonneg_int, default=0,
                        help="print so many answers per rollout, coloured by the advantage of each token")
+    group.add_argument("--show_interval", type=positive_int, default=1, help="rollouts between such prints")
+    group.add_argument("--mini_batch_size", type=positive_int, help=argparse.SUPPRESS)  # sets mini_batches
+    group.add_argument("--debug_mode", action="store_const", dest="show_samples", const=2, default=argparse.SUPPRESS,
+                       help=argparse.SUPPRESS)
+    parser.add_aliases(ppo_update_iters="update_epochs", early_stop_kl="target_kl", debug_interval="show_interval",
+                       sglang_model_path="tokenizer", reasoning="thinking_ratio", num_workers=None,
+                       debug_log_ratio=None, update_old_actor_freq=None)
     parser.set_defaults(**defaults)  # after the flags: argparse lets the default of a later flag win
     return parser
 
@@ -164,6 +173,9 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         setattr(args, name, getattr(args, name) or parser.get_default(name))
     if getattr(args, "temperature", 1.0) == 0:
         parser.error("--temperature 0 leaves no distribution to learn from; give more than 0")
+    if getattr(args, "mini_batch_size", None):
+        num_answers = args.batch_size * args.accumulation_steps * args.num_generations
+        args.mini_batches = -(-num_answers // args.mini_batch_size)
     for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir",
                  "deepspeed_config"):
         value = getattr(args, name, None)

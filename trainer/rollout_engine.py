@@ -14,7 +14,7 @@ from torch import nn
 
 from dataset.prompts import Prompt
 from model.chat import ChatTokenizer
-from model.cli import UserError
+from model.cli import Parser, UserError
 from model.inference.engine import Engine, SamplingParams
 from trainer.distributed import World
 from trainer.rl.remote_engines import RemoteRolloutEngine, SGLangEngine, VLLMEngine
@@ -59,12 +59,14 @@ def policy_sampling_params(max_new_tokens: int, temperature: float, seed: int) -
     return SamplingParams(max_new_tokens, temperature, top_p=1.0, top_k=0, min_p=0.0, seed=seed)
 
 
-def add_rollout_engine_args(parser: argparse.ArgumentParser) -> None:
+def add_rollout_engine_args(parser: Parser) -> None:
     group = parser.add_argument_group("rollout engine")
     group.add_argument("--rollout_engine", choices=("local", "sglang", "vllm"), default="local",
+                       type=lambda name: "local" if name == "torch" else name,  # MiniMind's name for it
                        help="local: this process samples, from the policy itself")
-    group.add_argument("--rollout_url", help="of the SGLang or vLLM server, like http://127.0.0.1:30000")
+    group.add_argument("--rollout_url", default="http://localhost:8998", help="of the SGLang or vLLM server")
     group.add_argument("--rollout_dir", help="folder it reads new weights from (default: {save_dir}/rollout_weights)")
+    parser.add_aliases(sglang_base_url="rollout_url", sglang_shared_path="rollout_dir")
 
 
 def make_rollout_engine(args: argparse.Namespace, model: nn.Module, tokenizer: ChatTokenizer,
@@ -72,7 +74,7 @@ def make_rollout_engine(args: argparse.Namespace, model: nn.Module, tokenizer: C
     """The engine that --rollout_engine names. Raises UserError when a server has no usable --rollout_url."""
     if args.rollout_engine == "local":
         return LocalRolloutEngine(model, tokenizer, autocast)
-    if not (args.rollout_url or "").startswith(("http://", "https://")):
+    if not args.rollout_url.startswith(("http://", "https://")):
         raise UserError(f"--rollout_engine {args.rollout_engine} needs the server's --rollout_url http://HOST:PORT")
     folder = Path(args.rollout_dir or args.save_dir / "rollout_weights").expanduser().absolute()
     engine_class = SGLangEngine if args.rollout_engine == "sglang" else VLLMEngine

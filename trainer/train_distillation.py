@@ -24,8 +24,8 @@ def load_teacher(run: Run) -> nn.Module:
     """The frozen teacher: a weight of ours or a transformers folder, of the student's vocabulary."""
     args, tokenizer = run.args, run.tokenizer
     if args.teacher_load_from == "model":
-        use_moe = None if args.teacher_use_moe is None else bool(args.teacher_use_moe)
-        teacher, _ = load_weight(args.from_teacher_weight, args.save_dir, args.teacher_hidden_size, use_moe, tokenizer)
+        teacher, _ = load_weight(args.from_teacher_weight, args.save_dir, args.teacher_hidden_size,
+                                 bool(args.teacher_use_moe), tokenizer)
         num_layers = teacher.config.num_hidden_layers
         if args.teacher_num_layers not in (None, num_layers):
             raise UserError(f"--teacher_num_layers {args.teacher_num_layers}, but weight {args.from_teacher_weight} "
@@ -41,16 +41,14 @@ def load_teacher(run: Run) -> nn.Module:
 def main() -> None:
     parser = stage_parser(
         __doc__, data_path=str(ROOT / "dataset/sft_t2t_mini.jsonl"), from_weight="full_sft", save_weight="full_dist",
-        max_seq_len=340, batch_size=32, learning_rate=5e-6, epochs=6, wandb_project="MiniMind-Distillation")
-    for name, other, kind in (("student_hidden_size", "hidden_size", positive_int),
-                              ("student_num_layers", "num_hidden_layers", positive_int),
-                              ("student_use_moe", "use_moe", int), ("from_student_weight", "from_weight", str)):
-        parser.add_argument(f"--{name}", dest=other, type=kind, help=f"the same as --{other}")
+        max_seq_len=340, batch_size=32, learning_rate=5e-6, epochs=6, use_moe=0, wandb_project="MiniMind-Distillation")
+    parser.add_aliases(student_hidden_size="hidden_size", student_num_layers="num_hidden_layers",
+                       student_use_moe="use_moe", from_student_weight="from_weight")
     parser.add_argument("--from_teacher_weight", default="full_sft", help="weight of the teacher")
     parser.add_argument("--teacher_load_from", default="model", help="'model', or a transformers folder")
     parser.add_argument("--teacher_hidden_size", type=positive_int, help="to choose between weights of one name")
     parser.add_argument("--teacher_num_layers", type=positive_int, help="blocks the teacher must have")
-    parser.add_argument("--teacher_use_moe", type=int, choices=(0, 1), help="to choose between weights of one name")
+    parser.add_argument("--teacher_use_moe", type=int, choices=(0, 1), default=1, help="whether it has experts")
     parser.add_argument("--alpha", type=fraction, default=0.5, help="share of the data's own tokens in the loss")
     parser.add_argument("--temperature", type=nonneg_float, default=1.5, help="softens both distributions")
     parser.add_argument("--reverse_kl", type=int, choices=(0, 1), default=0,
@@ -60,6 +58,9 @@ def main() -> None:
     with Run(args) as run:
         student = run.load_model()  # before the teacher, so that the seed gives one student whatever the teacher
         teacher = load_teacher(run)
+        if weights_hash(teacher) == weights_hash(student):
+            raise UserError("the student is its own teacher; name another with --from_teacher_weight, "
+                            "--teacher_hidden_size or --teacher_use_moe")
         data, val_data = run.load_datasets(SFTDataset, **sft_options(args))
         settings = {"alpha": args.alpha, "temperature": args.temperature, "reverse": bool(args.reverse_kl)}
         # Loss: α·(-log p(target)) + (1 - α)·T²·KL(teacher ‖ student) at temperature T, over the supervised tokens.

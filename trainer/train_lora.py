@@ -20,10 +20,10 @@ from trainer.trainer import Trainer
 
 def main() -> None:
     parser = stage_parser(
-        __doc__, data_path=str(ROOT / "dataset/lora_identity.jsonl"), from_weight="full_sft",
-        save_weight="lora_identity", max_seq_len=340, batch_size=32, learning_rate=1e-4, epochs=10,
-        wandb_project="MiniMind-LoRA")
-    parser.add_argument("--lora_name", dest="save_weight", help="name of the LoRA to write, as --save_weight")
+        __doc__, from_weight="full_sft", save_weight="lora_medical", max_seq_len=340, batch_size=32,
+        learning_rate=1e-4, epochs=10, wandb_project="MiniMind-LoRA")
+    parser.add_argument("--lora_name", dest="save_weight",
+                        help="name of the LoRA to write, and of its data in dataset/ unless --data_path is given")
     parser.add_argument("--lora_rank", type=positive_int, default=LoRA.rank, help="width of the branches")
     parser.add_argument("--lora_alpha", type=nonneg_float, default=16.0,
                         help="a branch counts alpha / rank times")
@@ -33,6 +33,7 @@ def main() -> None:
                         help=f"names of layers, with commas between; all: what the model has of {', '.join(TARGETS)}")
     add_sft_args(parser)
     args = parse_args(parser)
+    args.data_path = args.data_path or ROOT / f"dataset/{args.save_weight}.jsonl"
     with Run(args) as run:
         model = run.load_model()
         there = [name for name in TARGETS if name in find_target_modules(model)]

@@ -76,7 +76,8 @@ class Trainer:
         self.metadata = {"parent": args.from_weight, "flags": flags}
         log_dir = args.save_dir / "logs"
         self.metrics_log = MetricsLog(log_dir / f"{self.run_name}.jsonl", self.step) if self.world.main else None
-        self.tracker = Tracker(args.use_wandb and self.world.main, args.wandb_project, self.run_name, flags, log_dir,
+        self.tracker = Tracker(args.use_wandb and self.world.main, args.wandb_project,
+                               args.wandb_run_name or self.run_name, flags, log_dir,
                                tracker_id)
 
     def fit(self) -> None:

@@ -77,7 +77,7 @@ STAGES = (
         answers=False),
     Stage("small_sft", "trainer/train_full_sft.py", "sft", {**SMALL, "save_weight": "small_sft"}),
     Stage("full_dist", "trainer/train_distillation.py", "sft", {  # small_sft, taught
-        **SMALL, "teacher_hidden_size": HIDDEN_SIZE, "temperature": 1}),
+        **SMALL, "teacher_hidden_size": HIDDEN_SIZE, "teacher_use_moe": 0, "temperature": 1}),
     Stage("grpo", "trainer/train_grpo.py", "rlaif", {**GROUPS, "loss_type": "grpo"}),
     Stage("cispo", "trainer/train_grpo.py", "rlaif", {**GROUPS, "loss_type": "cispo", "save_weight": "cispo"}),
     Stage("ppo_actor", "trainer/train_ppo.py", "rlaif", {

@@ -216,7 +216,7 @@ class RolloutStream:
             self._metrics["alike"] = self._zero_std_fraction
         for name, column in zip(self.rewards.names, scores.unbind(1), strict=True):
             self._metrics |= {f"reward_{name}": float(column.mean()), f"reward_{name}_std": float(column.std())}
-        if self.args.show_samples and self.world.main:
+        if self.args.show_samples and self.world.main and self.rollouts % self.args.show_interval == 0:
             for batch in self._mini_batches[0].micro_batches[:1]:
                 for number in range(min(self.args.show_samples, int(batch["document"].max()) + 1)):
                     print(colorize_advantages(self.run.tokenizer, batch, number), flush=True)
