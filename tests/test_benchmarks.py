@@ -10,9 +10,10 @@ from lab import ROOT
 
 from benchmarks import decode_speed, profile_step, quality, rl_speed
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer import run, train_pretrain
+from trainer import train_pretrain
 from trainer import trainer as loop
 from trainer.losses import next_token_loss
+from trainer.run import Run
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def saved(monkeypatch) -> dict:
 
 
 def test_a_profile_takes_a_step_apart(data, saved, one_thread, monkeypatch):
-    monkeypatch.setattr(run, "compile_blocks", lambda *_: None)
+    monkeypatch.setattr(Run, "compile", lambda *_: None)
     with mock.patch.object(sys, "argv", [
             "profile_step.py", f"--data_path={data / 'pretrain.jsonl'}", "--hidden_size=64", "--num_hidden_layers=2",
             "--batch_size=2", "--steps=2", "--device=cpu"]):

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from trainer.losses import Loss
 class IntervalMetrics:
     """Sums over the steps between two log lines. They stay on the device, which only `collect` waits for."""
 
-    def __init__(self, device: torch.device, step: int):
+    def __init__(self, device: torch.device):
         self.start, self.steps, self.num_items, self.num_tokens = time.perf_counter(), 0, 0, 0
         self.loss_sum = torch.zeros((), device=device)
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient so far
@@ -32,7 +33,7 @@ class IntervalMetrics:
             self.item_sums[name] = self.item_sums.get(name, 0) + value.detach()
 
     def add_step(self, batch: GlobalBatch, lr: float, grad_norm: Tensor, overflows: bool) -> None:
-        """After an optimizer step. `overflows`: a gradient scaler expects norms that are not finite, and skips them."""
+        """Call it after an optimizer step. `overflows`: a gradient scaler skips gradients that are not finite."""
         self.lr, self.grad_norm = lr, grad_norm
         self.is_finite &= torch.isfinite(self.loss_sum)
         if not overflows:
@@ -43,13 +44,8 @@ class IntervalMetrics:
         for name, value in batch.metrics.items():
             self.step_values.setdefault(name, []).append(value)
 
-    @property
-    def names(self) -> list[str]:
-        """Of the metrics beside the loss."""
-        return [*self.item_sums, *self.step_values]
-
     def collect(self, world: World) -> dict[str, float]:
-        """The means over all ranks, which all call it. Waits for the device."""
+        """Means over the items or steps of all ranks. All of them call it. Waits for the device."""
         num_items = max(self.num_items, 1)
         loss = float(world.sum(self.loss_sum)) / num_items
         means = {name: float(world.sum(value)) / num_items for name, value in self.item_sums.items()}
@@ -66,14 +62,12 @@ class MetricsLog:
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        lines = []
         if resumed_step and path.exists():
             for line in path.read_text("utf-8").splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= resumed_step else []
-                except (ValueError, KeyError):  # half a line of a run that was killed
-                    continue
-        path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+                with suppress(ValueError, KeyError):  # half a line of a run that was killed
+                    lines += [line] if json.loads(line)["step"] <= resumed_step else []
+        path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
     def write(self, row: dict) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -81,21 +75,22 @@ class MetricsLog:
 
 
 def rounded(value: object) -> object:
+    """`value` to 6 significant digits if it is a finite float."""
     return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
 class Tracker:
-    """SwanLab, if `wanted` and installed: online, or offline without a network. Its failures never stop a run."""
+    """SwanLab, if `enabled` and installed: online, or offline without a network. Its failures never stop a run."""
 
-    def __init__(self, wanted: bool, project: str | None, name: str, config: dict, folder: Path, run_id: str | None):
+    def __init__(self, enabled: bool, project: str | None, name: str, config: dict, folder: Path, run_id: str | None):
         self.run = None
-        if not wanted:
+        if not enabled:
             return
         options = {"project": project, "experiment_name": name, "config": config, "logdir": str(folder / "swanlab")}
         if run_id:
             options |= {"id": run_id, "resume": "allow"}
         os.environ.setdefault("SWANLAB_INTERACTIVE", "false")  # never ask: without a key it is offline
-        on_interrupt = signal.getsignal(signal.SIGINT)
+        sigint_handler = signal.getsignal(signal.SIGINT)
         for mode in ("cloud", "offline"):
             try:
                 import swanlab
@@ -105,7 +100,7 @@ class Tracker:
             except Exception as error:  # no package, no account, no network, …
                 print(f"tracker: SwanLab {mode} failed ({first_line(error)})")
             finally:
-                signal.signal(signal.SIGINT, on_interrupt)  # SwanLab takes Ctrl-C for itself and ends the run
+                signal.signal(signal.SIGINT, sigint_handler)  # SwanLab would end the run at Ctrl-C
 
     @property
     def run_id(self) -> str | None:
@@ -129,5 +124,6 @@ class Tracker:
 
 
 def duration(seconds: float) -> str:
+    """1h05m or 5m09s."""
     minutes = int(seconds) // 60
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{int(seconds) % 60:02d}s"

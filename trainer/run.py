@@ -141,10 +141,18 @@ class Run:
         return self.prepare(model).eval().requires_grad_(False)
 
     def compile(self, model: nn.Module) -> None:
-        """With --use_compile, torch.compile the blocks of one of our decoders, once."""
+        """With --use_compile, compile each block of our decoder in place, once; stay eager where no compiler works."""
         is_ours = isinstance(model, MiniMindPreTrainedModel)
-        if self.args.use_compile and is_ours and model.model.layers[0]._compiled_call_impl is None:
-            compile_blocks(model, self.device, self.print_main)
+        if not self.args.use_compile or not is_ours or model.model.layers[0]._compiled_call_impl is not None:
+            return
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
+        except Exception as error:
+            self.print_main("compile: not possible here, going on without "
+                            f"({type(error).__name__}: is a C++ compiler installed?)")
+            return
+        for layer in model.model.layers:  # of one shape: compiled once for all
+            layer.compile(dynamic=False)
 
     def autocast(self):
         """The context of a forward pass: half precision where the machine has units for it."""
@@ -194,15 +202,3 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
             libc.mallopt(option, value)
-
-
-def compile_blocks(model: nn.Module, device: torch.device, print_fn=print) -> None:
-    """torch.compile each block in place (one compilation serves all); stay eager where no compiler works."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as error:
-        print_fn(f"compile: not possible here, going on without "
-                 f"({type(error).__name__}: is a C++ compiler installed?)")
-        return
-    for layer in model.model.layers:
-        layer.compile(dynamic=False)

@@ -125,7 +125,7 @@ class Trainer:
                 self.save(row)
                 save_due = False
             if row:
-                self.interval = IntervalMetrics(self.device, self.step)
+                self.interval = IntervalMetrics(self.device)
         if stopping:
             run.print_main(f"train: stopped by signal {run.stop_signal or ''} after step {self.step:,}; "
                            "--from_resume 1 goes on")
@@ -151,7 +151,7 @@ class Trainer:
                 text = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
                 print(f"{self.args.save_weight} before · {text}", flush=True)
                 self.metrics_log.write({"step": 0, "epoch": 0.0, "tokens": 0, **metrics})
-        self.interval = IntervalMetrics(self.device, self.step)
+        self.interval = IntervalMetrics(self.device)
         return True
 
     def _set_learning_rate(self) -> float:
@@ -188,8 +188,9 @@ class Trainer:
                  f"{self.step:,}/{self.last_step:,}",
                  f"loss {row['loss']:.4f} lr {row['lr']:.2e} norm {row['grad_norm']:.2f} "
                  f"{row['tokens_per_s']:,.0f} tok/s mfu {row['mfu']:.0%} {row['memory_gb']:.1f} GB eta {eta}"]
-        parts += [" ".join(f"{name} {row[name]:.4f}" for name in names)
-                  for names in (self.interval.names, [name for name in row if name.startswith("val_")]) if names]
+        for names in ([*self.interval.item_sums, *self.interval.step_values],
+                      [name for name in row if name.startswith("val_")]):
+            parts += [" ".join(f"{name} {row[name]:.4f}" for name in names)] if names else []
         parts += ["the gradient is exactly 0, so nothing is learned"] * (row["grad_norm"] == 0)
         print(" · ".join(parts), flush=True)
         self.metrics_log.write(row)
