@@ -18,6 +18,7 @@ from model.chat import EOS
 from model.cli import UserError
 from scripts.draw_curves import draw_curves
 from trainer import losses, train_grpo, train_ppo
+from trainer import trainer as loop
 from trainer.arguments import parse_policy_args, policy_parser
 from trainer.distributed import World
 from trainer.losses import kl_k3, policy_losses, policy_objective, value_losses
@@ -462,6 +463,13 @@ def test_two_ranks_are_one_rank(lab, data):
         for ours, theirs in zip(one.log(stem), two.log(stem), strict=True):
             assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
         assert_close(two.state(stem)["model"], one.state(stem)["model"], rtol=0, atol=2e-4)
+
+
+def test_a_run_is_saved_and_ends_only_once_a_whole_rollout_has_been_learned_from(lab, monkeypatch):
+    place, saved = with_base(lab()), []
+    monkeypatch.setattr(loop, "save_resume", lambda path, state: saved.append(state["step"]))
+    place.train(train_grpo, **{**RL, "mini_batches": 2, "max_steps": 3, "save_interval": 1})
+    assert saved == [2, 4]
 
 
 def test_sampling_at_another_temperature_is_scored_at_that_temperature(lab):

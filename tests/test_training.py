@@ -214,7 +214,7 @@ def gradients(lab: Lab, monkeypatch, stage=train_full_sft, **flags) -> dict[str,
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "make_optimizers", spied_on)
-        lab.train(stage, max_steps=1, grad_clip=0, **flags)
+        lab.train(stage, **{"max_steps": 1, "grad_clip": 0, **flags})
     return seen
 
 
@@ -241,6 +241,13 @@ def test_a_step_is_the_plain_mean_over_its_tokens_and_the_balancing_loss(lab, mo
     assert_close(got, expected, rtol=1e-4, atol=1e-7)
     assert got["model.layers.0.mlp.gate.weight"].norm() > 0
     assert len(set(batches[0]["logits_indices"].div(64, rounding_mode="floor").bincount().tolist())) > 1  # unequal rows
+
+
+def test_a_gradient_is_clipped_to_its_largest_norm_and_logged_as_it_was(lab, monkeypatch):
+    whole, clipped = gradients(lab("whole"), monkeypatch), gradients(lab("clipped"), monkeypatch, grad_clip=0.5)
+    norm = torch.stack([gradient.norm() for gradient in whole.values()]).norm()
+    assert norm > 0.5 and lab("clipped").log("full_sft_64")[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert_close(clipped, {name: gradient * 0.5 / norm for name, gradient in whole.items()}, rtol=1e-4, atol=1e-8)
 
 
 def test_a_mean_counts_once_whatever_the_number_of_micro_steps(lab, monkeypatch):
