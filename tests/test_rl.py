@@ -276,7 +276,7 @@ def test_each_answer_has_a_seed_of_its_own_and_each_rollout_new_ones():
     by_rank = []
     for rank in range(2):
         engine = Scripted()
-        alone = make_stream(2, rank, engine)
+        alone = make_stream(2, rank, engine, flags=("--global_batch_size", 4))
         with mock.patch.object(World, "gather", lambda _, value: [value, value]):
             alone.next_batch(0)
         by_rank.append({sampling.seed for _, sampling in engine.asked})
@@ -454,7 +454,8 @@ def test_before_the_first_update_nothing_has_moved_in_bf16_either(lab):
 def test_two_ranks_are_one_rank(lab, data):
     for stage, name, flags in (STAGES[0], STAGES[3]):
         one, two = (with_base(lab(f"{place}_{name}")) for place in ("one", "two"))
-        flags = {"stage": stage, **RL, **flags, "val_data_path": data / "rlaif.jsonl"}
+        flags = {"stage": stage, **RL, "global_batch_size": RL["batch_size"], **flags,
+                 "val_data_path": data / "rlaif.jsonl"}
         process = two.start(launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"), **flags)
         out, err = process.communicate(timeout=DEADLINE)
         assert process.returncode == 0 and "on 2 x cpu" in out, err

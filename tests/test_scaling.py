@@ -52,7 +52,7 @@ def run_of(lab: Lab, stage: str, **flags) -> dict:
     if stage != "pretrain":
         torch.manual_seed(0)
         lab.with_base().with_base("teacher")
-    flags = {"batch_size": 2, "accumulation_steps": 4, "learning_rate": 1e-3, "max_steps": 3, "epochs": 4,
+    flags = {"batch_size": 2, "global_batch_size": 8, "learning_rate": 1e-3, "max_steps": 3, "epochs": 4,
              "from_weight": "none" if stage == "pretrain" else "full_sft", **STAGES[stage], **flags}
     return {"stage": stage, "folder": str(lab.out.parent), "flags": flags}
 
@@ -103,7 +103,8 @@ class Done:
             runs[f"moe {strategy}"] = run_of(place, "pretrain", **twice, **moe, **how(strategy))
             name = f"handed to {strategy}"
             alone[name] = run_of(self.place(name), "pretrain", **first)
-            runs[name] = run_of(self.place(name), "pretrain", from_resume=1, **how(strategy))
+            runs[name] = run_of(self.place(name), "pretrain", from_resume=1, accumulation_steps=4, **how(strategy))
+            del runs[name]["flags"]["global_batch_size"]  # kept: see Run
             name = f"handed by {strategy}"
             runs[name] = run_of(self.place(name), "pretrain", **first, **how(strategy))
             name = f"parts of {strategy}"

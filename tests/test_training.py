@@ -28,11 +28,13 @@ from model.weights import find_weight, load_weight, save_weight
 from trainer import metrics, train_full_sft, train_pretrain
 from trainer import trainer as loop
 from trainer.batches import BatchStream, adapt_batch
+from trainer.checkpoint import save_resume
 from trainer.distributed import World
 from trainer.flops import flops_per_token
 from trainer.losses import Loss, aux_loss_term, inputs, next_token_loss
 from trainer.metrics import MetricsLog
 from trainer.optimizer import Muon, learning_rate, make_optimizers
+from trainer.run import Run
 
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 
@@ -174,7 +176,7 @@ def test_a_state_that_does_not_fit_is_told_in_one_line(lab, capsys):
     lab = lab()
     lab.train(max_steps=1)
     capsys.readouterr()
-    lab.fails(capsys, 2, "rows_per_step 4", "now it is 6", "--from_resume 0", from_resume=1, batch_size=3)
+    lab.fails(capsys, 2, "global_batch_size 4", "now it is 6", "--from_resume 0", from_resume=1, batch_size=3)
     lab.fails(capsys, 2, "does not fit the model", from_resume=1, num_key_value_heads=2)
     truncate(lab.checkpoints / "pretrain_64_resume.pth")
     lab.fails(capsys, 2, "not a resume state", from_resume=1)
@@ -269,7 +271,7 @@ def test_the_balancing_loss_has_its_coefficient_and_a_dense_model_has_none():
 
 @pytest.mark.parametrize("rows, micro_steps", [(4, 1), (2, 4)], ids=["whole", "accumulated"])
 def test_two_ranks_are_one_rank(lab, rows, micro_steps):
-    flags = {"stage": train_full_sft, "batch_size": rows, "accumulation_steps": micro_steps, "max_steps": 3,
+    flags = {"stage": train_full_sft, "batch_size": rows, "global_batch_size": rows * micro_steps, "max_steps": 3,
              "learning_rate": 1e-3, "val_data_path": lab().data / "sft.jsonl"}
     process = lab("two").start(
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"), **flags)
@@ -294,15 +296,16 @@ class Rows:
 
 
 def row_stream(ranks: int, rank: int = 0, **settings) -> BatchStream:
-    args = SimpleNamespace(**{"seed": 3, "batch_size": 2, "accumulation_steps": 4, "epochs": 4, "packing": 1,
-                              **settings})
+    args = SimpleNamespace(**{"seed": 3, "batch_size": 2, "accumulation_steps": 4, "global_batch_size": None,
+                              "epochs": 4, "packing": 1, **settings})
     return BatchStream(Rows(), args, World(rank, ranks))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(ranks):
     for step in range(5):
-        shares = [list(row_stream(ranks, rank).next_batch(step).micro_batches) for rank in range(ranks)]
+        shares = [list(row_stream(ranks, rank, global_batch_size=8).next_batch(step).micro_batches)
+                  for rank in range(ranks)]
         assert [len(share) for share in shares] == [4 // ranks] * ranks
         together = [row for micro_step in zip(*shares, strict=True) for batch in micro_step for row in batch]
         assert together == row_stream(1).rows(step).tolist()
@@ -319,16 +322,39 @@ def test_an_epoch_takes_every_row_once_in_an_order_of_its_own():
 
 
 def test_rows_that_ranks_cannot_share_evenly_are_a_mistake():
-    with pytest.raises(UserError, match="8 rows .* 3 ranks"):
-        row_stream(3)
+    with pytest.raises(UserError, match="--global_batch_size 8 .* 3 ranks; 6 can"):
+        row_stream(3, global_batch_size=8)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_without_a_global_batch_size_each_device_takes_batch_size_rows_in_each_micro_step(ranks):
+    for rank in range(ranks):
+        stream = row_stream(ranks, rank)
+        assert stream.rows_per_step == 8 * ranks
+        assert list(map(len, stream.next_batch(0).micro_batches)) == [2] * 4
+
+
+@pytest.mark.parametrize("ranks, kept", [(1, None), (2, 8), (4, 8), (3, UserError)])
+def test_a_resume_keeps_the_rows_of_a_step_on_another_number_of_ranks(tmp_path, ranks, kept, capsys):
+    path = tmp_path / "pretrain_64_resume.pth"
+    save_resume(path, {"settings": {"global_batch_size": 8}, "random": [None]})
+    run = Run(SimpleNamespace(global_batch_size=None))
+    run.world = World(0, ranks)
+    if kept is UserError:
+        with pytest.raises(UserError, match="8 rows per step, which 3 ranks cannot share"):
+            run._keep_global_batch_size(path)
+        return
+    run._keep_global_batch_size(path)
+    assert run.args.global_batch_size == kept
+    assert ("8 rows per step, as before on 1 ranks" in capsys.readouterr().out) == (kept is not None)
 
 
 @pytest.mark.parametrize("rows, ranks, expected", [
-    (1, 1, (1, 1)), (15, 1, (1, 1)), (91, 1, (4, 1)), (91, 2, (4, 1)), (50, 4, (4, 1)), (640, 1, (32, 1)),
+    (1, 1, (1, 1)), (15, 1, (1, 1)), (91, 1, (4, 1)), (91, 2, (2, 1)), (50, 4, (1, 1)), (640, 1, (32, 1)),
     (2_000, 1, (32, 3)), (5_120, 1, (32, 8)), (10**6, 1, (32, 8))])
 def test_an_epoch_of_a_small_file_has_twenty_steps_where_it_has_as_many_rows(rows, ranks, expected):
     assert adapt_batch(rows, 32, 8, ranks) == expected
-    assert rows / math.prod(expected) >= min(20, rows) or ranks > 1
+    assert rows / (math.prod(expected) * ranks) >= min(20, rows) or rows < 20 * ranks
 
 
 def test_small_data_is_told_and_flags_that_are_given_win(lab, data, tmp_path, capsys):
@@ -350,7 +376,7 @@ def test_small_data_is_told_and_flags_that_are_given_win(lab, data, tmp_path, ca
 def test_micro_batches_are_never_larger_than_batch_size():
     for batch_size, accumulation, ranks in itertools.product((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 4)):
         if batch_size * accumulation % ranks == 0:
-            stream = row_stream(ranks, batch_size=batch_size, accumulation_steps=accumulation)
+            stream = row_stream(ranks, batch_size=batch_size, global_batch_size=batch_size * accumulation)
             assert max(map(len, stream.next_batch(0).micro_batches)) <= batch_size
 
 

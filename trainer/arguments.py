@@ -40,9 +40,12 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--max_steps", type=nonneg_int, default=0,
                        help="stop after so many steps (0: never); the schedule still spans all epochs")
     group.add_argument("--batch_size", type=positive_int,
-                       help="rows per device and micro-step (the default is lowered for a file of few rows)")
+                       help="rows (online RL: prompts) per device and micro-step (default: less for a small file)")
     group.add_argument("--accumulation_steps", type=positive_int, default=1,
-                       help="batches per step: batch_size x accumulation_steps rows, on any number of devices")
+                       help="micro-steps per step: batch_size x accumulation_steps rows on each device")
+    group.add_argument("--global_batch_size", type=positive_int,
+                       help="rows per step of all devices together; the number of micro-steps follows, of at most "
+                            "--batch_size rows per device")
     group.add_argument("--learning_rate", type=nonneg_float, help="peak; linear warm-up, then a cosine to a tenth")
     group.add_argument("--warmup_ratio", type=fraction, default=0.0, help="share of the steps that warm up")
     group.add_argument("--weight_decay", type=nonneg_float, default=0.01, help="decoupled, on matrices only")
@@ -92,7 +95,7 @@ def sft_options(args: argparse.Namespace) -> dict:
 def rl_parser(description: str, **defaults) -> Parser:
     """The flags of an online RL stage."""
     parser = stage_parser(description, packs=False, **defaults)
-    group = parser.add_argument_group("rollouts (batch_size x accumulation_steps prompts each)")
+    group = parser.add_argument_group("rollouts (batch_size x accumulation_steps prompts on each device)")
     group.add_argument("--max_gen_len", type=positive_int, default=1024, help="longest answer, in tokens")
     group.add_argument("--num_generations", type=positive_int, default=6, help="answers per prompt")
     group.add_argument("--temperature", type=nonneg_float, default=1.0,

@@ -42,13 +42,24 @@ def adapt_batch(num_rows: int, batch_size: int, accumulation_steps: int, world_s
 
     People fine-tune on 20 to 500 short rows, which packing makes even fewer: with 32 per step, a step or two.
     """
-    rows_per_step = max(1, num_rows // MIN_STEPS)
-    return (min(batch_size, -(-rows_per_step // world_size) * world_size),
-            min(accumulation_steps, max(1, rows_per_step // batch_size)))
+    rows_per_device = max(1, num_rows // (MIN_STEPS * world_size))
+    return min(batch_size, rows_per_device), min(accumulation_steps, max(1, rows_per_device // batch_size))
+
+
+def global_batch_size(args, world: World) -> int:
+    """Rows (prompts) of one step, of all ranks: --global_batch_size, or batch_size × accumulation_steps per rank.
+
+    Raises UserError when the ranks cannot share them evenly.
+    """
+    size = args.global_batch_size or args.batch_size * args.accumulation_steps * world.size
+    if size % world.size:
+        raise UserError(f"--global_batch_size {size} cannot be shared evenly by {world.size} ranks; "
+                        f"{size // world.size * world.size or world.size} can")
+    return size
 
 
 class BatchStream:
-    """The rows of a data set, batch_size × accumulation_steps per step.
+    """The rows of a data set, `global_batch_size` per step.
 
     With G rows per step, step s takes elements [s·G, (s+1)·G) of `sampler_indices`, whatever the number of ranks.
     """
@@ -57,15 +68,12 @@ class BatchStream:
 
     def __init__(self, dataset: TokenDataset, args, world: World):
         self.dataset, self.seed, self.world = dataset, args.seed, world
-        self.rows_per_step = args.batch_size * args.accumulation_steps
-        if self.rows_per_step % world.size:
-            raise UserError(f"a step of {self.rows_per_step} rows (--batch_size x --accumulation_steps) cannot be "
-                            f"shared evenly by {world.size} ranks")
+        self.rows_per_step = global_batch_size(args, world)
         rows = self.rows_per_step // world.size
         self.grad_accum_steps = next(n for n in range(-(-rows // args.batch_size), rows + 1) if rows % n == 0)
         self.steps = math.ceil(args.epochs * len(dataset) / self.rows_per_step)
         self.length = dataset.row_length  # positions of a row
-        self.settings = {"rows_per_step": self.rows_per_step, "data": dataset.key, "packing": args.packing}
+        self.settings = {"global_batch_size": self.rows_per_step, "data": dataset.key, "packing": args.packing}
 
     def __str__(self) -> str:
         return f"{self.rows_per_step} rows a step"

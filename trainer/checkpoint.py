@@ -7,6 +7,7 @@ import torch
 
 from model.cli import UserError, first_line
 from model.files import open_atomically
+from model.weights import file_stem
 
 
 def random_state() -> dict:
@@ -29,17 +30,26 @@ def save_resume(path: Path, state: dict) -> None:
         torch.save(state, file)
 
 
-def load_resume(path: Path, settings: dict) -> dict | None:
-    """The state at `path`, or None where there is none. Raises UserError when it belongs to other settings."""
+def resume_name(name: str, config) -> str:
+    return f"{file_stem(name, config)}_resume.pth"
+
+
+def read_resume(path: Path, mmap: bool = False) -> dict | None:
+    """The state at `path`, or None where there is none. `mmap`: read tensors only where they are used."""
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["settings"]
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return state | {"settings": dict(state["settings"])}
     except Exception as error:
         raise UserError(f"{path}: not a resume state: {first_line(error)}") from None
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            raise UserError(f"{path} was made with {name} {saved.get(name)}, now it is {value}; "
+
+
+def load_resume(path: Path, settings: dict) -> dict | None:
+    """The state at `path`, or None where there is none. Raises UserError when it belongs to other settings."""
+    state = read_resume(path)
+    for name, value in settings.items() if state else ():
+        if (saved := state["settings"].get(name)) != value:
+            raise UserError(f"{path} was made with {name} {saved}, now it is {value}; "
                             "use the old settings, or start anew with --from_resume 0")
     return state

@@ -21,7 +21,8 @@ from model.cli import Failure, UserError, first_line
 from model.device import cpu_has_bfloat16
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.weights import load_weight
-from trainer.batches import MIN_STEPS, adapt_batch
+from trainer.batches import MIN_STEPS, adapt_batch, global_batch_size
+from trainer.checkpoint import read_resume, resume_name
 from trainer.distributed import init_distributed
 
 MODEL_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -76,13 +77,14 @@ class Run:
         args = self.args
         data, val_data = (self._load_dataset(dataset_class, path, **options) if path else None
                           for path in (args.data_path, args.val_data_path))
-        default = args.batch_size, args.accumulation_steps
-        if args.adapt_batch:
-            args.batch_size, args.accumulation_steps = adapt_batch(len(data), *default, self.world.size)
-        rows = args.batch_size * args.accumulation_steps
-        if rows < math.prod(default):
+        default = global_batch_size(args, self.world)
+        if args.adapt_batch and not args.global_batch_size:
+            args.batch_size, args.accumulation_steps = adapt_batch(
+                len(data), args.batch_size, args.accumulation_steps, self.world.size)
+        rows = global_batch_size(args, self.world)
+        if rows < default:
             self.print_main(f"data: {len(data):,} rows are few, so that a step takes {rows:,} of them instead of "
-                            f"{math.prod(default):,} (--batch_size decides otherwise)")
+                            f"{default:,} (--batch_size decides otherwise)")
         if (steps := math.ceil(args.epochs * len(data) / rows)) < MIN_STEPS:
             self.print_main(f"data: {data.meta['documents']:,} documents fill {len(data):,} rows, so that there are "
                             f"only {steps:,} steps; {'lower --batch_size or ' * (rows > 1)}raise --epochs")
@@ -118,6 +120,24 @@ class Run:
 
     def load_model(self) -> MiniMindForCausalLM:
         """The weights `--from_weight`, or a new model of the sizes in the flags, the same on every rank."""
+        model = self._load_model()
+        if self.args.from_resume and not self.args.global_batch_size:
+            self._keep_global_batch_size(self.args.checkpoint_dir / resume_name(self.args.save_weight, model.config))
+        return model
+
+    def _keep_global_batch_size(self, path: Path) -> None:
+        """Continue with as many rows per step as before, when the number of ranks has changed."""
+        state = read_resume(path, mmap=True)
+        if state is None or len(state["random"]) == self.world.size:
+            return
+        rows = state["settings"].get("global_batch_size", 0)
+        if rows % self.world.size:
+            raise UserError(f"{path} was made with {rows} rows per step, which {self.world.size} ranks cannot share "
+                            "evenly; start as many ranks as divide them")
+        self.print_main(f"resume: {rows} rows per step, as before on {len(state['random'])} ranks")
+        self.args.global_batch_size = rows
+
+    def _load_model(self) -> MiniMindForCausalLM:
         args = self.args
         sizes = {name: value for name in MODEL_SIZES if (value := getattr(args, name)) is not None}
         if args.from_weight == "none":

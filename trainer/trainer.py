@@ -1,7 +1,7 @@
 """The training loop of every stage: read `Trainer.fit`.
 
-A step takes batch_size × accumulation_steps rows, the same rows in the same order on any number of ranks, and its loss
-is divided by the supervised tokens of all of them. Nothing in a step waits for the device.
+A step takes `global_batch_size` rows, the same rows in the same order however many ranks share them, and its loss is
+divided by the supervised tokens of all of them. Nothing in a step waits for the device.
 """
 
 import math
@@ -17,7 +17,7 @@ from model.cli import Failure
 from model.device import peak_memory
 from model.weights import file_stem, load_state, save_weight
 from trainer.batches import BatchStream, to_device
-from trainer.checkpoint import load_resume, random_state, restore_random_state, save_resume
+from trainer.checkpoint import load_resume, random_state, restore_random_state, resume_name, save_resume
 from trainer.flops import flops_per_token, peak_flops
 from trainer.losses import Loss
 from trainer.metrics import IntervalMetrics, MetricsLog, Tracker, duration
@@ -59,7 +59,7 @@ class Trainer:
         self.step, self.tokens, self.best_score = 0, 0, math.inf
         self.last_step = min(stream.steps, args.max_steps or stream.steps)
         self.run_name = file_stem(args.save_weight, model.config)
-        self.resume_path = args.checkpoint_dir / f"{self.run_name}_resume.pth"
+        self.resume_path = args.checkpoint_dir / resume_name(args.save_weight, model.config)
         fixed = ("epochs", "max_seq_len", "seed", "optimizer", "learning_rate")
         self.settings = {**stream.settings, **{name: getattr(args, name) for name in fixed}, **(settings or {})}
 

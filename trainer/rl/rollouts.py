@@ -1,8 +1,8 @@
 """Online RL as a stream of optimizer steps: sample from the policy, reward, estimate advantages, learn, sample again.
 
-A rollout answers G = batch_size × accumulation_steps prompts, each num_generations times; every rank samples its share
-and all of them get all trajectories, so that a rollout is the same on any number of ranks. It is cut into mini-batches
-of packed rows, each learned from `update_epochs` times; what is known before the update (old and reference
+A rollout answers `global_batch_size` prompts, each num_generations times; every rank samples its share and all of them
+get all trajectories, so that a rollout is the same however many ranks share it. It is cut into mini-batches of packed
+rows, each learned from `update_epochs` times; what is known before the update (old and reference
 log-probabilities, values) is computed on the very batches that are learned from: equal weights give equal numbers.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dataset.prompts import PromptDataset
 from model.cli import UserError
 from model.inference.sampling import SamplingParams
-from trainer.batches import GlobalBatch, sampler_indices
+from trainer.batches import GlobalBatch, global_batch_size, sampler_indices
 from trainer.losses import Loss, inputs, kl_k3, token_log_probs
 from trainer.rl.advantages import AdvantageEstimator
 from trainer.rl.packing import colorize_advantages, pack_mini_batch
@@ -25,7 +25,7 @@ from trainer.rl.trajectory import RolloutGroup, Trajectory
 from trainer.rollout_engine import policy_sampling_params
 
 MAX_RESAMPLES = 4  # times that prompts are drawn for one rollout, to replace groups without a difference
-SETTINGS = ("batch_size", "accumulation_steps", "num_generations", "update_epochs", "mini_batches", "temperature",
+SETTINGS = ("batch_size", "num_generations", "update_epochs", "mini_batches", "temperature",
             "max_gen_len", "thinking_ratio", "aggregation", "resample", "reward_mix")
 
 
@@ -41,10 +41,7 @@ class RolloutStream:
         self.prompts, self.engine, self.rewards = prompts, engine, rewards
         self.estimator, self.reference = estimator, reference
         args = self.args
-        self.prompts_per_rollout = args.batch_size * args.accumulation_steps
-        if self.prompts_per_rollout % self.world.size:
-            raise UserError(f"a rollout of {self.prompts_per_rollout} prompts (--batch_size x --accumulation_steps) "
-                            f"cannot be shared evenly by {self.world.size} ranks")
+        self.prompts_per_rollout = global_batch_size(args, self.world)
         num_answers = self.prompts_per_rollout * args.num_generations
         if num_answers < max(2, args.mini_batches):
             raise UserError(f"a rollout of {num_answers} answers is too small to compare them or for "
@@ -52,7 +49,8 @@ class RolloutStream:
         self.length = getattr(args, "max_total_len", args.max_seq_len + args.max_gen_len)  # of a trajectory
         self.steps_per_rollout = args.update_epochs * args.mini_batches
         self.steps = math.ceil(args.epochs * len(prompts) / self.prompts_per_rollout) * self.steps_per_rollout
-        self.settings = {name: getattr(args, name) for name in SETTINGS} | {"prompts": prompts.hash}
+        self.settings = {name: getattr(args, name) for name in SETTINGS} | {
+            "prompts": prompts.hash, "global_batch_size": self.prompts_per_rollout}
         self.cursor = self.rollouts = 0  # prompts drawn so far, and rollouts made
         self._mini_batches: list[GlobalBatch] = []  # of this rollout, each learned from several times,
         self._pending: list[GlobalBatch] = []  # and what of that is still to come
