@@ -43,9 +43,10 @@ NUM_BUCKETS = {"zero1": 1, "zero2": 2, "zero3": 1}  # in which DeepSpeed gathers
 BYTES_PER_TOKEN = 3.3  # of our tokenizer: 3.39 Chinese, 3.25 English (docs/results.md)
 MOE_TIME = 1.4  # per token against dense: the published hours, 3.23 / 2.31
 SHARED_PROMPT = 1.42  # a pair's prompt is computed once: so many times fewer positions, measured (docs/experiments.md)
-# bytes of the published files, and the passes of the recipe over them; DPO: and one of the reference
-STAGES = {"pretrain, mini": (1.2e9, 2), "SFT, mini": (1.6e9, 2), "pretrain, long": (10e9, 2), "SFT, long": (14e9, 2),
+# bytes of the published files, and the passes of an epoch over them; DPO: and one of the reference
+STAGES = {"pretrain, mini": (1.2e9, 1), "SFT, mini": (1.6e9, 1), "pretrain, long": (10e9, 1), "SFT, long": (14e9, 1),
           "DPO": (53e6, (1 + 1 / 3) / SHARED_PROMPT), "reward model": (53e6, 1 / SHARED_PROMPT)}
+NOT_COMPUTED = ("RLAIF (PPO, GRPO)", "tool calls (agent)")  # how fast the card decodes is not known here
 
 
 def meta_model(**sizes) -> MiniMindForCausalLM:
@@ -170,19 +171,21 @@ def check(args: argparse.Namespace) -> dict:
 
 
 def cost_table(args: argparse.Namespace) -> str:
-    """Hours and yuan of each stage: bytes / BYTES_PER_TOKEN x passes x FLOP per token / (TFLOP/s x MFU)
+    """Hours and yuan of one and of two epochs: bytes / BYTES_PER_TOKEN x passes x FLOP per token / (TFLOP/s x MFU)
 
-    … x MOE_TIME. RL is left out: how fast the card decodes is not known here.
+    … x MOE_TIME for MoE.
     """
     models = {"64 M dense": meta_model(), "198 M-A64 M MoE": meta_model(use_moe=True)}
-    lines = [f"| stage (computed) | tokens | {' | '.join(models)} |", "|---" * (len(models) + 2) + "|"]
+    columns = [f"{name}, {epochs}" for name in models for epochs in ("1 epoch", "2 epochs")]
+    lines = [f"| stage (computed) | tokens | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for stage, (num_bytes, passes) in STAGES.items():
         num_tokens, cells = num_bytes / BYTES_PER_TOKEN, []
         for model in models.values():
             flops = num_tokens * passes * flops_per_token(model, 170 if "pretrain" in stage else 384)
             hours = flops / (args.tflops * 1e12 * args.mfu) / 3600 * (MOE_TIME if model.config.use_moe else 1)
-            cells.append(f"{hours:.2f} h, {hours * args.price_per_hour:.2f} yuan")
+            cells += [f"{n * hours:.2f} h, {n * hours * args.price_per_hour:.2f} yuan" for n in (1, 2)]
         lines.append(f"| {stage} | {num_tokens / 1e6:,.0f} M x {passes:.3g} | {' | '.join(cells)} |")
+    lines += [f"| {stage} |{' | not measured' * len(columns)} |".replace("||", "| |") for stage in NOT_COMPUTED]
     return "\n".join(lines)
 
 
