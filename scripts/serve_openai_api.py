@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from model.chat import ChatTokenizer
-from model.cli import Parser, UserError, fraction, nonneg_float, nonneg_int, positive_int, run_main
+from model.cli import Parser, UserError, add_sampling_args, nonneg_int, positive_int, run_main
 from model.inference.engine import Engine
 from model.loading import add_loading_args, load_from_args
 from scripts.server.engine_thread import EngineThread, QueueFull, Stopping, metrics_text
@@ -219,13 +219,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
     add_loading_args(parser)
-    group = parser.add_argument_group("defaults of requests that do not say otherwise")
-    group.add_argument("--open_thinking", type=int, choices=(0, 1), default=0, help="let the model think first")
-    group.add_argument("--max_new_tokens", type=positive_int, default=1024,
-                       help="longest answer, in tokens (%(default)s)")
-    group.add_argument("--temperature", type=nonneg_float, default=0.85,
-                       help="0 takes the likeliest token (%(default)s)")
-    group.add_argument("--top_p", type=fraction, default=0.95, help="mass of the tokens sampled from (%(default)s)")
+    add_sampling_args(parser.add_argument_group("defaults of requests that leave them open"), open_thinking=0,
+                      max_new_tokens=1024, temperature=0.85, top_p=0.95)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (%(default)s)")
     group.add_argument("--port", type=nonneg_int, default=8998, help="0 takes a free one (%(default)s)")

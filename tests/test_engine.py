@@ -661,12 +661,13 @@ def test_text_never_shows_half_a_character_nor_part_of_a_stop_string():
         assert sequence.text == whole and sequence.finish_reason == "stop"
 
 
-def test_half_a_character_at_the_end_is_left_out_and_markers_stand_between_texts():
+def test_half_a_character_is_left_out_at_the_end_and_before_a_special_token():
+    (a,), (b,), call = TOKENIZER.encode_text("a"), TOKENIZER.encode_text("b"), SPECIAL_TOKENS["<tool_call>"]
     first_byte = TOKENIZER.token_bytes.index("好".encode()[:1])
-    sequence = Sequence([1], SamplingParams(4, stop=("</think>",)), TOKENIZER)
-    for token in (*TOKENIZER.encode_text("a"), SPECIAL_TOKENS["<tool_call>"], *TOKENIZER.encode_text("b"), first_byte):
+    sequence = Sequence([1], SamplingParams(5, stop=("</think>",)), TOKENIZER)
+    for token in (a, first_byte, call, b, first_byte):
         sequence.append_token(token, 0.0, [])
-    assert sequence.output_pieces == ["a", SPECIAL_TOKENS["<tool_call>"], "b"] and sequence.text == "ab"
+    assert sequence.output_pieces == ["a", call, "b"] and sequence.text == "ab"
     assert sequence.finish_reason == "length"
     sequence = Sequence([1], SamplingParams(4, stop=("</think>",)), TOKENIZER)
     sequence.append_token(SPECIAL_TOKENS["</think>"], 0.0, [])
