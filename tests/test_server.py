@@ -676,6 +676,13 @@ def test_the_program_serves_and_its_client_chats(model, tmp_path):
             assert server.returncode == 0
 
 
+def test_inference_imports_nothing_of_training_but_the_tools():
+    program = ("import sys, eval_llm, scripts.serve_openai_api, scripts.chat_api, scripts.web.answers\n"
+               "print(*(name for name in sys.modules if name.split('.')[0] in ('trainer', 'dataset')))")
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) == {"trainer", "trainer.rl", "trainer.rl.builtin_tools", "trainer.rl.tools"}
+
+
 # -- the client --------------------------------------------------------------------------------------------------------
 
 
