@@ -297,7 +297,7 @@ def test_what_is_known_before_the_update_is_exactly_what_the_update_starts_from(
 
 def test_old_and_reference_log_probabilities_are_each_models_own_and_the_drift_is_their_kl():
     rollouts = make_stream(flags=("--temperature", 0.7, "--update_epochs", 2), reference=small_model())
-    batches = rollouts.take(0).batches
+    batches = rollouts.next_batch(0).micro_batches
 
     @torch.no_grad()
     def log_probs(model, batch) -> torch.Tensor:
@@ -399,7 +399,7 @@ def test_prompts_drop_the_placeholder_and_ask_for_thinking_by_ratio(data):
 
 
 @pytest.mark.parametrize("line, words", [
-    ('{"conversations": []}', "one or more"),
+    ('{"conversations": []}', "one message or more"),
     ('{"conversations": [{"role": "user", "content": "?"}], "gt": "5"}', "gt is"),
     ("{", "JSON"), ('{"conversations": [{"role": "boss", "content": "?"}]}', "boss")])
 def test_a_bad_prompt_is_told_with_its_line(tmp_path, line, words):
