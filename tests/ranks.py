@@ -36,7 +36,7 @@ def run_all(data: Path, runs: list[dict]) -> list[dict]:
         stack.enter_context(mock.patch.object(Trainer, "fit", measured))
         for name in ("grpo", "ppo", "agent"):
             stack.enter_context(mock.patch(f"trainer.train_{name}.make_rewards",
-                                           lambda *_: Rewards({"ids": of_ids}, {"ids": 1.0})))
+                                           lambda *_, **__: Rewards({"ids": of_ids}, {"ids": 1.0})))
         for run in runs:
             print("run:", run["folder"], flush=True)
             Lab(data, Path(run["folder"])).train(import_module(f"trainer.train_{run['stage']}"), **run["flags"])

@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
+from lab import TOKENIZER
 
+from dataset.lm_dataset import SFTDataset
+from model.chat import END_THINK, THINK
+from trainer import train_full_sft
 from trainer.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +133,21 @@ def test_mini_batch_size_counts_answers_in_a_step(answers, mini_batches):
 def test_programs_run_where_minimind_has_them(folder, program):
     result = subprocess.run([sys.executable, program, "--help"], cwd=ROOT / folder, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("usage:") and not result.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_reasoning_recipe_learns_tags_from_published_rows(page, lab, tmp_path):
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    row, command = re.search(r"```json\n(.+)\n```\n\n```sh\npython (.+?)\npython", text, re.S).groups()
+    path, lab = tmp_path / "r1_mix_1024.jsonl", lab().with_base("dpo")
+    path.write_text(f"{row}\n" * 4)
+    flags = dict(re.findall(r"--(\w+) (\S+)", command))
+    assert command.startswith("trainer/train_full_sft.py ") and flags["data_path"] == "dataset/r1_mix_1024.jsonl"
+    lab.train(train_full_sft, **flags | {"data_path": path})
+    assert lab.card("reason_64")["parent"] == "dpo" and lab.card("reason_64")["flags"]["tag_loss_weight"] == 10
+    targets = SFTDataset(path, TOKENIZER, 64, cache_dir=tmp_path, empty_think_ratio=0).batch(np.arange(1))["targets"]
+    assert [int((targets == tag).sum()) for tag in (THINK, END_THINK)] == [1, 1]
+    assert "<answer>\n3\n</answer>" in TOKENIZER.decode(targets.tolist())
 
 
 def test_both_languages_list_the_same():

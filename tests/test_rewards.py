@@ -47,12 +47,12 @@ def said(text: str, gt: tuple = (), thinking: bool = False, finish_reason: str =
                               parse_message(TOKENIZER, ids, thinking))
 
 
-def make(*flags: str, **more) -> Rewards:
+def make(*flags: str, prompts: list | None = None, **more) -> Rewards:
     parser = Parser()
     add_reward_args(parser)
     args = parser.parse_args(flags)
     vars(args).update(hidden_size=None, use_moe=None, **more)
-    return make_rewards(args, TOKENIZER, torch.device("cpu"))
+    return make_rewards(args, TOKENIZER, torch.device("cpu"), prompts=prompts)
 
 
 @pytest.mark.parametrize(("text", "gt", "score"), [
@@ -176,6 +176,18 @@ def test_our_reward_weight_scores_as_transformers_does_with_the_ids_as_they_are(
     rewards = make("--reward_weight=reward", save_dir=own)
     assert rewards.names[-1] == "weight" and expected.std() > 0.1
     torch.testing.assert_close(rewards.score(prompts, trajectories)[:, -1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_without_gt_are_scored_by_our_reward_weight_or_a_warning_says_what_is_learned(own, tmp_path, capsys):
+    with_gt, without = said("4", ["4"])[0], said("4")[0]
+    cases = (([without], own, [], "weight", "the weight reward"), ([with_gt, without], own, [], "repetition", ""),
+             ([without], own, ["--reward_weight=none"], "repetition", ""),
+             ([without], tmp_path, [], "repetition", "only format, length, repetition are learned"))
+    for prompts, save_dir, flags, last, words in cases:
+        assert make(*flags, prompts=prompts, save_dir=save_dir).names[-1] == last
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == bool(words)
+    assert "--reward_model_path DIR" in err and "--judge_url" in err and "train_reward.py" in err
 
 
 def test_a_sequence_classifier_reads_its_own_template_and_padding_changes_nothing(own, monkeypatch):

@@ -47,7 +47,7 @@ def main() -> None:
         sampler = make_rollout_engine(args, policy, run.tokenizer, run.autocast(), run.world)
         engine = EpisodeEngine(sampler, run.tokenizer, args.max_turns, args.max_total_len, args.seed)
         # 2. Reward: r_i = Σ_c weight_c · score_c(q, o_i), of the whole episode.
-        rewards = make_rewards(args, run.tokenizer, run.device, AGENT_REWARDS)
+        rewards = make_rewards(args, run.tokenizer, run.device, AGENT_REWARDS, prompts.prompts)
         # 3. Advantage: A_i = (r_i - mean r) / std r over the episodes of q.
         estimator = GroupRelative(scale=bool(args.scale_rewards))
         # 4. Old and reference log-probabilities of every sampled token; observations are not trained.

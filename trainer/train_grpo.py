@@ -35,7 +35,7 @@ def main() -> None:
         # 1. Sample: answers o_1 … o_n ~ π_θ(· | q) to each prompt q.
         engine = make_rollout_engine(args, policy, run.tokenizer, run.autocast(), run.world)
         # 2. Reward: r_i = Σ_c weight_c · score_c(q, o_i).
-        rewards = make_rewards(args, run.tokenizer, run.device)
+        rewards = make_rewards(args, run.tokenizer, run.device, prompts=prompts.prompts)
         # 3. Advantage: A_i = (r_i - mean r) / std r over the answers to q; SPO: r - v(q), whitened over the rollout.
         estimator = (SPOValueTracker(len(prompts), args.spo_half_life) if args.loss_type == "spo"
                      else GroupRelative(scale=bool(args.scale_rewards)))

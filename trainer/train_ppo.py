@@ -83,7 +83,7 @@ def main() -> None:
         # 1. Sample: answers o ~ π_θ(· | q) to each prompt q.
         engine = make_rollout_engine(args, actor, run.tokenizer, run.autocast(), run.world)
         # 2. Reward: r_t = -kl_coef · log(π_old / π_ref), and for the last token Σ_c weight_c · score_c(q, o) as well.
-        rewards = make_rewards(args, run.tokenizer, run.device)
+        rewards = make_rewards(args, run.tokenizer, run.device, prompts=prompts.prompts)
         # 3. Advantage: A_t = Σ_k (γλ)^k δ_{t+k} where δ_t = r_t + γ·V_{t+1} - V_t, whitened over the rollout.
         estimator = GAE(args.gamma, args.lam, args.kl_coef)
         # 4. Old and reference log-probabilities and values of every sampled token, before the update.

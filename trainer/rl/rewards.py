@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dataset.prompts import Prompt
 from model.chat import CALL, END_CALL, END_THINK, EOS, AssistantMessage, ChatTokenizer
-from model.cli import Failure, UserError, first_line
+from model.cli import Failure, UserError, first_line, notice
+from model.weights import find_weight
 from trainer.rl.reward_models import HFRewardModel, LLMJudge, MiniMindRewardModel
 from trainer.rl.trajectory import Trajectory
 
@@ -149,6 +150,13 @@ def find_failing_row(component: BatchRewardFn, prompts: list[Prompt], trajectori
     return f"{prompts[0].source} and {len(prompts) - 1} others together", error
 
 
+def has_weight(*where) -> bool:
+    try:
+        return bool(find_weight(*where))
+    except UserError:
+        return False
+
+
 def batched(reward: RewardFn) -> BatchRewardFn:
     return lambda prompts, trajectories: [reward(*pair) for pair in zip(prompts, trajectories, strict=True)]
 
@@ -157,7 +165,8 @@ def add_reward_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rewards")
     group.add_argument("--reward_mix", default="exact=1,format=0.5,length=0.1,repetition=0.5",
                        help="how much each component counts; those not named count 1")
-    group.add_argument("--reward_weight", help="add a reward weight of ours, by its name in --save_dir")
+    group.add_argument("--reward_weight", help="add a reward weight of ours, by its name in --save_dir (default: "
+                       "'reward', if it is there and no prompt has a gt; 'none': no)")
     group.add_argument("--reward_model_path", help="add a reward model of transformers': a folder or a hub name")
     group.add_argument("--trust_remote_code", type=int, choices=(0, 1), default=0,
                        help="let that model run the code it brings")
@@ -166,12 +175,25 @@ def add_reward_args(parser: argparse.ArgumentParser) -> None:
 
 
 def make_rewards(args: argparse.Namespace, tokenizer: ChatTokenizer, device: torch.device,
-                 rules: dict[str, RewardFn] | None = None) -> Rewards:
-    """The components that the flags ask for: `rules`, and `weight`, `model`, `judge`. Raises UserError."""
+                 rules: dict[str, RewardFn] | None = None, prompts: list[Prompt] | None = None) -> Rewards:
+    """The components that the flags ask for: `rules`, and `weight`, `model`, `judge`. Raises UserError.
+
+    Where no flag asks for a model and none of `prompts` has a ground truth, a weight called `reward` is used if there
+    is one; else a warning says what little is learned.
+    """
     rules = rules or {"exact": accuracy, "format": format_ok, "length": length_reward(tokenizer),
                       "repetition": repetition}
     components = {name: batched(rule) for name, rule in rules.items()}
-    if args.reward_weight:
+    has_scorer = args.reward_weight or args.reward_model_path or args.judge_url
+    if not has_scorer and prompts and not any(prompt.ground_truth for prompt in prompts):
+        if has_weight("reward", args.save_dir, args.hidden_size, args.use_moe):
+            args.reward_weight = "reward"
+            notice(f"no prompt has a gt: the weight reward of {args.save_dir} scores the answers "
+                   "(--reward_weight none: rules only)")
+        else:
+            notice(f"warning: no prompt has a gt, so only {', '.join(list(rules)[1:])} are learned; add a model with "
+                   "--reward_model_path DIR, --judge_url URL, or --reward_weight NAME (trainer/train_reward.py)")
+    if args.reward_weight not in (None, "none"):
         components["weight"] = MiniMindRewardModel(args, tokenizer, device)
     if args.reward_model_path:
         components["model"] = HFRewardModel(args.reward_model_path, bool(args.trust_remote_code), device)
