@@ -57,7 +57,9 @@ class Chat:
         if self.continues_text:
             return self.reply([BOS, *self.tokenizer.encode_text(text)])
         if self.args.history is not None:
-            self.messages = self.messages[-self.args.history:] if self.args.history else []
+            system = [message for message in self.messages[:1] if message["role"] == "system"]
+            turns = self.messages[len(system):]
+            self.messages = system + turns[max(0, len(turns) - self.args.history):]
         self.messages.append({"role": "user", "content": text})
         return self.reply(self.tokenizer.prompt(self.messages, open_thinking=bool(self.args.open_thinking)))
 

@@ -764,6 +764,14 @@ def test_a_stop_string_ends_the_answer_before_it(folder):
     assert all("A very smal".startswith(text) and reason is None for text, reason in states[:-1])
 
 
+@pytest.mark.parametrize(("flags", "remembered"), [
+    ([], TALK[:2]), (["--historys=0"], []), (["--history=2"], TALK[:2]), (["--historys=1"], TALK[1:2])])
+def test_history_is_the_last_messages(evaluate, prompts, flags, remembered):
+    question = TALK[0]["content"]
+    evaluate(*flags, lines=[question, question, "/exit"])
+    assert prompts[1] == TOKENIZER.prompt([*remembered, TALK[0]])
+
+
 def test_a_conversation_that_became_too_long_is_told_and_can_be_cleared(evaluate, capsys):
     out = evaluate(lines=["so " * 40000, "/clear", "Who are you?", "/exit"])
     assert "leaves no room for an answer" in out and TALK[1]["content"] in out
