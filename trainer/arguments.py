@@ -177,7 +177,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     if getattr(args, "temperature", 1.0) == 0:
         parser.error("--temperature 0 leaves no distribution to learn from; give more than 0")
     if getattr(args, "mini_batch_size", None):
-        num_answers = args.batch_size * args.accumulation_steps * args.num_generations
+        num_answers = (args.global_batch_size or args.batch_size * args.accumulation_steps) * args.num_generations
         args.mini_batches = -(-num_answers // args.mini_batch_size)
     for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir",
                  "deepspeed_config"):
