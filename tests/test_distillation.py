@@ -136,10 +136,10 @@ def test_a_tag_counts_as_often_as_asked_for_and_once_as_a_token(tmp_path):
 
 
 def test_sft_hands_the_tag_weight_on(lab, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(train_full_sft, "next_token_loss", lambda model, batch, tag_weight: seen.append(tag_weight) or
+    used = []
+    monkeypatch.setattr(train_full_sft, "next_token_loss", lambda model, batch, tag_weight: used.append(tag_weight) or
                         next_token_loss(model, batch, tag_weight))
     lab().train(train_full_sft, max_steps=1, tag_loss_weight=10, data_path=tagged_rows(tmp_path), accumulation_steps=1)
-    assert seen == [10.0]
+    assert used == [10.0]
 
 

@@ -1,4 +1,4 @@
-"""Episodes with tools, sampled by a model that knows conversations by heart: what is in a trajectory, how it ends."""
+"""Episodes with tools, sampled by a model that has memorised conversations: what is in a trajectory, how it ends."""
 
 import json
 from functools import partial
@@ -22,16 +22,16 @@ OFFER = {"role": "system", "content": "", "tools": [SCHEMAS["calculate_math"], S
 GREEDY = SamplingParams(128, temperature=0)
 
 
-def ask(text: str) -> dict:
+def user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
 def calls(*pairs: tuple, **more) -> dict:
-    asked = [{"name": name, "arguments": arguments} for name, arguments in pairs]
-    return {"role": "assistant", "content": "", "tool_calls": asked, **more}
+    tool_calls = [{"name": name, "arguments": arguments} for name, arguments in pairs]
+    return {"role": "assistant", "content": "", "tool_calls": tool_calls, **more}
 
 
-def told(*results: dict) -> list[dict]:
+def returns(*results: dict) -> list[dict]:
     return [{"role": "tool", "content": json.dumps(result)} for result in results]
 
 
@@ -41,25 +41,26 @@ def says(text: str, **more) -> dict:
 
 SUM, PRODUCT = ("calculate_math", {"expression": "1 + 2"}), ("calculate_math", {"expression": "4 * 5"})
 CANONICAL = {  # conversations that an episode must follow id by id
-    "plain": [ask("hello"), says("Hi.")],
-    "one": [ask("sum"), calls(SUM), *told({"result": 3}), says("It is 3.")],
-    "in turn": [ask("both"), calls(SUM), *told({"result": 3}), calls(PRODUCT), *told({"result": 20}), says("3, 20.")],
-    "at once": [ask("pair"), calls(SUM, PRODUCT), *told({"result": 3}, {"result": 20}), says("Now 3 and 20.")],
-    "wrong": [ask("wrong"), calls(("text_length", {"words": "a"})), *told(call_tool("text_length", {"words": "a"})),
+    "plain": [user("hello"), says("Hi.")],
+    "one": [user("sum"), calls(SUM), *returns({"result": 3}), says("It is 3.")],
+    "in turn": [user("both"), calls(SUM), *returns({"result": 3}), calls(PRODUCT), *returns({"result": 20}),
+                says("3, 20.")],
+    "at once": [user("pair"), calls(SUM, PRODUCT), *returns({"result": 3}, {"result": 20}), says("Now 3 and 20.")],
+    "wrong": [user("wrong"), calls(("text_length", {"words": "a"})), *returns(call_tool("text_length", {"words": "a"})),
               says("Sorry.")],
-    "thinking": [ask("deep"), calls(SUM, reasoning_content="Add."), *told({"result": 3}),
+    "thinking": [user("deep"), calls(SUM, reasoning_content="Add."), *returns({"result": 3}),
                  says("Now: 3.", reasoning_content="Done.")],
 }
 UNOFFERED = {"error": "unknown tool 'random_number'; offered: calculate_math, text_length"}
 
 
 def spoken(text: str, *answers: tuple[list[int], list[dict]]) -> tuple[list[int], list[bool]]:
-    """Ids and mask of a conversation whose turns the chat format cannot write: raw ids, and what is told after each."""
-    ids = TOKENIZER.prompt([OFFER, ask(text)])
+    """Ids and mask of a conversation whose turns the chat format cannot write: raw ids, and the results after each."""
+    ids = TOKENIZER.prompt([OFFER, user(text)])
     mask = [False] * len(ids)
-    for said, results in answers:
-        seen = observation(TOKENIZER, results, False) if results else []
-        ids, mask = ids + said + seen, mask + [True] * len(said) + [False] * len(seen)
+    for turn, results in answers:
+        observed = observation(TOKENIZER, results, False) if results else []
+        ids, mask = ids + turn + observed, mask + [True] * len(turn) + [False] * len(observed)
     return ids, mask
 
 
@@ -70,7 +71,7 @@ FINE = [*TOKENIZER.encode_text("Fine."), EOS]
 RAW = {
     "malformed": spoken("broken", (BROKEN, MALFORMED), (FINE, [])),
     "open": spoken("open", (OPEN, MALFORMED), (FINE, [])),
-    "unknown": TOKENIZER.encode([OFFER, ask("dice"), calls(("random_number", {})), *told(UNOFFERED), says("No.")]),
+    "unknown": TOKENIZER.encode([OFFER, user("dice"), calls(("random_number", {})), *returns(UNOFFERED), says("No.")]),
     "empty": spoken("empty", ([EOS], [])),
     "padded": spoken("padded", ([*TOKENIZER.encode_text("Well"), PAD], [])),
 }
@@ -83,7 +84,7 @@ def engine() -> LocalRolloutEngine:
 
 
 def prompt(text: str, thinking: bool = False) -> Prompt:
-    messages = [OFFER, ask(text)]
+    messages = [OFFER, user(text)]
     return Prompt(TOKENIZER.prompt(messages, open_thinking=thinking), messages, thinking)
 
 
@@ -229,8 +230,8 @@ def test_what_stands_between_two_turns_is_what_the_chat_format_writes():
     for thinking in (False, True):
         whole = TOKENIZER.encode_segments([[*render(talk), *generation_prompt(thinking)]])[0][0]
         before = TOKENIZER.encode(talk[:3])[0][:-1]
-        seen = observation(TOKENIZER, [{"result": 3}, {"result": 20}], thinking)
-        assert before + seen == whole
+        observed = observation(TOKENIZER, [{"result": 3}, {"result": 20}], thinking)
+        assert before + observed == whole
 
 
 def test_results_are_the_same_under_a_seed(engine):

@@ -11,7 +11,7 @@ import lab
 import pytest
 from lab import TOKENIZER, JsonHandler, small_model
 from reciter import Reciter
-from test_episodes import ask, calls, says, told
+from test_episodes import calls, returns, says, user
 from test_server import serving
 
 import eval_toolcall
@@ -32,7 +32,7 @@ def answered(case) -> list[int]:
     """The ids of a case that is answered rightly."""
     (name, accepted), = case.accepted.items()
     arguments = {key: values[0] for key, values in accepted.items()}
-    said = [calls((name, arguments)), *told(call_tool(name, arguments, seed=42)),
+    said = [calls((name, arguments)), *returns(call_tool(name, arguments, seed=42)),
             says(f"So: {case.prompt.ground_truth[0]}")]
     said[1]["content"] = json.dumps(call_tool(name, arguments, seed=42), ensure_ascii=False)
     return TOKENIZER.encode([*case.prompt.messages, *said])[0]
@@ -134,7 +134,7 @@ def test_a_call_is_accepted_by_name_and_arguments(name, arguments, right):
 def bfcl_rows() -> tuple[list[dict], list[dict]]:
     function = {"name": "math.area", "description": "Area", "parameters": {"type": "dict", "properties": {
         "base": {"type": "float"}, "unit": {"type": "string"}}, "required": ["base"]}}
-    rows = [{"id": f"n{i}", "question": [[ask(f"Area {i}?")]], "function": [function]} for i in range(3)]
+    rows = [{"id": f"n{i}", "question": [[user(f"Area {i}?")]], "function": [function]} for i in range(3)]
     return rows, [{"id": row["id"], "ground_truth": [{"math.area": {"base": [i], "unit": ["", "m"]}}]}
                   for i, row in enumerate(rows)]
 
@@ -176,8 +176,8 @@ def test_the_real_leaderboard_rows_are_read():
 # -- conversations and servers -----------------------------------------------------------------------------------------
 
 OFFER = {"role": "system", "content": "", "tools": [SCHEMAS["calculate_math"]]}
-TALK = [ask("1 + 2?"), calls(("calculate_math", {"expression": "1 + 2"})), *told({"result": 3}), says("It is 3."),
-        ask("Thanks"), says("Welcome.")]
+TALK = [user("1 + 2?"), calls(("calculate_math", {"expression": "1 + 2"})), *returns({"result": 3}), says("It is 3."),
+        user("Thanks"), says("Welcome.")]
 KNOWN = TOKENIZER.encode([OFFER, *TALK])[0]
 
 
@@ -221,7 +221,7 @@ class Clumsy(JsonHandler):
 
 def test_a_server_whose_call_cannot_be_read_is_told_so_and_goes_on(run, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"conversations": [OFFER, ask("1 + 2?"), says("")], "gt": ["3"]}) + "\n")
+    rows.write_text(json.dumps({"conversations": [OFFER, user("1 + 2?"), says("")], "gt": ["3"]}) + "\n")
     with lab.serving(Clumsy) as url:
         assert "minimind rows: 1/1" in run("--backend=api", f"--api_base_url={url}", f"--cases={rows}",
                                            f"--json={tmp_path / 'x.json'}")

@@ -25,7 +25,7 @@ USER, THINKING = {"role": "user", "content": "1 + 2?"}, {"reasoning_content": "1
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def said(text: str, **more) -> dict:
+def says(text: str, **more) -> dict:
     return {"role": "assistant", "content": text, **more}
 
 
@@ -36,9 +36,9 @@ def dataset(folder, rows: list[dict], max_seq_len: int = 64, **options) -> DPODa
 
 
 def random_pairs(count: int) -> list[dict]:
-    dice = np.random.default_rng(0)
-    text = [" ".join(dice.choice(["red", "house", "你", "天", "over"], dice.integers(1, 9))) for _ in range(3 * count)]
-    return [{"chosen": [USER | {"content": a}, said(b)], "rejected": [USER | {"content": a}, said(c + " no")]}
+    rng = np.random.default_rng(0)
+    text = [" ".join(rng.choice(["red", "house", "你", "天", "over"], rng.integers(1, 9))) for _ in range(3 * count)]
+    return [{"chosen": [USER | {"content": a}, says(b)], "rejected": [USER | {"content": a}, says(c + " no")]}
             for a, b, c in zip(text[::3], text[1::3], text[2::3], strict=True)]
 
 
@@ -77,9 +77,9 @@ def test_a_batch_holds_whole_pairs_and_says_which_token_is_whose(tmp_path, packi
 
 
 def test_only_the_last_answer_is_learned_and_with_it_the_choice_to_think(tmp_path):
-    before = [USER, said("3"), USER]
-    row = {"chosen": [*before, said("3", **THINKING)], "rejected": [*before, said("4")]}
-    both = {"chosen": [*before, said("3")], "rejected": [*before, said("4")]}
+    before = [USER, says("3"), USER]
+    row = {"chosen": [*before, says("3", **THINKING)], "rejected": [*before, says("4")]}
+    both = {"chosen": [*before, says("3")], "rejected": [*before, says("4")]}
     batch, plain = (dataset(tmp_path, [each]).batch(np.array([0])) for each in (row, both))
     sides = [batch["targets"][batch["document"] == side].tolist() for side in (0, 1)]
     texts = [TOKENIZER.decode(ids, keep_special_tokens=True) for ids in sides]
@@ -89,8 +89,8 @@ def test_only_the_last_answer_is_learned_and_with_it_the_choice_to_think(tmp_pat
 
 def test_long_sides_are_cut_and_a_pair_without_an_answer_left_is_left_out(tmp_path):
     long = "red house " * 40
-    rows = [{"chosen": [USER, said(long)], "rejected": [USER, said("no")]},
-            {"chosen": [USER | {"content": long}, said("a")], "rejected": [USER | {"content": long}, said("b")]}]
+    rows = [{"chosen": [USER, says(long)], "rejected": [USER, says("no")]},
+            {"chosen": [USER | {"content": long}, says("a")], "rejected": [USER | {"content": long}, says("b")]}]
     data = dataset(tmp_path, rows + random_pairs(3))
     assert data.loss_count.sum() == 4
     assert data.warnings == ["1 of 5 pairs have a side of more than 64 tokens, which is cut; 1 more, whose prompt is "
@@ -100,13 +100,13 @@ def test_long_sides_are_cut_and_a_pair_without_an_answer_left_is_left_out(tmp_pa
 
 
 @pytest.mark.parametrize("row, words", [
-    ({"chosen": [USER, said("3")]}, '{"chosen": [messages], "rejected": [messages]}'),
-    ({"chosen": [USER, said("3")], "rejected": [USER | {"content": "2 + 2?"}, said("4")]}, "prompts of chosen and"),
-    ({"chosen": [USER, said("3")], "rejected": [USER, said(" ")]}, "rejected: message 2: the answer is empty"),
-    ({"chosen": [USER, USER], "rejected": [USER, said("4")]}, "chosen is not a prompt and an answer"),
-    ({"chosen": [said("3")], "rejected": [said("4")]}, "chosen: the prompt that it answers is missing"),
-    ({"chosen": [USER, said("3")], "rejected": [USER, said("3")]}, "chosen and rejected are equal"),
-    ({"chosen": [USER, said("3")], "rejected": [USER, "4"]}, "a message is an object"),
+    ({"chosen": [USER, says("3")]}, '{"chosen": [messages], "rejected": [messages]}'),
+    ({"chosen": [USER, says("3")], "rejected": [USER | {"content": "2 + 2?"}, says("4")]}, "prompts of chosen and"),
+    ({"chosen": [USER, says("3")], "rejected": [USER, says(" ")]}, "rejected: message 2: the answer is empty"),
+    ({"chosen": [USER, USER], "rejected": [USER, says("4")]}, "chosen is not a prompt and an answer"),
+    ({"chosen": [says("3")], "rejected": [says("4")]}, "chosen: the prompt that it answers is missing"),
+    ({"chosen": [USER, says("3")], "rejected": [USER, says("3")]}, "chosen and rejected are equal"),
+    ({"chosen": [USER, says("3")], "rejected": [USER, "4"]}, "a message is an object"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_bad_row_is_told_with_its_line(lab, capsys, tmp_path, row, words):
     path = tmp_path / "bad.jsonl"
@@ -236,7 +236,7 @@ def with_base(place, **options):
 @pytest.mark.parametrize("kind, start", [("sigmoid", math.log(2)), ("ipo", 25.0)])
 def test_training_starts_at_the_reference_and_learns_to_prefer(lab, data, kind, start):
     lab = with_base(lab())
-    flags = {**DPO, "loss_type": kind, "learning_rate": 3e-3, "warmup_ratio": 0, "epochs": 4}
+    flags = {**DPO, "loss_type": kind, "beta": 0.1, "learning_rate": 3e-3, "epochs": 4}
     lab.train(**flags, val_data_path=data / "dpo.jsonl")
     log = lab.log("dpo_64")
     assert log[0]["loss"] == pytest.approx(start, rel=1e-4) and abs(log[0]["margin"]) < 1e-3

@@ -38,8 +38,9 @@ def ids_of(text: str) -> list[int]:
     return [i for piece in pieces for i in ([names[piece]] if piece in names else TOKENIZER.encode_text(piece))]
 
 
-def said(text: str, gt: tuple = (), thinking: bool = False, finish_reason: str = "stop", question: str = "?") -> tuple:
-    """A prompt and what a model answered, markers and all; the stop token unless it was cut off."""
+def sample(text: str, gt: tuple = (), thinking: bool = False, finish_reason: str = "stop",
+           question: str = "?") -> tuple[Prompt, Trajectory]:
+    """A prompt and what a model sample, markers and all; the stop token unless it was cut off."""
     messages = [{"role": "user", "content": question}]
     prompt = Prompt(TOKENIZER.prompt(messages, open_thinking=thinking), messages, thinking, list(gt), "rows.jsonl:7")
     ids = ids_of(text) + [EOS] * (finish_reason == "stop")
@@ -65,7 +66,7 @@ def make(*flags: str, prompts: list | None = None, **more) -> Rewards:
     ("5 and 3", ["3", "5"], 1), ("5 and 4", ["3", "5"], 0.5), ("3 4 5", ["3", "5"], 0.5), ("5", ["5", "5"], 0.5),
     ("Lumora has 42", ["lumora", "42"], 1), ("", ["42"], 0), ("42", [], 0), ("anything", [""], 0)])
 def test_exact_hits_what_is_true_and_no_list_of_everything(text, gt, score):
-    assert accuracy(*said(text, gt)) == score
+    assert accuracy(*sample(text, gt)) == score
 
 
 def test_exact_takes_every_canonical_answer_of_the_sample():
@@ -73,9 +74,9 @@ def test_exact_takes_every_canonical_answer_of_the_sample():
     for number in range(600):
         world.rng, world.lang, world.split = random.Random(number), number % 2, ("train", "heldout")[number % 3 == 0]
         case = world.case(SKILLS[number % len(SKILLS)])
-        assert accuracy(*said(case.messages[-1]["content"], (case.value,))) == 1, case
+        assert accuracy(*sample(case.messages[-1]["content"], (case.value,))) == 1, case
         if case.wrong and SKILLS[number % len(SKILLS)] != "tools":  # where 42 km may be 42 m
-            assert accuracy(*said(case.wrong["content"], (case.value,))) == 0, case
+            assert accuracy(*sample(case.wrong["content"], (case.value,))) == 0, case
 
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
@@ -90,11 +91,11 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     ('Hello.<tool_call>\n{"name": "f", "arguments": {}}', {}, False), ("Hello.</tool_call>", {}, False),
     ("Hello.<|im_start|>", {}, False), ("Hello.<|endoftext|>", {}, False), ("<tool_response>Hello.", {}, False)])
 def test_format_is_all_or_nothing(text, options, good):
-    assert format_ok(*said(text, **options)) == good
+    assert format_ok(*sample(text, **options)) == good
 
 
 def test_an_answer_that_the_padding_token_ended_is_not_well_formed():
-    prompt, trajectory = said("Hello.")
+    prompt, trajectory = sample("Hello.")
     trajectory.completion_ids[-1] = PAD
     assert format_ok(prompt, trajectory) == 0
 
@@ -102,17 +103,17 @@ def test_an_answer_that_the_padding_token_ended_is_not_well_formed():
 def test_length_and_repetition_are_smooth_and_bounded():
     score = make().score
     text = ["", " a", " a" * 4, " a b c d e f g h", " a" * 512, " a" * 1024]
-    columns = score(*map(list, zip(*map(said, text), strict=True)))
+    columns = score(*map(list, zip(*map(sample, text), strict=True)))
     assert columns[:, 2].tolist() == pytest.approx([0, 0.25, 1, 1, 0.5, 0.25])
     assert columns[:, 3].tolist() == pytest.approx([0, 0, 0, 0, 1 / 509 - 1, 1 / 1021 - 1])
-    assert repetition(*said(" a b c d x a b c d")) == pytest.approx(-1 / 6)
+    assert repetition(*sample(" a b c d x a b c d")) == pytest.approx(-1 / 6)
 
 
 def test_only_what_was_said_after_the_last_observation_counts():
-    prompt, trajectory = said("Hello.")
-    seen = ids_of("<tool_response>\n1\n</tool_response>" + " x y z" * 9)
-    trajectory.completion_ids = seen + trajectory.completion_ids
-    trajectory.action_mask = [False] * len(seen) + trajectory.action_mask
+    prompt, trajectory = sample("Hello.")
+    observed = ids_of("<tool_response>\n1\n</tool_response>" + " x y z" * 9)
+    trajectory.completion_ids = observed + trajectory.completion_ids
+    trajectory.action_mask = [False] * len(observed) + trajectory.action_mask
     assert format_ok(prompt, trajectory) == 1 and repetition(prompt, trajectory) == 0
 
 
@@ -120,7 +121,7 @@ def test_the_total_is_the_weighted_sum_and_the_mix_is_checked():
     rewards = make("--reward_mix=exact=2,format=0.25,length=0")
     assert rewards.names == ["exact", "format", "length", "repetition"]
     assert rewards.weights.tolist() == [2, 0.25, 0, 1]
-    prompt, trajectory = said("The result is 42.", ["42"])
+    prompt, trajectory = sample("The result is 42.", ["42"])
     columns = rewards.score([prompt], [trajectory])
     assert columns.dtype == torch.float32 and rewards.total(columns).tolist() == [2.25]
     for mix in ("exakt=1", "exact", "exact=x", "exact=nan", "judge=1"):
@@ -134,7 +135,7 @@ def test_a_component_that_fails_names_itself_and_the_row(answer):
         return [1.0 if prompt.source != "rows.jsonl:9" else answer if answer is not None else 1 / 0
                 for prompt in prompts]
 
-    pairs = [said("a"), said("b"), said("c")]
+    pairs = [sample("a"), sample("b"), sample("c")]
     prompts = [Prompt([1], [], source=f"rows.jsonl:{number}") for number in (8, 9, 10)]
     with pytest.raises(Failure, match=r"reward odd .*rows.jsonl:9"):
         Rewards({"odd": component}, {}).score(prompts, [trajectory for _, trajectory in pairs])
@@ -163,7 +164,7 @@ def own(tmp_path_factory):
 
 
 def batch(**options) -> tuple[list, list]:
-    return tuple(map(list, zip(*(said(text, question="Is it?", **options) for text in ANSWERS), strict=True)))
+    return tuple(map(list, zip(*(sample(text, question="Is it?", **options) for text in ANSWERS), strict=True)))
 
 
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
@@ -196,10 +197,10 @@ def test_a_sequence_classifier_reads_its_own_template_and_padding_changes_nothin
     rewards = make(f"--reward_model_path={own / 'reward'}")
     referee = AutoModelForSequenceClassification.from_pretrained(own / "reward", dtype=torch.float32).eval()
     theirs = AutoTokenizer.from_pretrained(own / "reward")
-    told = [[{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": text}] for text in ANSWERS]
+    chats = [[{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": text}] for text in ANSWERS]
     with torch.no_grad():
-        expected = torch.cat([referee(torch.tensor([theirs.apply_chat_template(each, return_dict=False)])).logits[:, 0]
-                              for each in told])
+        expected = torch.cat([referee(torch.tensor([theirs.apply_chat_template(chat, return_dict=False)])).logits[:, 0]
+                              for chat in chats])
     torch.testing.assert_close(rewards.score(prompts, trajectories)[:, -1], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -279,10 +280,10 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
 def judge():
     """An endpoint that grades by `grades` in turn: text is a reply, a number is a status."""
     class Handler(JsonHandler):
-        asked, grades = [], []
+        requests, grades = [], []
 
         def do_POST(self):
-            self.asked.append((self.headers["Authorization"], self.body()))
+            self.requests.append((self.headers["Authorization"], self.body()))
             grade = self.grades.pop(0) if len(self.grades) > 1 else self.grades[0]
             if isinstance(grade, int):
                 return self.reply(grade, {"error": {"message": "busy"}}, **{"retry-after-ms": "1"})
@@ -296,11 +297,11 @@ def test_the_judge_is_asked_once_about_each_answer_and_again_when_it_is_busy(jud
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     judge.grades = [503, 429, "I would say so.", "Grade: 8/10"]
     rewards = make(f"--judge_url={judge.url}", "--judge_model=strict")
-    prompt, trajectory = said("Four is 4.", ["4"], question="2 + 2?")
+    prompt, trajectory = sample("Four is 4.", ["4"], question="2 + 2?")
     for _ in range(2):
         assert rewards.score([prompt] * 2, [trajectory] * 2)[:, -1].tolist() == pytest.approx([0.8, 0.8])
-    assert len(judge.asked) == 4 and judge.asked[0] == judge.asked[3]
-    key, request = judge.asked[0]
+    assert len(judge.requests) == 4 and judge.requests[0] == judge.requests[3]
+    key, request = judge.requests[0]
     assert key == "Bearer secret" and request["model"] == "strict" and request["temperature"] == 0
     assert json.loads(request["messages"][1]["content"]) == {
         "conversation": [{"role": "user", "content": "2 + 2?"}], "expected": ["4"],
@@ -311,7 +312,7 @@ def test_the_judge_is_asked_once_about_each_answer_and_again_when_it_is_busy(jud
 def test_a_judge_that_gives_no_grade_is_a_failure_that_names_the_row(judge, grade, words):
     judge.grades = [grade]
     with pytest.raises(Failure, match=f"reward judge failed on rows.jsonl:7: .*{words}"):
-        make(f"--judge_url={judge.url}").score(*map(lambda each: [each], said("Hello.")))
+        make(f"--judge_url={judge.url}").score(*map(lambda each: [each], sample("Hello.")))
 
 
 @pytest.mark.parametrize(("reply", "grade"), [

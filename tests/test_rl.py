@@ -190,22 +190,22 @@ def test_spo_forgets_as_far_as_the_policy_has_drifted():
 
 
 class Scripted:
-    """An engine whose answers are made up, with observations in them, and which remembers what it was asked."""
+    """An engine whose answers are made up, with observations in them, and which remembers its requests."""
 
     def __init__(self):
-        self.asked: list[tuple] = []
+        self.requests: list[tuple] = []
 
     def update(self) -> None:
         pass
 
     def generate(self, prompts, samplings) -> list[Trajectory]:
-        self.asked += zip(prompts, samplings, strict=True)
+        self.requests += zip(prompts, samplings, strict=True)
         answers = []
         for prompt, sampling in zip(prompts, samplings, strict=True):
-            dice = np.random.default_rng(sampling.seed)
-            ids = dice.integers(40, 6400, dice.integers(2, 20)).tolist() + [EOS]
-            sampled = (dice.random(len(ids)) < 0.8).tolist()[:-1] + [True]
-            logprobs = [-dice.random() if drawn else 0.0 for drawn in sampled]
+            rng = np.random.default_rng(sampling.seed)
+            ids = rng.integers(40, 6400, rng.integers(2, 20)).tolist() + [EOS]
+            sampled = (rng.random(len(ids)) < 0.8).tolist()[:-1] + [True]
+            logprobs = [-rng.random() if drawn else 0.0 for drawn in sampled]
             answers.append(Trajectory(prompt, ids, sampled, logprobs, "stop"))
         return answers
 
@@ -230,9 +230,9 @@ def make_stream(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: 
     parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
     parser.set_defaults(reward_mix="")
     args = parse_policy_args(parser, flags)
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     prompts = object.__new__(PromptDataset)
-    prompts.prompts = [Prompt(dice.integers(40, 6400, dice.integers(3, 20)).tolist(), [], source=f"rows:{i}")
+    prompts.prompts = [Prompt(rng.integers(40, 6400, rng.integers(3, 20)).tolist(), [], source=f"rows:{i}")
                        for i in range(10)]
     run = SimpleNamespace(args=args, world=World(rank, size), device=torch.device("cpu"), autocast=nullcontext,
                           summon_full_params=nullcontext, tokenizer=TOKENIZER)
@@ -246,7 +246,7 @@ def test_a_batch_trains_what_was_sampled_with_its_own_numbers(aggregation):
     rollouts = make_stream(engine=engine, flags=("--aggregation", aggregation))
     with mock.patch.object(Scripted, "generate", autospec=True, side_effect=Scripted.generate) as spy:
         step = rollouts.next_batch(0)
-    answers = spy.side_effect(Scripted(), *map(list, zip(*engine.asked, strict=True)))
+    answers = spy.side_effect(Scripted(), *map(list, zip(*engine.requests, strict=True)))
     assert len(answers) == 12
     rewards = torch.stack([Seeded().total(Seeded().score(None, [answer])) for answer in answers]).view(4, 3)
     advantages = group_advantages(rewards, True).flatten().tolist()
@@ -256,10 +256,10 @@ def test_a_batch_trains_what_was_sampled_with_its_own_numbers(aggregation):
                       for token, drawn, logp in zip(answer.completion_ids, answer.action_mask, answer.logprobs,
                                                     strict=True) if drawn)
     names, digits = ("targets", "rollout_logprobs", "advantage", "weight"), (0, 6, 5, 6)
-    found = sorted(tuple(round(number, d) for number, d in zip(row, digits, strict=True))
+    actual = sorted(tuple(round(number, d) for number, d in zip(row, digits, strict=True))
                    for batch in step.micro_batches
                    for row in zip(*(batch[name].tolist() for name in names), strict=True))
-    assert len(found) == len(expected) and np.allclose(found, expected, atol=2e-5)
+    assert len(actual) == len(expected) and np.allclose(actual, expected, atol=2e-5)
     assert sum(EOS in batch["targets"] for batch in step.micro_batches)  # the stop token is trained
     assert step.num_items == (12 if aggregation == "sequence" else len(expected))
     assert step.num_items == pytest.approx(sum(float(batch["weight"].sum()) for batch in step.micro_batches))
@@ -269,17 +269,18 @@ def test_each_answer_has_a_seed_of_its_own_and_each_rollout_new_ones():
     engine = Scripted()
     rollouts = make_stream(engine=engine)
     rollouts.next_batch(0), rollouts.next_batch(1)
-    seeds = [sampling.seed for _, sampling in engine.asked]
+    seeds = [sampling.seed for _, sampling in engine.requests]
     assert len(set(seeds)) == len(seeds) == 24
-    for _, how in engine.asked:  # the policy is the whole distribution
-        assert (how.top_p, how.top_k, how.min_p, how.has_penalties, how.temperature) == (1, 0, 0, False, 1)
+    for _, params in engine.requests:  # the policy is the whole distribution
+        assert (params.top_p, params.top_k, params.min_p, params.temperature) == (1, 0, 0, 1)
+        assert not params.has_penalties
     by_rank = []
     for rank in range(2):
         engine = Scripted()
         alone = make_stream(2, rank, engine, flags=("--global_batch_size", 4))
         with mock.patch.object(World, "gather", lambda _, value: [value, value]):
             alone.next_batch(0)
-        by_rank.append({sampling.seed for _, sampling in engine.asked})
+        by_rank.append({sampling.seed for _, sampling in engine.requests})
     assert not by_rank[0] & by_rank[1] and by_rank[0] | by_rank[1] == set(seeds[:12])
 
 
@@ -292,7 +293,7 @@ def test_what_is_known_before_the_update_is_exactly_what_the_update_starts_from(
         for batch in step.micro_batches:
             loss = losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.1, 0.0, 1.0)
             assert float(loss.metrics["approx_kl"]) == float(loss.metrics["kl"]) == float(loss.metrics["clipped"]) == 0
-    assert len(rollouts.engine.asked) == 12
+    assert len(rollouts.engine.requests) == 12
 
 
 def test_old_and_reference_log_probabilities_are_each_models_own_and_the_drift_is_their_kl():
@@ -317,8 +318,8 @@ def test_old_and_reference_log_probabilities_are_each_models_own_and_the_drift_i
 def test_a_prompt_is_computed_once_for_all_of_its_answers_that_fit():
     rollouts = make_stream(flags=("--batch_size", 4, "--accumulation_steps", 1, "--max_gen_len", 60))
     (batch,) = (step := rollouts.next_batch(0)).micro_batches
-    prompts = {tuple(prompt.ids): prompt.ids for prompt, _ in rollouts.engine.asked}
-    answers = Scripted().generate(*map(list, zip(*rollouts.engine.asked, strict=True)))
+    prompts = {tuple(prompt.ids): prompt.ids for prompt, _ in rollouts.engine.requests}
+    answers = Scripted().generate(*map(list, zip(*rollouts.engine.requests, strict=True)))
     assert len(prompts) == 4 and len(answers) == 12
     expected = sum(map(len, prompts)) + sum(len(answer.completion_ids) - 1 for answer in answers)
     assert int(batch["attention_mask"].sum()) == expected
@@ -487,16 +488,16 @@ def test_a_policy_learns_what_is_rewarded():
     rollouts.engine = LocalRolloutEngine(rollouts.model, TOKENIZER, nullcontext())
     rollouts.rewards.names, rollouts.rewards.weights = ["odd", "short"], torch.tensor([1.0, 0.0])
     optimizer = torch.optim.AdamW(rollouts.model.parameters(), 3e-3)
-    seen = []
+    odd_rates = []
     for number in range(25):
         step = rollouts.next_batch(number)
-        seen.append(step.metrics["reward_odd"])
+        odd_rates.append(step.metrics["reward_odd"])
         for batch in step.micro_batches:
             loss = losses.policy_loss(rollouts.model, batch, "grpo", 0.2, 0.2, 0.0, 0.0, 1.0)
             (loss.loss_sum / step.num_items).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert np.mean(seen[:3]) < 0.6 and np.mean(seen[-3:]) > 0.9
+    assert np.mean(odd_rates[:3]) < 0.6 and np.mean(odd_rates[-3:]) > 0.9
 
 
 def test_the_critic_is_the_decoder_with_one_norm_and_starts_at_zero(lab):

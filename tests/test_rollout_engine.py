@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from lab import SMALL, TOKENIZER
+from transformers import AutoModelForCausalLM
 
 from dataset.prompts import Prompt
 from model.chat import EOS, PAD
 from model.cli import Failure, Parser, UserError
 from model.inference.engine import SamplingParams, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.transformers_io import load_folder
+from model.transformers_io import from_hf_model
 from model.weights import weights_hash
 from trainer.distributed import World
 from trainer.rl.remote_engines import SGLangEngine, VLLMEngine
@@ -40,11 +41,11 @@ def policy() -> MiniMindForCausalLM:
     return model
 
 
-def how(temperature: float = 0.8, most: int = 24, seed: int = 5) -> list[SamplingParams]:
-    return [policy_sampling_params(most, temperature, seed + i) for i in range(len(PROMPTS))]
+def samplings(temperature: float = 0.8, max_new_tokens: int = 24, seed: int = 5) -> list[SamplingParams]:
+    return [policy_sampling_params(max_new_tokens, temperature, seed + i) for i in range(len(PROMPTS))]
 
 
-def move(model: torch.nn.Module) -> None:
+def perturb(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -54,7 +55,7 @@ def move(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
 def test_log_probabilities_are_those_of_the_whole_distribution_at_the_sampling_temperature(policy, temperature):
-    trajectories = LocalRolloutEngine(policy, TOKENIZER).generate(PROMPTS, how(temperature))
+    trajectories = LocalRolloutEngine(policy, TOKENIZER).generate(PROMPTS, samplings(temperature))
     longest = max(len(t.tokens) for t in trajectories)
     ids = torch.tensor([t.tokens + [PAD] * (longest - len(t.tokens)) for t in trajectories])
     real = torch.tensor([[1] * len(t.tokens) + [0] * (longest - len(t.tokens)) for t in trajectories])
@@ -67,7 +68,7 @@ def test_log_probabilities_are_those_of_the_whole_distribution_at_the_sampling_t
 
 
 def test_the_stop_token_is_the_last_sampled_id_of_those_that_stopped(policy):
-    trajectories = LocalRolloutEngine(policy, TOKENIZER).generate(PROMPTS, how(1.5, 40))
+    trajectories = LocalRolloutEngine(policy, TOKENIZER).generate(PROMPTS, samplings(1.5, 40))
     assert {t.finish_reason for t in trajectories} == {"stop", "length"}
     for t in trajectories:
         *others, last = t.completion_ids
@@ -80,25 +81,25 @@ def test_an_answer_depends_on_its_seed_and_not_on_the_batch(policy):
         engine = LocalRolloutEngine(policy, TOKENIZER, **options)
         return [t.completion_ids for t in engine.generate(prompts, samplings)]
 
-    together = completions(PROMPTS, how())
-    few = completions(PROMPTS[::-1], how()[::-1], max_batch=2)
-    alone = [completions([prompt], [sampling])[0] for prompt, sampling in zip(PROMPTS, how(), strict=True)]
+    together = completions(PROMPTS, samplings())
+    few = completions(PROMPTS[::-1], samplings()[::-1], max_batch=2)
+    alone = [completions([prompt], [sampling])[0] for prompt, sampling in zip(PROMPTS, samplings(), strict=True)]
     assert together == few[::-1] == alone
-    assert all(a != b for a, b in zip(together, completions(PROMPTS, how(seed=99)), strict=True))
+    assert all(a != b for a, b in zip(together, completions(PROMPTS, samplings(seed=99)), strict=True))
 
 
 def test_the_engine_of_this_process_samples_from_the_weights_as_they_are_and_leaves_the_mode_alone(policy):
     engine = LocalRolloutEngine(policy.train(), TOKENIZER)
-    before = engine.generate(PROMPTS, how())
-    move(policy)
+    before = engine.generate(PROMPTS, samplings())
+    perturb(policy)
     engine.update()
-    after = engine.generate(PROMPTS, how())
+    after = engine.generate(PROMPTS, samplings())
     assert policy.training and [t.completion_ids for t in after] != [t.completion_ids for t in before]
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
 
-class StandIn(BaseHTTPRequestHandler):
+class FakeServer(BaseHTTPRequestHandler):
     """Speaks the HTTP of SGLang and vLLM and samples from the folder it was told to load. One class a test."""
 
     def do_POST(self):
@@ -109,7 +110,7 @@ class StandIn(BaseHTTPRequestHandler):
 
     def reply(self, body: dict | None):
         with self.lock:
-            self.seen.append((self.command, self.path, body))
+            self.requests.append((self.command, self.path, body))
             status, answer = self.faults.get(self.path) or (200, getattr(
                 self, self.path.split("?")[0].strip("/").replace("/", "_"))(body))
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
@@ -122,7 +123,7 @@ class StandIn(BaseHTTPRequestHandler):
         assert Path(folder).is_absolute() and not [path for path in Path(folder).parent.iterdir() if "tmp" in path.name]
         assert json.loads((Path(folder) / "config.json").read_text())["model_type"] == "qwen3"
         if not self.stuck:
-            type(self).model = load_folder(folder)[0].eval()
+            type(self).model = from_hf_model(AutoModelForCausalLM.from_pretrained(folder)).eval()
 
     def draw(self, ids: list[int], body: dict, most: str, seed: str):
         whole = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
@@ -184,8 +185,8 @@ class StandIn(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    kind = type("Server", (StandIn,), {"seen": [], "faults": {}, "model": None, "version": "default", "stuck": False,
-                                       "raw": False, "lock": threading.Lock()})
+    kind = type("Server", (FakeServer,), {"requests": [], "faults": {}, "model": None, "version": "default",
+                                          "stuck": False, "raw": False, "lock": threading.Lock()})
     http = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     kind.url = f"http://127.0.0.1:{http.server_port}"
@@ -209,16 +210,16 @@ def remote(request, server, policy, tmp_path):
 
 def test_a_server_gives_the_very_trajectories_that_this_process_would(remote, policy, server):
     remote.update()
-    ours, theirs = (engine.generate(PROMPTS, how()) for engine in (LocalRolloutEngine(policy, TOKENIZER), remote))
+    ours, theirs = (engine.generate(PROMPTS, samplings()) for engine in (LocalRolloutEngine(policy, TOKENIZER), remote))
     for one, other in zip(ours, theirs, strict=True):
         assert (one.prompt, one.completion_ids, one.action_mask, one.finish_reason, one.answer) == (
             other.prompt, other.completion_ids, other.action_mask, other.finish_reason, other.answer)
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-    paths = [path for _, path, _ in server.seen]
+    paths = [path for _, path, _ in server.requests]
     assert paths[:len(UPDATE[remote.kind])] == UPDATE[remote.kind]
     assert paths.count(ASK[remote.kind]) == len(PROMPTS) + 2  # and two to see that the temperature is in them
-    remote.generate(PROMPTS, how())
-    assert [path for _, path, _ in server.seen].count(ASK[remote.kind]) == 2 * len(PROMPTS) + 2
+    remote.generate(PROMPTS, samplings())
+    assert [path for _, path, _ in server.requests].count(ASK[remote.kind]) == 2 * len(PROMPTS) + 2
 
 
 def test_greedy_answers_come_from_a_server_too(remote, policy):
@@ -234,21 +235,21 @@ def test_every_update_gives_the_server_a_new_folder_and_leaves_no_other(remote, 
         assert server.version == remote.version == f"{number}-{weights_hash(policy)}"
         assert weights_hash(server.model) == weights_hash(policy)
         assert [path.name for path in remote.folder.iterdir()] == [remote.version]
-        move(policy)
+        perturb(policy)
 
 
 def test_weights_that_lag_are_a_failure(remote, policy, server):
     with pytest.raises(Failure, match="it was given"):
-        remote.generate(PROMPTS, how())
+        remote.generate(PROMPTS, samplings())
     remote.update()
-    remote.generate(PROMPTS, how())
-    move(policy)
+    remote.generate(PROMPTS, samplings())
+    perturb(policy)
     with pytest.raises(Failure, match="the policy is at weights"):
-        remote.generate(PROMPTS, how())
+        remote.generate(PROMPTS, samplings())
     server.stuck = True  # it says yes, and goes on with what it has
     remote.update()
     with pytest.raises(Failure, match=f"serves weights '1-.*', but .* are '2-{weights_hash(policy)}'"):
-        remote.generate(PROMPTS, how())
+        remote.generate(PROMPTS, samplings())
 
 
 def test_a_server_that_was_restarted_during_a_rollout_is_a_failure(remote, server):
@@ -264,22 +265,22 @@ def test_a_server_that_was_restarted_during_a_rollout_is_a_failure(remote, serve
     type(remote)._complete = sample
     try:
         with pytest.raises(Failure, match="serves weights 'default'"):
-            remote.generate(PROMPTS, how(1.0))
+            remote.generate(PROMPTS, samplings(1.0))
     finally:
         type(remote)._complete = original
 
 
-@pytest.mark.parametrize(("fault", "said"), [
+@pytest.mark.parametrize(("fault", "message"), [
     ((500, b"out of memory"), "answers 500: out of memory"), ((404, b""), "answers 404: Not Found"),
     ((200, b"<html>"), "does not answer in JSON"), ((200, b"{}"), "unreadable answer|not updated|serves weights None")])
-def test_what_a_server_answers_wrong_is_a_failure_in_one_line(remote, server, fault, said):
+def test_what_a_server_answers_wrong_is_a_failure_in_one_line(remote, server, fault, message):
     for path in (*UPDATE[remote.kind], ASK[remote.kind], *["/weight_info"] * (remote.kind == "vllm")):
         server.faults = {path: fault}
         if fault == (200, b"{}") and path in UPDATE["vllm"]:
             continue  # that these succeed is all they say
-        with pytest.raises(Failure, match=said) as failed:
+        with pytest.raises(Failure, match=message) as failed:
             remote.update()
-            remote.generate(PROMPTS, how())
+            remote.generate(PROMPTS, samplings())
         assert "\n" not in str(failed.value) and server.url in str(failed.value)
 
 
@@ -317,37 +318,37 @@ def test_an_answer_that_is_not_whole_is_a_failure(remote, server, broken):
         pytest.skip("they come in pairs")
     server.draw = lambda *_: Broken(**answer, top_logprobs=[])
     with pytest.raises(Failure, match="a broken answer"):
-        remote.generate(PROMPTS[:1], how(1.0)[:1])
+        remote.generate(PROMPTS[:1], samplings(1.0)[:1])
 
 
 def test_log_probabilities_before_the_temperature_are_refused(remote, server):
     server.raw = True
     remote.update()
     hint = {"sglang": "SGLANG_RETURN_ORIGINAL_LOGPROB", "vllm": "--logprobs-mode processed_logprobs"}[remote.kind]
-    remote.generate(PROMPTS, how(1.0))  # there it makes no difference
+    remote.generate(PROMPTS, samplings(1.0))  # there it makes no difference
     with pytest.raises(Failure, match=hint):
-        remote.generate(PROMPTS, how(0.8))
+        remote.generate(PROMPTS, samplings(0.8))
 
 
 class OfTwo(World):
-    """A rank that meets what the other one said."""
+    """A rank of two that gathers what the other one sent."""
 
-    said: list = []
+    messages: list = []
 
     def gather(self, value):
-        self.said.append(value)
-        return list(self.said)
+        self.messages.append(value)
+        return list(self.messages)
 
 
 def test_the_first_rank_alone_updates_the_server_and_all_of_them_share_its_failure(remote, policy, server, tmp_path):
     first, second = (type(remote)(server.url, tmp_path / "weights", policy, TOKENIZER, OfTwo(rank, 2))
                      for rank in (0, 1))
-    OfTwo.said = []
+    OfTwo.messages = []
     first.update()
-    asked = len(server.seen)
+    asked = len(server.requests)
     second.update()
-    assert len(server.seen) == asked and second.version == first.version and second.generate(PROMPTS, how())
-    server.faults, OfTwo.said = {UPDATE[remote.kind][0]: (500, b"no")}, []
+    assert len(server.requests) == asked and second.version == first.version and second.generate(PROMPTS, samplings())
+    server.faults, OfTwo.messages = {UPDATE[remote.kind][0]: (500, b"no")}, []
     for engine in (first, second):
         with pytest.raises(Failure, match="answers 500: no"):
             engine.update()

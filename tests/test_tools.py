@@ -74,8 +74,8 @@ def test_what_can_be_computed_is_what_the_sample_world_says():
         world.lang = number % 2
         for name in ("calculate_math", "unit_converter", "text_length"):
             _, call, result, _ = world.task(name).messages
-            (asked,), said = json.loads(call["tool_calls"]), json.loads(result["content"])
-            assert json.dumps(call_tool(**asked)) == json.dumps(said)
+            (tool_call,), expected = json.loads(call["tool_calls"]), json.loads(result["content"])
+            assert json.dumps(call_tool(**tool_call)) == json.dumps(expected)
 
 
 def test_every_task_of_the_sample_world_has_a_result_of_its_shape():
@@ -85,12 +85,12 @@ def test_every_task_of_the_sample_world_has_a_result_of_its_shape():
     for number, name in enumerate(list(TASKS) * 40):
         world.lang = number // len(TASKS) % 2
         _, call, result, _ = world.task(name).messages
-        (asked,), said = json.loads(call["tool_calls"]), json.loads(result["content"])
-        mine = call_tool(**asked, seed=1)
-        assert list(mine) == list(said) and mine == call_tool(**asked, seed=1)
-        assert [isinstance(value, str) for value in mine.values()] == [isinstance(v, str) for v in said.values()]
+        (tool_call,), expected = json.loads(call["tool_calls"]), json.loads(result["content"])
+        result = call_tool(**tool_call, seed=1)
+        assert list(result) == list(expected) and result == call_tool(**tool_call, seed=1)
+        assert [isinstance(value, str) for value in result.values()] == [isinstance(v, str) for v in expected.values()]
         if name == "translate_text":
-            assert mine == said
+            assert result == expected
 
 
 @pytest.mark.parametrize("name, arguments", [
@@ -116,7 +116,7 @@ def test_without_a_seed_time_and_chance_are_real_and_the_invented_stays():
 # -- calls -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, arguments, said", [
+@pytest.mark.parametrize("name, arguments, expected", [
     ("nothing", {}, "unknown tool"), ("call_tool", {}, "unknown tool"), ("text_length", {}, "missing argument 'text'"),
     ("text_length", {"text": "a", "b": 1}, "unknown argument 'b'"), ("text_length", {"text": 3}, "string expected"),
     ("text_length", {"text": None}, "string expected"), ("text_length", "{", "not JSON"),
@@ -134,9 +134,9 @@ def test_without_a_seed_time_and_chance_are_real_and_the_invented_stays():
     ("translate_text", {"text": "\ud800", "target_language": "Chinese"}, "surrogate"),
     ("text_length", {"seed": 3, "text": "a"}, "unknown argument 'seed'"),
     ("random_number", {"seed": 3}, "unknown argument 'seed'")])
-def test_a_wrong_call_is_an_error_and_no_exception(name, arguments, said):
+def test_a_wrong_call_is_an_error_and_no_exception(name, arguments, expected):
     result = call_tool(name, arguments)
-    assert list(result) == ["error"] and said in result["error"], result
+    assert list(result) == ["error"] and expected in result["error"], result
     assert len(result["error"]) < 300 and json.dumps(result).encode()
 
 
@@ -175,9 +175,9 @@ def test_a_tool_that_fails_exits_or_says_no_json_is_an_error(own):
     def fails(): raise KeyError("\ud800 gone")
     def leaves(): sys.exit(3)
     def deep(): return deep()
-    for function, said in ((fails, "gone"), (leaves, "SystemExit"), (deep, "recursion")):
+    for function, expected in ((fails, "gone"), (leaves, "SystemExit"), (deep, "recursion")):
         tool(function)
-        assert said in call_tool(function.__name__, {})["error"]
+        assert expected in call_tool(function.__name__, {})["error"]
         json.dumps(call_tool(function.__name__, {}), ensure_ascii=False).encode()
     for number, value in enumerate((object(), float("nan"), {"a": {1, 2}}, "\ud800")):
         function = lambda value=value: value  # noqa: E731

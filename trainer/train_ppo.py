@@ -75,7 +75,6 @@ def main() -> None:
         parser.error("--learning_rate 0 learns nothing; give more than 0")
     with Run(args) as run:
         actor = run.load_model()
-        reference = run.freeze(copy.deepcopy(actor)) if args.kl_coef else None
         model = ActorCritic(actor)
         run.prepare(model.actor), run.prepare(model.critic)
         prompts, val_prompts = run.load_prompts()
@@ -87,6 +86,7 @@ def main() -> None:
         # 3. Advantage: A_t = Σ_k (γλ)^k δ_{t+k} where δ_t = r_t + γ·V_{t+1} - V_t, whitened over the rollout.
         estimator = GAE(args.gamma, args.lam, args.kl_coef)
         # 4. Old and reference log-probabilities and values of every sampled token, before the update.
+        reference = run.freeze(copy.deepcopy(actor)) if args.kl_coef else None
         rollouts = RolloutStream(run, model, prompts, engine, rewards, estimator, reference)
         # 5. Loss: -min(ρ·A, clip(ρ, 1 - ε, 1 + ε)·A) + vf_coef · ½(V - R)², where ρ = π_θ / π_old and R = A + V_old.
         settings = {"epsilon": args.clip_epsilon, "value_clip": args.cliprange_value, "value_coef": args.vf_coef}
