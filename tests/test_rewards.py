@@ -180,7 +180,7 @@ def test_our_reward_weight_scores_as_transformers_does_with_the_ids_as_they_are(
 
 
 def test_prompts_without_gt_are_scored_by_our_reward_weight_or_a_warning_says_what_is_learned(own, tmp_path, capsys):
-    with_gt, without = said("4", ["4"])[0], said("4")[0]
+    with_gt, without = sample("4", ["4"])[0], sample("4")[0]
     cases = (([without], own, [], "weight", "the weight reward"), ([with_gt, without], own, [], "repetition", ""),
              ([without], own, ["--reward_weight=none"], "repetition", ""),
              ([without], tmp_path, [], "repetition", "only format, length, repetition are learned"))
