@@ -68,9 +68,9 @@ class Chat:
         args, thinking = self.args, bool(self.args.open_thinking) and not self.continues_text
         seed = args.seed if args.seed is not None else time.time_ns() % 2**31  # another one each time
         try:
-            sampling = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=seed,
-                                repetition_penalty=args.repetition_penalty)
-            sequence = self.engine.add(prompt, sampling)
+            sequence = self.engine.add(prompt, SamplingParams(
+                args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=seed,
+                repetition_penalty=args.repetition_penalty))
         except ValueError as error:
             del self.messages[-1:]
             raise UserError(error) from None

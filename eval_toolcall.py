@@ -52,10 +52,10 @@ def local_rollouts(model, tokenizer: ChatTokenizer, args: argparse.Namespace) ->
 
     def rollout(prompts: list[Prompt], max_turns: int) -> list[Trajectory]:
         fitting = [prompt for prompt in prompts if len(prompt.ids) < max_len]
-        samplings = [SamplingParams(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed + number)
-                     for number in range(len(fitting))]
+        params = [SamplingParams(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed + number)
+                  for number in range(len(fitting))]
         engine = Engine(model, max_batch=max(1, min(MAX_BATCH, len(fitting))))
-        episodes = iter(run_episodes(engine, fitting, samplings, tokenizer, max_turns, max_len,
+        episodes = iter(run_episodes(engine, fitting, params, tokenizer, max_turns, max_len,
                                      partial(call_tool, seed=args.seed)))
         return [next(episodes) if len(prompt.ids) < max_len else Trajectory(prompt, finish_reason="length")
                 for prompt in prompts]
@@ -71,9 +71,10 @@ def api_rollouts(client: ChatClient, args: argparse.Namespace) -> RolloutFn:
                 messages, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens, seed=seed,
                 extra_body={"open_thinking": args.open_thinking})
             calls = message.get("tool_calls", [])
-            episode.answer = AssistantMessage(message["content"], message.get("reasoning_content", ""),
-                                    [call for call in calls if isinstance(call["arguments"], dict)],
-                                    [call["arguments"] for call in calls if isinstance(call["arguments"], str)])
+            episode.answer = AssistantMessage(
+                message["content"], message.get("reasoning_content", ""),
+                [call for call in calls if isinstance(call["arguments"], dict)],
+                [call["arguments"] for call in calls if isinstance(call["arguments"], str)])
             episode.turns.append(episode.answer)
             if finish_reason == "length":
                 episode.finish_reason = "length"

@@ -71,9 +71,9 @@ def answers_of(spec: str, prompts: list[list[dict]], args: argparse.Namespace) -
         prompt_ids = [[BOS, *tokenizer.encode_text(prompt[-1]["content"])] for prompt in prompts]
     else:
         prompt_ids = [tokenizer.prompt(prompt) for prompt in prompts]
-    sampling = SamplingParams(args.max_new_tokens, args.temperature, seed=args.seed)
+    params = SamplingParams(args.max_new_tokens, args.temperature, seed=args.seed)
     return [parse_message(tokenizer, sequence.completion_ids).to_dict()
-            for sequence in generate(model, prompt_ids, sampling, tokenizer)]
+            for sequence in generate(model, prompt_ids, params, tokenizer)]
 
 
 def cell(text: str) -> str:

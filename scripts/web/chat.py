@@ -126,9 +126,9 @@ def settings() -> tuple[LocalModel | RemoteModel | None, Callable]:
                            placeholder=tr("none", "无"), **PERSIST)
     system = st.text_area(tr("System prompt", "系统提示词"), key="system", height=68, disabled=disabled, **PERSIST)
     with st.expander(tr("Sampling", "采样"), icon=":material/tune:"):
-        sampling = parts.choose_sampling()
+        params = parts.choose_sampling()
     start = [{"role": "system", "content": system.strip()}] if system.strip() else []
-    return model, lambda: model.answer([*start, *state.messages], [SCHEMAS[name] for name in tools], thinking, sampling)
+    return model, lambda: model.answer([*start, *state.messages], [SCHEMAS[name] for name in tools], thinking, params)
 
 
 def welcome(model: LocalModel | RemoteModel | None) -> None:

@@ -17,7 +17,7 @@ def main() -> None:
         return
     with st.sidebar:
         thinking = st.toggle(tr("Think first", "先思考"), key="thinking", **PERSIST)
-        sampling = parts.choose_sampling()
+        params = parts.choose_sampling()
     models = []
     for side, column in enumerate(st.columns(2, gap="large")):
         with column:
@@ -30,7 +30,7 @@ def main() -> None:
         for reply in state.get("pair", ()):
             reply.stop()
         messages = [{"role": "user", "content": state.pair_question}]
-        state.pair = [Reply(model.answer(messages, [], thinking, sampling)) for model in models]
+        state.pair = [Reply(model.answer(messages, [], thinking, params)) for model in models]
     if "pair" not in state:
         st.caption(tr("Ask below: both answer at once, with the same settings and the same seed.",
                       "在下面提问：两个模型同时回答，设置与随机种子相同。"))
