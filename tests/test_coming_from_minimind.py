@@ -17,6 +17,7 @@ from dataset.lm_dataset import SFTDataset
 from model.chat import END_THINK, THINK
 from trainer import train_full_sft
 from trainer.arguments import parse_args
+from trainer.rl.tools import SCHEMAS, call_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("coming-from-minimind.md", "coming-from-minimind.zh.md")
@@ -148,6 +149,22 @@ def test_the_reasoning_recipe_learns_tags_from_published_rows(page, lab, tmp_pat
     targets = SFTDataset(path, TOKENIZER, 64, cache_dir=tmp_path, empty_think_ratio=0).batch(np.arange(1))["targets"]
     assert [int((targets == tag).sum()) for tag in (THINK, END_THINK)] == [1, 1]
     assert "<answer>\n3\n</answer>" in TOKENIZER.decode(targets.tolist())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tools_return_the_shapes_that_the_table_shows(page):
+    rows = {row[0].strip("`"): ast.literal_eval(row[2].strip("`")) for row in table_rows(page, 3)
+            if row[0].strip("`") in SCHEMAS}
+    calls = {"calculate_math": {"expression": "256 * 37"}, "text_length": {"text": "red apple"},
+             "unit_converter": {"value": 100, "from_unit": "km", "to_unit": "miles"}, "get_current_time": {},
+             "get_current_weather": {"location": "北京"}, "random_number": {"min": 7, "max": 7},
+             "get_exchange_rate": {"from_currency": "USD", "to_currency": "CNY"},
+             "translate_text": {"text": "red apples", "target_language": "chinese"}}
+    results = {name: call_tool(name, arguments, seed=1) for name, arguments in calls.items()}
+    assert rows.keys() == SCHEMAS.keys()
+    assert {name: [*row] for name, row in rows.items()} == {name: [*result] for name, result in results.items()}
+    computed = ("calculate_math", "text_length", "unit_converter", "random_number", "translate_text")
+    assert [rows[name] for name in computed] == [results[name] for name in computed]
 
 
 def test_both_languages_list_the_same():

@@ -103,6 +103,12 @@ def test_the_seed_decides_and_so_do_the_arguments(name, arguments):
     assert len({json.dumps(run) for run in runs}) > 10
 
 
+def test_the_time_is_that_of_shanghai_unless_a_zone_is_named():
+    unnamed, shanghai, utc = (call_tool("get_current_time", arguments, seed=1) for arguments in (
+        {}, {"timezone": "Asia/Shanghai"}, {"timezone": "UTC"}))
+    assert unnamed == shanghai != utc
+
+
 def test_without_a_seed_time_and_chance_are_real_and_the_invented_stays():
     assert len({call_tool("random_number", {"min": 1, "max": 10**9})["result"] for _ in range(5)}) == 5
     here, there = (call_tool("get_current_time", {"timezone": zone})["time"] for zone in ("UTC", "Asia/Shanghai"))

@@ -124,7 +124,7 @@ def random_number(min: int = 0, max: int = 100, seed: int | None = None) -> int:
     return (random if seed is None else seeded_rng(seed, "number", min, max)).randint(min, max)
 
 
-def get_current_time(timezone: str = "UTC", seed: int | None = None) -> dict:
+def get_current_time(timezone: str = "Asia/Shanghai", seed: int | None = None) -> dict:
     """The time in a zone like Asia/Tokyo; with a seed, an invented one."""
     try:
         zone = ZoneInfo(timezone)
