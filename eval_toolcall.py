@@ -105,10 +105,10 @@ def evaluate(rollout: RolloutFn, cases: list[Case]) -> dict:
     for case in cases:
         by_kind[case.kind].append(case)
     results = {}
-    for kind, of_kind in by_kind.items():
-        calls_only = not of_kind[0].prompt.ground_truth and of_kind[0].accepted is not None
-        episodes = rollout([case.prompt for case in of_kind], 1 if calls_only else MAX_TURNS)
-        scores = [score_case(case, episode, calls_only) for case, episode in zip(of_kind, episodes, strict=True)]
+    for kind, kind_cases in by_kind.items():
+        calls_only = not kind_cases[0].prompt.ground_truth and kind_cases[0].accepted is not None
+        episodes = rollout([case.prompt for case in kind_cases], 1 if calls_only else MAX_TURNS)
+        scores = [score_case(case, episode, calls_only) for case, episode in zip(kind_cases, episodes, strict=True)]
         for score in scores:
             print(f"{'✅' if score['right'] else '❌'} {kind}: {score['asked']}  gt {score['gt']}  "
                   f"prediction {score['prediction']}")
@@ -218,8 +218,9 @@ def main() -> None:
             cases += read_cases(args.cases, tokenizer, make_prompt, args.max_total_len, bool(args.open_thinking))
         results[name] = evaluate(rollout, cases)
     for name, kinds in results.items():
-        for kind, of in kinds.items():
-            print(f"{name} {kind}: {of['right']}/{of['of']} = {of['rate']:.1%} [{of['low']:.1%}, {of['high']:.1%}]")
+        for kind, score in kinds.items():
+            print(f"{name} {kind}: {score['right']}/{score['of']} = {score['rate']:.1%} "
+                  f"[{score['low']:.1%}, {score['high']:.1%}]")
     if args.json:
         settings = {key: getattr(args, key) for key in ("seed", "temperature", "top_p", "open_thinking", "backend")}
         write_atomically(args.json, json.dumps({**settings, "weights": results}, indent=1, ensure_ascii=False))

@@ -45,12 +45,12 @@ def write_corpus(path: Path, source: Path, size: float) -> None:
 
 def start(path: Path, max_seq_len: int) -> dict:
     """Build the dataset and say what it took."""
-    imported, began = peak_memory(CPU), time.perf_counter()
+    imports_gb, begin = peak_memory(CPU), time.perf_counter()
     data = PretrainDataset(path, ChatTokenizer(), max_seq_len, cache_dir=path.parent / "cache")
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - begin
     return {"seconds": round(seconds, 2), "cpu_seconds": round(sum(os.times()[:4]), 1),  # its own and its children's
             "memory_gb": round(peak_memory(CPU), 3),
-            "memory_gb_after_imports": round(imported, 3), "documents": data.meta["documents"],
+            "memory_gb_after_imports": round(imports_gb, 3), "documents": data.meta["documents"],
             "tokens": data.meta["tokens"], "rows": len(data), "fill": round(data.utilization, 4)}
 
 

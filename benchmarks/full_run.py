@@ -14,6 +14,7 @@ what it starts from, have changed. Everything is written to out/{preset}[_moe], 
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import sys
@@ -33,7 +34,7 @@ from model.inference.engine import SamplingParams, generate
 from model.loading import load_for_inference
 from model.weights import OUT_DIR, ROOT
 from scripts.lib import stages
-from scripts.lib.stages import CHAT, COMMON, Pipeline, run
+from scripts.lib.stages import CHAT, Pipeline, run
 from scripts.score_sample import score, share_per_skill
 
 STAGES = {stage.name: stage for stage in stages.STAGES if stage.name not in ("small_sft", "full_dist", "ppo_actor")}
@@ -65,7 +66,7 @@ def recipe(args: argparse.Namespace, folder: Path) -> dict[str, dict]:
     """The flags of each stage that trains: the preset's, then paths, then --set."""
     preset, flags_of = PRESETS[args.preset], {}
     for name, stage in STAGES.items():
-        flags = {**COMMON, **stage.flags} if preset is TINY else {}
+        flags = stage.sample_flags if preset is TINY else {}
         flags |= preset["all"] | preset.get(name, {}) | stage.data_flags(folder / "data")
         flags |= {"save_weight": name, "save_dir": folder, "checkpoint_dir": folder / "checkpoints", "eval_first": 1}
         if stage.rows in TOKENISED:
@@ -188,11 +189,9 @@ def evaluate(args: argparse.Namespace, folder: Path, finished: dict[str, float],
 
 def flag_change(text: str) -> tuple[str, str, str]:
     """STAGE.FLAG=VALUE → its parts."""
-    target, _, change = text.partition(".")
-    flag, equals, value = change.partition("=")
-    if target not in ("all", *STAGES) or not equals:
-        raise argparse.ArgumentTypeError(f"{text}: write STAGE.FLAG=VALUE with STAGE one of all {' '.join(STAGES)}")
-    return target, flag, value
+    if match := re.fullmatch(rf"({'|'.join(('all', *STAGES))})\.(\w+)=(.*)", text):
+        return match.groups()
+    raise argparse.ArgumentTypeError(f"{text}: write STAGE.FLAG=VALUE with STAGE one of all {' '.join(STAGES)}")
 
 
 def main() -> None:

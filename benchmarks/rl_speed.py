@@ -169,7 +169,7 @@ def compare_steps(config: MiniMindConfig, num_answers: int, repeats: int, rng: r
 
 
 def recite(scripts: list[list[list[int]]]) -> Callable:
-    """`sample`, which computes as ever, and then says the script of each episode: a list of turns, told by the seed."""
+    """A `sample` that samples, and then returns the next token of the episode's script: a list of turns, by seed."""
     turns = {number + TURN_SEED_STRIDE * turn: iter(tokens) for number, script in enumerate(scripts)
              for turn, tokens in enumerate(script)}
 

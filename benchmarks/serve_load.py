@@ -1,4 +1,4 @@
-"""The server under load: tokens a second and time to the first token, with 1, 8 and 32 clients.
+"""The server under load: tokens per second and time to the first token, with 1, 8 and 32 clients.
 
 Each client sends one request after another over HTTP and reads the stream: a prompt of its own (200 tokens), an answer
 of 128 tokens. Beside it, in the same run and on the same prompts, the plain loop (`decode_speed.py`), one request at a
@@ -25,9 +25,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 import httpx
 import torch
-from torch import nn
 
-from benchmarks.machine import model_config, model_parser, random_prompt, result_name, save_result
+from benchmarks.machine import clock, model_config, model_parser, random_prompt, result_name, save_result
 from benchmarks.plain import plain_loop
 from model.chat import ChatTokenizer
 from model.cli import Failure, positive_int, run_main
@@ -52,42 +51,39 @@ def running_server(folder: Path, device: str) -> Iterator[str]:
             server.terminate()
 
 
-async def answer(client: httpx.AsyncClient, prompt: list[int], tokens: int) -> tuple[float, int]:
-    """One streamed request. → seconds to its first text, tokens it was given."""
-    began, first = time.perf_counter(), None
-    body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
+async def answer(client: httpx.AsyncClient, prompt: list[int], num_tokens: int) -> tuple[float, int]:
+    """One streamed request. → seconds to its first text, tokens of its answer"""
+    start, first = time.perf_counter(), None
+    body = {"prompt": prompt, "max_tokens": num_tokens, "stream": True, "stream_options": {"include_usage": True}}
     async with client.stream("POST", "/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 first = first or time.perf_counter()
                 chunk = json.loads(line.removeprefix("data: "))
-    return first - began, chunk["usage"]["completion_tokens"]
+    return first - start, chunk["usage"]["completion_tokens"]
 
 
-async def load(url: str, prompts: list[list[int]], clients: int, tokens: int) -> dict:
-    """So many clients share the prompts. → tokens a second of all together, seconds to the first token, of CPU."""
+async def load(url: str, prompts: list[list[int]], num_clients: int, num_tokens: int) -> dict:
+    """So many clients share the prompts. → tokens/s of all together, seconds to the first token, CPU seconds of clients
+
+    By plain HTTP: clients and server share the machine, and the openai package would take more of it than the engine.
+    """
     waiting, answers = iter(prompts), []
 
     async def work(client: httpx.AsyncClient) -> None:
         for prompt in waiting:
-            answers.append(await answer(client, prompt, tokens))
+            answers.append(await answer(client, prompt, num_tokens))
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        began, computed = time.perf_counter(), time.process_time()
-        await asyncio.gather(*(work(client) for _ in range(clients)))
-        seconds, computed = time.perf_counter() - began, time.process_time() - computed
-    firsts = sorted(first for first, _ in answers)
-    return {"requests": len(answers), "seconds": seconds, "clients_cpu_s": computed,
+        start, cpu_start = time.perf_counter(), time.process_time()
+        await asyncio.gather(*(work(client) for _ in range(num_clients)))
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    first_token = sorted(first for first, _ in answers)
+    return {"requests": len(answers), "seconds": seconds, "clients_cpu_s": cpu_seconds,
             "tokens_per_s": sum(count for _, count in answers) / seconds,
-            "first_token_p50_s": statistics.median(firsts), "first_token_p95_s": firsts[int(0.95 * (len(firsts) - 1))]}
-
-
-def engine_alone(model: nn.Module, prompts: list[list[int]], clients: int, tokens: int) -> float:
-    """Seconds that the same requests take without a server, as many of them together."""
-    began = time.perf_counter()
-    generate(model, prompts, SamplingParams(tokens), ChatTokenizer(), max_batch=clients)
-    return time.perf_counter() - began
+            "first_token_p50_s": statistics.median(first_token),
+            "first_token_p95_s": first_token[int(0.95 * (len(first_token) - 1))]}
 
 
 def main() -> None:
@@ -109,24 +105,25 @@ def main() -> None:
         if device.type == "cuda":
             model.half()
         plain_loop(model, prompts(1), 4)  # warm-up
-        began = time.perf_counter()
+        start = time.perf_counter()
         for prompt in prompts(3):
-            plain_loop(model, [prompt], args.tokens)[0].cpu()
-        plain = 3 * args.tokens / (time.perf_counter() - began)
+            plain_loop(model, [prompt], args.tokens)
+        plain = 3 * args.tokens / (clock(device) - start)
         print(f"plain loop, one request at a time: {plain:,.1f} tokens/s", flush=True)
         results = {}
         with running_server(Path(folder), args.device) as url:
             asyncio.run(load(url, prompts(4), 2, 8))  # warm-up
-            for clients in args.clients:
-                count = args.rounds * (8 if clients == 1 else clients)
-                result = asyncio.run(load(url, prompts(count), clients, args.tokens))
-                alone = engine_alone(model, prompts(count), clients, args.tokens)
-                results[str(clients)] = result | {"ratio": result["tokens_per_s"] / plain, "engine_alone_s": alone}
-                print(f"{clients:3} clients  {result['tokens_per_s']:8,.1f} tokens/s  "
-                      f"ratio {results[str(clients)]['ratio']:5.2f}  first token p50 "
-                      f"{result['first_token_p50_s']:.3f} s  p95 {result['first_token_p95_s']:.3f} s  all "
-                      f"{result['seconds']:.2f} s, the engine alone {alone:.2f} s, the clients' CPU "
-                      f"{result['clients_cpu_s']:.2f} s", flush=True)
+            for num_clients in args.clients:
+                count = args.rounds * (8 if num_clients == 1 else num_clients)
+                result = asyncio.run(load(url, prompts(count), num_clients, args.tokens))
+                start = time.perf_counter()
+                generate(model, prompts(count), SamplingParams(args.tokens), ChatTokenizer(), max_batch=num_clients)
+                result |= {"ratio": result["tokens_per_s"] / plain, "engine_alone_s": clock(device) - start}
+                results[str(num_clients)] = result
+                print(f"{num_clients:3} clients  {result['tokens_per_s']:8,.1f} tokens/s  "
+                      f"ratio {result['ratio']:5.2f}  first token p50 {result['first_token_p50_s']:.3f} s  "
+                      f"p95 {result['first_token_p95_s']:.3f} s  all {result['seconds']:.2f} s, the engine alone "
+                      f"{result['engine_alone_s']:.2f} s, the clients' CPU {result['clients_cpu_s']:.2f} s", flush=True)
     save_result(result_name("serve_load", args), {
         "plain_tokens_per_s": plain, "prompt": args.prompt, "tokens": args.tokens, "clients": results})
 

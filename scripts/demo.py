@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 from model.cli import Parser, run_main
 from model.weights import OUT_DIR, ROOT
 from scripts.draw_curves import draw_curves, read_log
-from scripts.lib.stages import CHAT, COMMON, HIDDEN_SIZE, SAMPLE, STAGES, Pipeline, Stage, run
+from scripts.lib.stages import CHAT, HIDDEN_SIZE, SAMPLE, STAGES, Pipeline, Stage, run
 
 
 def score(stage: Stage) -> dict[str, float]:
@@ -62,7 +62,7 @@ def main() -> None:
     start, pipeline, scores = time.perf_counter(), Pipeline(OUT_DIR / "demo.json", resume=False), {}
     run("dataset/sample_world.py", {"out": SAMPLE})
     for stage in stages:
-        flags = COMMON | stage.data_flags(SAMPLE) | stage.flags
+        flags = stage.sample_flags | stage.data_flags(SAMPLE)
         pipeline.run(stage.name, flags, partial(run, stage.script, flags))
         scores[stage.name] = score(stage)
     show_tool_calls()

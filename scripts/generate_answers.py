@@ -1,7 +1,7 @@
 """Let a model behind any OpenAI-compatible endpoint answer prompts, and keep the answers as rows to fine-tune on.
 
 Distillation from a teacher that shows only its text. Each conversation of --data_path loses its last answer and gets
-the teacher's. Run it again to go on where it stopped: what is in --out is not asked again.
+the teacher's. Run it again to go on where it stopped: prompts that have an answer in --out are skipped.
 
     python scripts/generate_answers.py --data_path dataset/rlaif.jsonl --out dataset/sft_teacher.jsonl \
         --base_url http://127.0.0.1:8998/v1 --model minimind

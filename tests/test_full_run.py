@@ -135,7 +135,7 @@ class Parsed(Exception):
 @pytest.mark.parametrize("preset", ["demo", "tiny", "zero", "full"])
 def test_the_scripts_take_the_flags_of_every_preset(tmp_path, monkeypatch, preset):
     args = mock.Mock(preset=preset, moe=True, set=[("all", "seed", "3")])
-    recipe = {stage.name: stages.COMMON | stage.data_flags(tmp_path) | stage.flags for stage in stages.STAGES} \
+    recipe = {stage.name: stage.sample_flags | stage.data_flags(tmp_path) for stage in stages.STAGES} \
         if preset == "demo" else full_run.recipe(args, tmp_path)
     for stage in (stage for stage in stages.STAGES if stage.name in recipe):
         module = import_module(stage.script.removesuffix(".py").replace("/", "."))

@@ -29,7 +29,7 @@ COMMON = {"hidden_size": HIDDEN_SIZE, "max_seq_len": 512, "epochs": 1, "batch_si
 
 @dataclass(frozen=True)
 class Stage:
-    """One training script, the rows it learns from, and the flags beside COMMON that suit the sample world."""
+    """One training script, the rows it learns from, and its flags beside COMMON."""
 
     name: str  # of the weight it writes
     script: str
@@ -46,6 +46,11 @@ class Stage:
     @property
     def log(self) -> Path:
         return OUT_DIR / "logs" / f"{self.name}_{self.hidden_size}.jsonl"
+
+    @property
+    def sample_flags(self) -> dict:
+        """The flags that suit the sample world."""
+        return {**COMMON, "save_weight": self.name, **self.flags}
 
     def data_flags(self, folder: Path) -> dict:
         return {"data_path": folder / f"{self.rows}.jsonl", "val_data_path": folder / f"{self.rows}_val.jsonl"}
@@ -75,11 +80,11 @@ STAGES = (
         "optimizer": "adamw", "batch_size": 2, "learning_rate": 6e-4, "weight_decay": 0.1, "extra_layers": 2,
         "token_weight": 1},
         answers=False),
-    Stage("small_sft", "trainer/train_full_sft.py", "sft", {**SMALL, "save_weight": "small_sft"}),
+    Stage("small_sft", "trainer/train_full_sft.py", "sft", SMALL),
     Stage("full_dist", "trainer/train_distillation.py", "sft", {  # small_sft, taught
         **SMALL, "teacher_hidden_size": HIDDEN_SIZE, "teacher_use_moe": 0, "temperature": 1}),
     Stage("grpo", "trainer/train_grpo.py", "rlaif", {**GROUPS, "loss_type": "grpo"}),
-    Stage("cispo", "trainer/train_grpo.py", "rlaif", {**GROUPS, "loss_type": "cispo", "save_weight": "cispo"}),
+    Stage("cispo", "trainer/train_grpo.py", "rlaif", {**GROUPS, "loss_type": "cispo"}),
     Stage("ppo_actor", "trainer/train_ppo.py", "rlaif", {
         **SINGLE_TURN, "critic_learning_rate": 5e-4, "kl_coef": 0, "update_epochs": 1, "target_kl": 0,
         "learning_rate": 1e-4, "max_steps": 24}),
