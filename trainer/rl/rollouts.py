@@ -105,7 +105,7 @@ class RolloutStream:
         """Prepare what the next update_epochs × mini_batches steps learn from.
 
         1. Sample answers from the policy and reward them. 2. Pack them into mini-batches. 3. Compute old and reference
-        log-probabilities. 4. Estimate advantages.
+        log-probabilities. 4. Estimate advantages: last, because GAE needs the KL and the value of each token.
         """
         args, start = self.args, time.perf_counter()
         self.estimator.before_rollout(self.measure_policy_kl)
@@ -126,14 +126,13 @@ class RolloutStream:
 
         self._pending = [self._mini_batches[i] for _ in range(args.update_epochs)
                          for i in rng.permutation(args.mini_batches)]
-        self.rollouts += 1
         self.collect_metrics(groups, trajectories, sampled - start, time.perf_counter() - sampled)
+        self.rollouts += 1
 
     def sample_groups(self) -> list[RolloutGroup]:
         """Prompts with their scored answers. --resample replaces groups whose answers all earn the same by further
         prompts (dynamic sampling: DAPO, Yu et al. 2025, section 3.2)."""
-        kept: list[RolloutGroup] = []
-        zero_std: list[RolloutGroup] = []
+        kept, zero_std = [], []
         num_drawn = self._sampled_tokens = 0
         for _ in range(MAX_RESAMPLES if self.args.resample else 1):
             groups = self.generate_groups(self.cursor)
