@@ -1,11 +1,9 @@
 """What a run of any stage starts from: device, ranks, precision, seed, tokenizer, data and models, and signals."""
 
-import ctypes
 import math
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,7 +16,7 @@ from dataset.prompts import PromptDataset
 from dataset.token_cache import TokenDataset
 from model.chat import ChatTokenizer
 from model.cli import Failure, UserError, first_line
-from model.device import cpu_has_bfloat16
+from model.device import cpu_has_bfloat16, keep_freed_memory
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.weights import load_weight
 from trainer.batches import MIN_STEPS, adapt_batch, global_batch_size
@@ -27,7 +25,6 @@ from trainer.distributed import init_distributed
 
 MODEL_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                "intermediate_size", "use_moe", "norm_topk_prob")
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 class Run:
@@ -212,13 +209,3 @@ class Run:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that a step frees for the next step: the kernel clears every page it hands out anew.
-
-    Measured: docs/experiments.md, "page faults". Other C libraries are left as they are.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
-            libc.mallopt(option, value)

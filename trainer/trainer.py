@@ -21,7 +21,7 @@ from trainer.checkpoint import load_resume, random_state, restore_random_state, 
 from trainer.flops import flops_per_token, peak_flops
 from trainer.losses import Loss
 from trainer.metrics import IntervalMetrics, MetricsLog, Tracker, duration
-from trainer.optimizer import learning_rate, make_optimizers
+from trainer.optimizer import learning_rate, make_optimizers, set_learning_rate
 from trainer.parallel import DDPStrategy, FSDPStrategy, checkpoint_blocks
 from trainer.run import Run
 from trainer.validation import byte_lengths, text_loss, validate_rows
@@ -58,6 +58,7 @@ class Trainer:
         self.val_loss_fn = val_loss_fn or partial(text_loss, byte_lengths=byte_lengths(run.tokenizer))
         self.step, self.tokens, self.best_score = 0, 0, math.inf
         self.last_step = min(stream.steps, args.max_steps or stream.steps)
+        self.warmup_steps = math.ceil(args.warmup_ratio * stream.steps)
         self.run_name = file_stem(args.save_weight, model.config)
         self.resume_path = args.checkpoint_dir / resume_name(args.save_weight, model.config)
         fixed = ("epochs", "max_seq_len", "seed", "optimizer", "learning_rate")
@@ -77,8 +78,7 @@ class Trainer:
         log_dir = args.save_dir / "logs"
         self.metrics_log = MetricsLog(log_dir / f"{self.run_name}.jsonl", self.step) if self.world.main else None
         self.tracker = Tracker(args.use_wandb and self.world.main, args.wandb_project,
-                               args.wandb_run_name or self.run_name, flags, log_dir,
-                               tracker_id)
+                               args.wandb_run_name or self.run_name, flags, log_dir, tracker_id)
 
     def fit(self) -> None:
         """Train to the last step, or until a signal asks to stop; log, validate and save on the way."""
@@ -89,7 +89,8 @@ class Trainer:
         while not done:
             # 1. Next batch: this rank's micro-batches of the global batch.
             batch = stream.next_batch(self.step)
-            lr = self._set_learning_rate()
+            lr = learning_rate(self.step, stream.steps, args.learning_rate, self.warmup_steps)
+            set_learning_rate(strategy.optimizers, lr)
             for number, micro_batch in enumerate(batch.micro_batches, start=1):
                 with nullcontext() if number == batch.grad_accum_steps else strategy.no_sync():
                     # 2. Forward.
@@ -153,14 +154,6 @@ class Trainer:
                 self.metrics_log.write({"step": 0, "epoch": 0.0, "tokens": 0, **metrics})
         self.interval = IntervalMetrics(self.device)
         return True
-
-    def _set_learning_rate(self) -> float:
-        warmup = math.ceil(self.args.warmup_ratio * self.stream.steps)
-        lr = learning_rate(self.step, self.stream.steps, self.args.learning_rate, warmup)
-        for optimizer in self.strategy.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-        return lr
 
     # -- logging and validation ----------------------------------------------------------------------------------------
 
