@@ -128,6 +128,14 @@ def test_a_long_prompt_is_read_in_chunks_and_stalls_nobody():
     assert sequence.completion_ids == plainly(model, long, 4) and running.completion_ids == plainly(model, short, 40)
 
 
+def test_prompts_share_a_chunk_as_far_as_they_fit_it_when_padded():
+    engine = Engine(lively_model(), prefill_chunk=16)
+    for prompt in some_prompts(5, 6, 7, 40):
+        engine.add(prompt)
+    batch, = engine.scheduler.schedule()
+    assert list(map(len, batch.chunks)) == [5, 6] and batch.sampled_rows == [0, 1] and not batch.is_decode
+
+
 def test_a_model_in_transformers_format_answers_as_transformers_does():
     config = Qwen3Config(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
@@ -312,6 +320,18 @@ def test_a_graph_reads_the_weights_as_they_are(captured):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
+def test_graphs_are_dropped_when_the_cache_has_moved(captured):
+    device, captures, _ = captured
+    model = lively_model().to(device)
+    engine = Engine(model, graphs=True)
+    for prompt in some_prompts(5, 20, 6):  # the second one needs longer slots
+        sequence = engine.add(prompt, greedy(8))
+        while engine.busy:
+            engine.step()
+        assert sequence.completion_ids == answers(model, [prompt], greedy(8), graphs=False)[0]
+    assert len(captures) == 3
+
+
 def test_graphs_are_for_what_is_all_on_a_gpu():
     model = lively_model("moe").to("meta")
     with mock.patch.object(type(model), "device", torch.device("cuda")), \
@@ -403,7 +423,7 @@ def test_sequences_that_outgrow_the_cache_take_turns(short_slots):
         engine.step()
         seen.add(engine.num_running)
         assert engine.slots.cache.num_slots * engine.slots.cache.slot_len <= 48
-    assert seen >= {3, 1}
+    assert seen >= {3, 1} and engine.slots.cache.num_resizes < 8  # slots double, which is rare
     assert [sequence.completion_ids for sequence in sequences] == [plainly(model, prompt, 30) for prompt in prompts]
 
 

@@ -138,10 +138,9 @@ class SlotManager:
         self.swap(self.slots.index(sequence), self.num_running)
 
     def preempt(self) -> Sequence:
-        """Take its slot from the last running sequence, which must be computed again. → the sequence"""
+        """Take its slot from the last running sequence, and what it has computed. → the sequence"""
         self.num_running -= 1
         sequence, self.slots[self.num_running] = self.slots[self.num_running], None
-        sequence.num_computed = 0
         return sequence
 
     def swap(self, a: int, b: int) -> None:
@@ -153,12 +152,14 @@ class SlotManager:
             self.slots[a], self.slots[b] = second, first
 
     def resize(self, slot_len: int) -> None:
-        """Make all slots `slot_len` long, and as many as fit the memory. The running sequences must fit them."""
+        """Make all slots `slot_len` long, and as many as fit the memory.
+
+        The running sequences must fit them, and when slots become shorter, all of them must be running.
+        """
         num_slots = self.max_slots(slot_len)
         if (num_slots, slot_len) != (self.cache.num_slots, self.cache.slot_len):
             self.cache.resize(num_slots, slot_len)
-            slots = (self.slots + [None] * num_slots)[:num_slots]
-            self.slots = [None if s is not None and s.num_computed > slot_len else s for s in slots]
+            self.slots = (self.slots + [None] * num_slots)[:num_slots]
 
     def reset(self) -> None:
         """Forget what finished sequences have computed."""
