@@ -270,7 +270,7 @@ def test_a_resumed_run_ends_as_the_whole_one_to_the_bit(lab, data, stage, name):
 def test_two_ranks_are_one_rank(lab, data, stage, name):
     for place in ("one", "two"):
         with_base(lab(place))
-    flags = {"stage": stage, "from_weight": "full_sft", "max_steps": 3, "learning_rate": 1e-3,
+    flags = {"stage": stage, "from_weight": "full_sft", "global_batch_size": 4, "max_steps": 3, "learning_rate": 1e-3,
              "val_data_path": data / "dpo.jsonl"}
     process = lab("two").start(
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"), **flags)
