@@ -50,7 +50,8 @@ class PromptDataset:
         self.warnings = report.warnings() + [
             f"{num_long:,} prompts of more than --max_seq_len {max_seq_len} tokens are left out"] * bool(num_long)
         if not self.prompts:
-            raise UserError(f"{path}: no usable prompt in it" + "; all are too long" * bool(num_long))
+            raise UserError(f"{path}: no usable prompt in it{report.first_reason}"
+                            + "; all are too long" * (bool(num_long) and not report.bad))
 
     @property
     def hash(self) -> str:

@@ -71,6 +71,10 @@ class RowReport:
         if self.bad and not self.skip:
             raise UserError(f"{self.path}:{self.first_bad[0]} (--skip_bad_rows 1 leaves such rows out)")
 
+    @property
+    def first_reason(self) -> str:
+        return f"; line {self.first_bad[0]}" if self.bad else ""
+
     def warnings(self) -> list[str]:
         first = "; ".join(f"line {reason}" for reason in self.first_bad)
         keys = ", ".join(f"{list_keys([key])} ({count:,})" for key, count in self.unused.most_common(20))
@@ -118,7 +122,7 @@ def read_text(path: Path) -> str | None:
     """All of a file of plain text; None when it holds rows. Raises UserError when it cannot be read."""
     try:
         with open_unpacked(path) as file:
-            return file.read().decode("utf-8-sig") if file_format(file, path) == "text" else None
+            return file.read().decode("utf-8-sig") if file_format(file, path) == "plain text" else None
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise unreadable(path, 1, error) from None
 
@@ -165,10 +169,10 @@ def file_format(file: BinaryIO, path: Path) -> str:
     if re.match(rb"\[\s*[{\]]|\{\s*\n", start):
         return "JSON"
     if start.startswith(b"{"):
-        return "lines"
+        return "lines of JSON"
     header = [*start.decode("utf-8", "replace").splitlines(), ""][:1]
     return next((name for name, separator in SEPARATORS.items() if CSV_FIELDS & {
-        field.strip().lower() for field in next(csv.reader(header, delimiter=separator))}), "text")
+        field.strip().lower() for field in next(csv.reader(header, delimiter=separator))}), "plain text")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -228,5 +232,5 @@ def _dump(value: object) -> bytes:
     return json.dumps(value, default=str).encode() + b"\n"
 
 
-READERS = {"lines": _lines, "text": _lines, "JSON": _json_rows, "parquet": _parquet_rows,
+READERS = {"lines of JSON": _lines, "plain text": _lines, "JSON": _json_rows, "parquet": _parquet_rows,
            **{name: partial(_csv_rows, separator=separator) for name, separator in SEPARATORS.items()}}

@@ -182,7 +182,7 @@ def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, row_kind: st
                 file.flush()
                 os.fsync(file.fileno())
         if not ends:
-            raise UserError(f"{path}: no usable row in it")
+            raise UserError(f"{path}: no usable row in it{report.first_reason}")
         np.save(temporary / "ends.npy", np.frombuffer(ends, np.int64))
         meta = {"source": str(path), "documents": len(ends), "tokens": num_tokens, "bad": report.bad,
                 "first_bad": report.first_bad, "unused": report.unused, "key": folder.name, "made_by": recipe}

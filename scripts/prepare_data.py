@@ -2,6 +2,7 @@
 
     python scripts/prepare_data.py --kind pretrain --data_path dataset/pretrain_t2t_mini.jsonl --out pretrain_tokens
     python trainer/train_pretrain.py --data_path pretrain_tokens        # wherever the folder was carried
+    python scripts/prepare_data.py --inspect my_rows.csv                # what it holds, and what of it is learned
 
 Two bytes per token, three where targets are marked (sft, dpo); the file itself is not needed any more.
 """
@@ -15,20 +16,19 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset
 from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
+from scripts.lib.inspect_data import DATASETS, DEFAULT_LENGTHS, inspect
 from trainer.arguments import add_sft_args, sft_options
-
-KINDS = {"pretrain": PretrainDataset, "sft": SFTDataset, "dpo": DPODataset}
-LENGTHS = {"pretrain": 340, "sft": 768, "dpo": 1024}
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=KINDS, required=True, help="of rows; sft: for LoRA and distillation too")
-    parser.add_argument("--data_path", type=Path, required=True, help="rows, .jsonl or .jsonl.gz")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--kind", choices=[*DATASETS, "rl"],
+                        help="of rows; sft: for LoRA and distillation too; rl: only with --inspect, which guesses it")
+    parser.add_argument("--data_path", type=Path, help="file of rows in any format that dataset/formats.py lists")
+    parser.add_argument("--out", type=Path, help="folder to make")
+    parser.add_argument("--inspect", type=Path, metavar="FILE", help="only print what the file holds")
     parser.add_argument("--max_seq_len", type=positive_int, help="also pack rows of this length (others: on first use)")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer")
     parser.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0,
@@ -36,16 +36,21 @@ def main() -> None:
     parser.add_argument("--seed", type=nonneg_int, default=42, help="sft: as of the stage (default: %(default)s)")
     add_sft_args(parser)
     args = parser.parse_args()
+    if args.inspect:
+        return inspect(args.inspect, args.kind, ChatTokenizer(args.tokenizer), args.max_seq_len)
+    if args.kind not in DATASETS or not (args.data_path and args.out):
+        parser.error(f"give --kind ({', '.join(DATASETS)}), --data_path and --out, or --inspect FILE")
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; remove it or name another folder")
     if not args.data_path.is_file():
         raise UserError(f"--data_path {args.data_path}: no such file")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    length = args.max_seq_len or DEFAULT_LENGTHS[args.kind]
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".prepare") as cache:
-        data = KINDS[args.kind](args.data_path, ChatTokenizer(args.tokenizer), args.max_seq_len or LENGTHS[args.kind],
-                                skip_bad_rows=bool(args.skip_bad_rows), cache_dir=cache,
-                                **(sft_options(args) if args.kind == "sft" else {}))
+        data = DATASETS[args.kind](args.data_path, ChatTokenizer(args.tokenizer), length,
+                                   skip_bad_rows=bool(args.skip_bad_rows), cache_dir=cache,
+                                   **(sft_options(args) if args.kind == "sft" else {}))
         data.tokens = data.mask = None  # closes the files, which Windows wants before it renames
         os.rename(data.folder, args.out)
     seconds, size = time.perf_counter() - start, args.data_path.stat().st_size / 1e6

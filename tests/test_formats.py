@@ -28,6 +28,7 @@ from dataset.lm_dataset import SFTDataset
 from dataset.reader import CHUNK, parse_row, read_lines, read_rows
 from model.chat import EOS, render
 from model.cli import UserError
+from scripts import prepare_data
 
 # ------------------------------------------------------------------------------------------------------------- files
 
@@ -377,6 +378,28 @@ def test_conversations_without_an_answer_that_fits_are_left_out_and_counted(tmp_
     assert (data.num_targets > 0).all()
     with pytest.raises(UserError, match="no answer begins within --max_seq_len 64"):
         learned(write(path, [long]), 64)
+
+def inspected(capsys, path: Path, *flags: str) -> str:
+    with mock.patch.object(sys, "argv", ["prepare_data.py", "--inspect", str(path), *flags]):
+        prepare_data.main()
+    return capsys.readouterr().out
+
+
+def test_inspecting_a_file_shows_what_is_recognised_learned_and_left_out(tmp_path, capsys):
+    path = tmp_path / "rows.bin"
+    rows = [{"instruction": "q", "input": "", "output": "a", "id": 1}, {"instruction": "q", "output": ""}]
+    path.write_bytes(gzip.compress(json.dumps(rows).encode()))
+    out = inspected(capsys, path)
+    assert f"{path}: JSON, alpaca, read for sft" in out and "user\nq<|im_end|>" in out and "{+a<|im_end|>+}" in out
+    assert all(words in out for words in ("1 documents", "1 bad rows", "2: message 2: the answer is empty", "id (1)"))
+    out = inspected(capsys, write(path, [chat("1" * 90, "a"), chat("q", "a")]), "--max_seq_len", "64")
+    assert "50.0% exceed --max_seq_len 64" in out and "1 conversations, whose answers begin later, are left out" in out
+    assert "read for dpo" in inspected(capsys, write(path, [PAIR])) and "read for pretrain" in inspected(
+        capsys, write(path, [{"text": "x"}]))
+    assert "1 prompts, 1 with gt" in inspected(capsys, write(path, [chat("q", "") | {"gt": [1]}]))
+    for row, words in (({"a": 1}, "this one has a"), (chat("q", ""), "no usable row in it; line 1: message 2")):
+        with pytest.raises(UserError, match=words):
+            inspected(capsys, write(path, [row]))
 
 
 # -------------------------------------------------------------------------------------------------------------- fuzz
