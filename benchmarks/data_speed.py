@@ -56,8 +56,7 @@ def start(path: Path, max_seq_len: int) -> dict:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=nonneg_float, default=1.0,
-                        help="size of the file, in 10^9 bytes (default: 1)")
+    parser.add_argument("--gigabytes", type=nonneg_float, default=1.0, help="10^9 bytes of the file (default: 1)")
     parser.add_argument("--data_path", type=Path, default=ROOT.parent / "shared/data/pretrain.jsonl.gz",
                         help="pretraining rows to repeat (default: %(default)s)")
     parser.add_argument("--max_seq_len", type=positive_int, default=340, help="tokens in a row (default: 340)")

@@ -204,8 +204,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", help="(default: all; on a CPU without 256 at once)")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=0)
     parser.add_argument("--graphs", type=int, choices=(0, 1), default=1, help="decode by CUDA graphs where possible")
-    parser.add_argument("--profile", action="store_true",
-                        help="instead: where the milliseconds of a step go, on a CPU")
+    parser.add_argument("--profile", action="store_true", help="instead: where the time of a step goes, on a CPU")
     args = parser.parse_args()
     device = choose_device(args.device)
     torch.manual_seed(0)

@@ -143,10 +143,8 @@ def main() -> None:
     parser.add_argument("--choices", choices=CHOICES, required=True)
     parser.add_argument("--only", nargs="+", default=[], help="of these choices, only those with such a name")
     parser.add_argument("--data_path", type=Path, required=True, help="text to train on")
-    parser.add_argument("--val_data_path", type=Path, required=True,
-                        help=f"text to compare on: {NUM_VAL_ROWS} rows of it")
-    parser.add_argument("--seconds", type=nonneg_float, default=0,
-                        help="of training for each choice (0: the same rows)")
+    parser.add_argument("--val_data_path", type=Path, required=True, help=f"to compare on: {NUM_VAL_ROWS} rows")
+    parser.add_argument("--seconds", type=nonneg_float, default=0, help="of training per choice (0: the same rows)")
     parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per step")
     parser.add_argument("--epochs", type=positive_int, default=1)

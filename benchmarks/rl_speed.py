@@ -221,8 +221,7 @@ def compare_episodes(config: MiniMindConfig, num_episodes: int, repeats: int, rn
 
 def main() -> None:
     parser = model_parser(__doc__)
-    parser.add_argument("--answers", type=positive_int, default=48,
-                        help="answers in a step, or episodes; a multiple of 24")
+    parser.add_argument("--answers", type=positive_int, default=48, help="answers per step, or episodes: 24, 48, …")
     parser.add_argument("--repeats", type=positive_int, default=2)
     parser.add_argument("--agent", action="store_true", help="episodes with tools")
     args = parser.parse_args()

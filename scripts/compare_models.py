@@ -116,8 +116,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="lines of text, or .jsonl rows (default: a built-in few)")
     parser.add_argument("--out", type=Path, help="write the Markdown there instead of printing it")
     parser.add_argument("--judge_url", metavar="URL#MODEL", help="an endpoint that grades every answer, 0 to 10")
-    parser.add_argument("--api_key", default=os.environ.get("OPENAI_API_KEY"),
-                        help="of the endpoints (default: $OPENAI_API_KEY)")
+    parser.add_argument("--api_key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
     add_folder_args(parser)
     add_sampling_args(parser, max_new_tokens=256, temperature=0.0, seed=42)
     args = parser.parse_args()

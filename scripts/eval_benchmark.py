@@ -153,12 +153,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
     add_loading_args(parser)
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, or .gz of them")
-    parser.add_argument("--max_seq_len", type=positive_int, default=512,
-                        help="of --text: tokens in a row (%(default)s)")
+    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="tokens in a row of --text (%(default)s)")
     parser.add_argument("--benchmark", nargs=2, action="append", default=[], metavar=("NAME", "FILE"),
                         help=f"{', '.join(FORMATS)}, and its file or folder (.csv, .jsonl, .jsonl.gz)")
-    parser.add_argument("--fewshot", type=nonneg_int, default=0,
-                        help="answered examples before a question (%(default)s)")
+    parser.add_argument("--fewshot", type=nonneg_int, default=0, help="examples before a question (%(default)s)")
     parser.add_argument("--fewshot_path", type=Path, help="file or folder of the examples, of the benchmark's format")
     parser.add_argument("--long_text", type=Path, metavar="FILE",
                         help="a text to predict with ever more context, with and without YaRN")

@@ -31,8 +31,7 @@ def main() -> None:
     parser.add_argument("--inspect", type=Path, metavar="FILE", help="only print what the file holds")
     parser.add_argument("--max_seq_len", type=positive_int, help="also pack rows of this length (others: on first use)")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer")
-    parser.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0,
-                        help="leave bad rows out instead of stopping")
+    parser.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0, help="1 leaves bad rows out")
     parser.add_argument("--seed", type=nonneg_int, default=42, help="sft: as of the stage (default: %(default)s)")
     add_sft_args(parser)
     args = parser.parse_args()

@@ -66,18 +66,19 @@ def test_the_answers_are_rows_to_fine_tune_on(ask, tmp_path, teacher):
 
 def test_tools_go_and_calls_come(ask, teacher, capsys):
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
-    call = [{"name": "clock", "arguments": {"zone": "Asia/Tokyo"}}]
+    calls = [{"name": "clock", "arguments": {"zone": f"Asia/{city}"}} for city in ("Tokyo", "Hanoi")]
     messages = [{"role": "system", "content": "", "tools": json.dumps(tools)}, {"role": "user", "content": "time?"},
-                {"role": "assistant", "content": "", "tool_calls": json.dumps(call)},
-                {"role": "tool", "content": "12:00"}]
+                {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)},
+                {"role": "tool", "content": "12:00"}, {"role": "tool", "content": "10:00"}]
     answered, = ask([{"conversations": messages}])
-    heard, = teacher.asked
-    assert [message["role"] for message in heard["messages"]] == ["user", "assistant", "tool"]
-    asked, = heard["messages"][1]["tool_calls"]
-    assert heard["tools"] == tools and heard["messages"][2]["tool_call_id"] == asked["id"]
-    assert json.loads(asked["function"]["arguments"]) == call[0]["arguments"]
-    assert answered["conversations"][:4] == messages
-    assert answered["conversations"][4]["tool_calls"] == [{"name": "clock", "arguments": {"zone": "Asia/Seoul"}}]
+    sent, = teacher.asked
+    assert [message["role"] for message in sent["messages"]] == ["user", "assistant", "tool", "tool"]
+    sent_calls = sent["messages"][1]["tool_calls"]
+    assert [call["id"] for call in sent_calls] == [message["tool_call_id"] for message in sent["messages"][2:]]
+    assert len({call["id"] for call in sent_calls}) == 2 and sent["tools"] == tools
+    assert [json.loads(call["function"]["arguments"]) for call in sent_calls] == [call["arguments"] for call in calls]
+    assert answered["conversations"][:5] == messages
+    assert answered["conversations"][5]["tool_calls"] == [{"name": "clock", "arguments": {"zone": "Asia/Seoul"}}]
     teacher.arguments = "{"  # a call that nothing can be learned from
     messages[1]["content"] = "And now?"
     assert len(ask([{"conversations": messages}])) == 1

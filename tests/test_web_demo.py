@@ -265,12 +265,6 @@ def test_only_what_was_asked_for_is_sent(endpoint):
     assert body["model"] == "big" and not {"tools", "top_k", "repetition_penalty", "chat_template_kwargs"} & body.keys()
 
 
-def test_calls_and_results_find_each_other_in_openai_s_messages():
-    sent, _ = to_openai([*SUM[:1], said("assistant", "", tool_calls=CALL + WEATHER), SUM[2], RAIN[2]])
-    assert [call["id"] for call in sent[1]["tool_calls"]] == [message["tool_call_id"] for message in sent[2:]]
-    assert json.loads(sent[1]["tool_calls"][0]["function"]["arguments"]) == CALL[0]["arguments"]
-
-
 def test_a_url_that_refuses_or_is_not_there_is_told_in_one_line(endpoint):
     Endpoint.status = 400
     for url, told in ((endpoint, "no such thing"), ("http://127.0.0.1:9/v1", "Connection error")):
