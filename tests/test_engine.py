@@ -136,6 +136,17 @@ def test_prompts_share_a_chunk_as_far_as_they_fit_it_when_padded():
     assert list(map(len, batch.chunks)) == [5, 6] and batch.sampled_rows == [0, 1] and not batch.is_decode
 
 
+def test_the_padding_of_a_short_chunk_stays_in_its_slot(monkeypatch):
+    monkeypatch.setattr(kv_cache, "MIN_SLOT_LEN", 16)
+    model, (prefix, end, other) = lively_model(), some_prompts(12, 2, 9)
+    engine = Engine(model, max_batch=2)
+    engine.generate([prefix], [greedy(1)])
+    prompts = [prefix + end, other]  # 2 and 9 tokens to compute, and 16 in a slot
+    sequences = engine.generate(prompts, [greedy(2)] * 2)
+    assert sequences[0].num_cached_tokens == 12
+    assert [s.completion_ids for s in sequences] == [plainly(model, prompt, 2) for prompt in prompts]
+
+
 def test_a_model_in_transformers_format_answers_as_transformers_does():
     config = Qwen3Config(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
@@ -304,6 +315,7 @@ def test_steps_replayed_from_graphs_answer_alike_while_others_come_and_go(kind, 
             engine.step()
         assert [sequence.completion_ids for sequence in sequences] == expected
     assert 4 <= len(captures) < len(replays) and len(set(captures)) >= 3
+    assert {shape[0] for shape in captures} <= {1, 2, 4, 6}  # few batch sizes, and no more than slots
 
 
 def test_a_graph_reads_the_weights_as_they_are(captured):

@@ -42,8 +42,9 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, save_weight
 from scripts import chat_api
 from scripts.serve_openai_api import Server, create_app, listen
+from scripts.server.choices import ChatChoice
 from scripts.server.engine_thread import EngineThread
-from scripts.server.generation import ChatChoice, Defaults, GenerationRequest
+from scripts.server.generation import Defaults, GenerationRequest
 from scripts.server.middleware import MAX_BODY
 from trainer.rl.tools import SCHEMAS
 

@@ -78,7 +78,7 @@ class Engine:
             raise ValueError("the prompt is empty")
         vocab_size = self.model.config.vocab_size
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
-            raise ValueError(f"the prompt holds numbers that are none of the model's {vocab_size:,} tokens")
+            raise ValueError(f"the prompt has ids that are none of the model's {vocab_size:,} tokens")
         if len(prompt_ids) >= self.max_seq_len:
             owner = "the model's" if self.max_seq_len == self.max_positions else "the cache's"
             raise ValueError(f"a prompt of {len(prompt_ids):,} tokens leaves no room for an answer in {owner} "

@@ -39,7 +39,7 @@ class EngineThread:
         self.stopping = False
         self.num_pending = 0
         self.prompt_tokens = self.generated_tokens = 0
-        self.requests: Counter[tuple[str, int]] = Counter()  # by path and status
+        self.num_responses: Counter[tuple[str, int]] = Counter()  # by path and status
         self.first_token = Counter({bucket: 0 for bucket in range(len(BUCKETS) + 1)})
         self.first_token_seconds = 0.0
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
@@ -165,7 +165,7 @@ def resolve_future(future: asyncio.Future, error: Exception | None) -> None:
 
 def metrics_text(service: EngineThread) -> str:
     """The counts in Prometheus's text format, version 0.0.4."""
-    engine = service.engine
+    engine, responses = service.engine, sorted(service.num_responses.items())
     lines = []
 
     def add_metric(name: str, kind: str, meaning: str, *samples: tuple[str, float]) -> None:
@@ -173,7 +173,7 @@ def metrics_text(service: EngineThread) -> str:
         lines.extend(f"minimind_{name}{labels} {value}" for labels, value in samples)
 
     add_metric("requests_total", "counter", "Requests answered, by path and HTTP status.",
-               *((f'{{path="{path}",status="{status}"}}', n) for (path, status), n in sorted(service.requests.items())))
+               *((f'{{path="{path}",status="{status}"}}', n) for (path, status), n in responses))
     add_metric("prompt_tokens_total", "counter", "Tokens of accepted prompts.", ("", service.prompt_tokens))
     add_metric("generated_tokens_total", "counter", "Tokens sampled.", ("", service.generated_tokens))
     add_metric("reused_prompt_tokens_total", "counter", "Prompt tokens that were not computed again.",

@@ -5,20 +5,19 @@
 """
 
 import asyncio
-import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.chat import BOS, ChatTokenizer, MessageParser
-from model.inference.engine import SamplingParams, Sequence, TokenDelta
+from model.chat import BOS, ChatTokenizer
+from model.inference.engine import SamplingParams, Sequence
+from scripts.server.choices import ChatChoice, TextChoice
 from scripts.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, TemplateOptions
 
 MAX_CHOICES = 1024  # of one request: many small prompts cost more memory than their text
-MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for a token that cannot be sampled
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,13 @@ class Defaults:
 
 @dataclass(eq=False)
 class GenerationRequest:
-    """One HTTP request, ready for the engine. `prompts`, `params`, `choices` and `sequences` have one entry each."""
+    """One HTTP request, ready for the engine. `prompts`, `params`, `choices`, `sequences`: one entry per choice."""
 
     object: str  # what the response is: "chat.completion" or "text_completion"
     model: str
     prompts: list[list[int]]  # token ids; n choices of one prompt share the list
     params: list[SamplingParams]
-    choices: list["ChatChoice | TextChoice"]
+    choices: list[ChatChoice | TextChoice]
     stream: bool
     include_usage: bool
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -151,115 +150,3 @@ def sampling_params(body: GenerationBody, defaults: Defaults, num_choices: int, 
         "stop": (stop,) if isinstance(stop, str) else tuple(stop), "top_logprobs": top_logprobs,
     }
     return [SamplingParams(**params, seed=(seed + i) % 2**63) for i in range(num_choices)]
-
-
-class ChatChoice:
-    """One choice of a chat completion: deltas of tokens become chunks, which add up to its message."""
-
-    def __init__(self, index: int, tokenizer: ChatTokenizer, thinking: bool, has_tools: bool, has_logprobs: bool):
-        self.index, self.tokenizer, self.has_tools, self.finish_reason = index, tokenizer, has_tools, None
-        self.message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
-        self.logprobs: list[dict] | None = [] if has_logprobs else None
-        self._parser = MessageParser(tokenizer, thinking)
-
-    def first_chunk(self) -> dict:
-        return self._chunk({"role": "assistant", "content": ""}, [])
-
-    def add(self, delta: TokenDelta) -> Iterator[dict]:
-        """The next chunks of this choice."""
-        entries = []
-        if self.logprobs is not None:
-            entries = [chat_logprob(self.tokenizer, *token) for token in delta.tokens]
-            self.logprobs += entries
-        events = [*self._parser.feed(delta.pieces), *(self._parser.finish() if delta.finish_reason else ())]
-        for part in self._parts(events):
-            yield self._chunk(part, entries)
-            entries = []
-        if delta.finish_reason:
-            has_called = delta.finish_reason == "stop" and self.message["tool_calls"]
-            self.finish_reason = "tool_calls" if has_called else delta.finish_reason
-        if entries or self.finish_reason:
-            yield self._chunk({}, entries)
-
-    def _parts(self, events: list[tuple[str, Any]]) -> Iterator[dict]:
-        """The parser's events as parts of a message; a tool call comes as its name, then its arguments."""
-        for kind, value in events:
-            if kind == "tool_call" and self.has_tools:
-                index, function = len(self.message["tool_calls"]), {"name": value["name"], "arguments": ""}
-                call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-                arguments = json.dumps(value["arguments"], ensure_ascii=False)
-                self.message["tool_calls"].append(call | {"function": function | {"arguments": arguments}})
-                yield {"tool_calls": [{"index": index, **call}]}
-                yield {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
-                continue
-            if kind in ("tool_call", "malformed"):  # what is no call to this client is text
-                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-                kind, value = "content", "\n" * bool(self.message["content"]) + f"<tool_call>\n{text}\n</tool_call>"
-            name = "reasoning_content" if kind == "reasoning" else "content"
-            self.message[name] += value
-            yield {name: value}
-
-    def _chunk(self, part: dict, entries: list[dict]) -> dict:
-        logprobs = {"content": entries, "refusal": None} if entries else None
-        return {"index": self.index, "delta": part, "logprobs": logprobs, "finish_reason": self.finish_reason}
-
-    def to_response(self) -> dict:
-        """The finished choice."""
-        message = {"role": "assistant", "content": self.message["content"], "refusal": None}
-        if self.message["reasoning_content"]:
-            message["reasoning_content"] = self.message["reasoning_content"]
-        if self.message["tool_calls"]:
-            message |= {"tool_calls": self.message["tool_calls"], "content": self.message["content"] or None}
-        logprobs = None if self.logprobs is None else {"content": self.logprobs, "refusal": None}
-        return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
-
-
-class TextChoice:
-    """One choice of a plain completion: the engine's text, in chunks or whole."""
-
-    def __init__(self, index: int, tokenizer: ChatTokenizer, has_logprobs: bool):
-        self.index, self.tokenizer, self.finish_reason, self.text = index, tokenizer, None, ""
-        self.logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        self._has_logprobs, self._offset = has_logprobs, 0
-
-    def first_chunk(self) -> None:
-        """A plain completion has none."""
-
-    def add(self, delta: TokenDelta) -> Iterator[dict]:
-        """The next chunk of this choice, unless nothing is new."""
-        text = "".join(piece for piece in delta.pieces if isinstance(piece, str))
-        self.text += text
-        self.finish_reason = delta.finish_reason
-        entries = {key: [] for key in self.logprobs}
-        if self._has_logprobs:
-            for token, logprob, top_logprobs in delta.tokens:
-                name = token_text(self.tokenizer, token)
-                top = {token_text(self.tokenizer, i): max(value, MIN_LOGPROB) for i, value in top_logprobs}
-                for key, value in zip(entries, (name, logprob, top, self._offset), strict=True):
-                    entries[key].append(value)
-                    self.logprobs[key].append(value)
-                self._offset += len(name)
-        if text or self.finish_reason or entries["tokens"]:
-            yield self._response(text, entries)
-
-    def to_response(self) -> dict:
-        """The finished choice."""
-        return self._response(self.text, self.logprobs)
-
-    def _response(self, text: str, logprobs: dict) -> dict:
-        return {"index": self.index, "text": text, "logprobs": logprobs if self._has_logprobs else None,
-                "finish_reason": self.finish_reason}
-
-
-def token_text(tokenizer: ChatTokenizer, token: int) -> str:
-    return tokenizer.token_bytes[token].decode("utf-8", "replace")
-
-
-def chat_logprob(tokenizer: ChatTokenizer, token: int, logprob: float, top_logprobs: list[tuple[int, float]]) -> dict:
-    """A token, its log-probability in nats, and the likeliest tokens in its place, as chat completions write them."""
-
-    def entry(token: int, logprob: float) -> dict:
-        return {"token": token_text(tokenizer, token), "logprob": max(logprob, MIN_LOGPROB),
-                "bytes": list(tokenizer.token_bytes[token])}
-
-    return entry(token, logprob) | {"top_logprobs": [entry(*top) for top in top_logprobs]}

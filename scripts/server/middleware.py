@@ -27,7 +27,7 @@ class AuthMiddleware:
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = scope["path"] if scope["path"] in PATHS else "other"
-                self.service.requests[path, message["status"]] += 1
+                self.service.num_responses[path, message["status"]] += 1
             await send(message)
 
         if self.api_key and scope["path"].startswith("/v1") and not self.has_key(scope):
