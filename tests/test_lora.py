@@ -198,7 +198,8 @@ def test_a_lora_of_two_ranks_is_the_one_of_one(lab):
     for name in ("one", "two"):
         torch.manual_seed(1)
         lab(name).with_base()
-    flags = {"stage": train_lora, "from_weight": "full_sft", "max_steps": 3, "learning_rate": 1e-2}
+    flags = {"stage": train_lora, "from_weight": "full_sft", "max_steps": 3, "learning_rate": 1e-2,
+             "global_batch_size": 4}
     process = lab("two").start(
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"), **flags)
     lab("one").train(**flags)

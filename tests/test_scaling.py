@@ -32,7 +32,8 @@ ROLLOUTS = {"max_gen_len": 6, "batch_size": 4, "accumulation_steps": 2,
             "num_generations": 2, "log_interval": 1}
 STAGES = {
     "pretrain": {}, "full_sft": {}, "lora": {"lora_name": "lora_identity", "learning_rate": 1e-3},
-    "distillation": {"student_hidden_size": 64, "from_weight": "full_sft", "from_teacher_weight": "teacher"},
+    "distillation": {"student_hidden_size": 64, "from_weight": "full_sft", "from_teacher_weight": "teacher",
+                     "teacher_use_moe": 0},
     "dpo": {}, "reward": {}, "grpo": ROLLOUTS,
     "agent": {**ROLLOUTS, "max_total_len": 128},
     "ppo": {**ROLLOUTS, "num_generations": 1, "update_epochs": 2, "mini_batches": 1, "critic_learning_rate": 1e-3},
@@ -228,7 +229,7 @@ def two_hosts():
 
 
 def test_two_hosts_train_together(lab, two_hosts):
-    flags = {"max_steps": 2, "parallel": "fsdp"}
+    flags = {"max_steps": 2, "global_batch_size": 4, "parallel": "fsdp"}
     processes = []
     for rank, (prefix, link) in enumerate(two_hosts):
         command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank),
@@ -248,7 +249,7 @@ def test_two_hosts_train_together(lab, two_hosts):
 def test_the_deepspeed_launcher_starts_a_stage_unchanged(lab, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "DS_ACCELERATOR", "cpu")
     two = lab("two").start(launcher=("-m", "deepspeed.launcher.runner", "--num_gpus", "2"), max_steps=2,
-                           **how("zero1"))
+                           global_batch_size=4, **how("zero1"))
     out, err = two.communicate(timeout=DEADLINE)
     assert two.returncode == 0 and "on 2 x cpu" in out, out + err
     lab("one").train(max_steps=2)
