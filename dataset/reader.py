@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from dataset.formats import list_keys, normalise
+from dataset.formats import normalise
 from model.chat import read_json
 from model.cli import UserError
 
@@ -77,7 +77,7 @@ class RowReport:
 
     def warnings(self) -> list[str]:
         first = "; ".join(f"line {reason}" for reason in self.first_bad)
-        keys = ", ".join(f"{list_keys([key])} ({count:,})" for key, count in self.unused.most_common(20))
+        keys = ", ".join(f"{key!r:.40} ({count:,})" for key, count in self.unused.most_common(20))
         return ([f"skipped {self.bad:,} bad rows of {self.path}, the first: {first}"] * bool(self.bad)
                 + [f"keys that are not used, with the number of rows that have them: {keys}"] * bool(self.unused))
 

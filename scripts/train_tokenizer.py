@@ -132,7 +132,7 @@ def measure(tokenizer: Tokenizer, path: Path) -> dict[str, tuple[float, float]]:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, nargs="+", default=[ROOT / "dataset/sft_t2t_mini.jsonl"],
-                        help=".jsonl or .jsonl.gz, any row format (default: dataset/sft_t2t_mini.jsonl)")
+                        help="rows of any format in dataset/formats.py (default: dataset/sft_t2t_mini.jsonl)")
     parser.add_argument("--val_data_path", type=Path, help="held-out rows to measure compression on")
     parser.add_argument("--tokenizer_dir", type=Path, default=ROOT / "model_learn_tokenizer",
                         help="folder to write (default: %(default)s)")
@@ -149,8 +149,10 @@ def main() -> None:
     start = time.perf_counter()
     texts = (text for path in args.data_path for row in read_texts(path, args.every) for text in row)
     tokenizer = train(texts, args.vocab_size)
-    save(tokenizer, args.tokenizer_dir)
     entries, seconds = tokenizer.get_vocab_size(), time.perf_counter() - start
+    if entries == minimum < args.vocab_size:
+        raise UserError("no two characters follow each other twice in these texts: give more of them")
+    save(tokenizer, args.tokenizer_dir)
     print(f"{entries:,} of {args.vocab_size:,} entries in {seconds:.0f} s -> {args.tokenizer_dir}")
     if args.val_data_path:
         for language, (characters, size) in measure(tokenizer, args.val_data_path).items():

@@ -352,7 +352,7 @@ def test_keys_that_are_not_used_are_counted_also_when_the_tokens_are_cached(tmp_
     path = write(tmp_path / "rows.jsonl", rows)
     for _ in range(2):
         assert learned(path)[0].warnings == ["keys that are not used, with the number of rows that have them: "
-                                             "id (3), gt (3), message.x (1)"]
+                                             "'id' (3), 'gt' (3), 'message.x' (1)"]
 
 
 def test_an_answer_that_is_switched_off_is_read_and_not_learned(tmp_path):
@@ -391,7 +391,7 @@ def test_inspecting_a_file_shows_what_is_recognised_learned_and_left_out(tmp_pat
     path.write_bytes(gzip.compress(json.dumps(rows).encode()))
     out = inspected(capsys, path)
     assert f"{path}: JSON, alpaca, read for sft" in out and "user\nq<|im_end|>" in out and "{+a<|im_end|>+}" in out
-    assert all(words in out for words in ("1 documents", "1 bad rows", "2: message 2: the answer is empty", "id (1)"))
+    assert all(words in out for words in ("1 documents", "1 bad rows", "2: message 2: the answer is empty", "'id' (1)"))
     out = inspected(capsys, write(path, [chat("1" * 90, "a"), chat("q", "a")]), "--max_seq_len", "64")
     assert "50.0% exceed --max_seq_len 64" in out and "1 conversations, whose answers begin later, are left out" in out
     assert "read for dpo" in inspected(capsys, write(path, [PAIR])) and "read for pretrain" in inspected(

@@ -255,6 +255,7 @@ BAD_FILES = {
     "not_json.jsonl": (GOOD + b"{oops\n" + GOOD, "not_json.jsonl:2: not JSON"),
     "no_text.jsonl": (GOOD + b'{"txt": "typo"}\n', "no_text.jsonl:2: no text in a field that is known; this row"),
     "messages.jsonl": (b'{"conversations": [{"role": "user"}]}\n', "messages.jsonl:1: no text in a field"),
+    "too_few.jsonl": (b'{"text": "a"}\n', "no two characters follow each other twice"),
     "absent.jsonl": (None, "absent.jsonl: no such file"),
 }
 
