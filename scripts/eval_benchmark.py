@@ -26,7 +26,7 @@ from dataset.reader import read_rows, read_text
 from model.chat import BOS, ChatTokenizer
 from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
 from model.files import write_atomically
-from model.inference.likelihood import ScoringRequest, likelihoods
+from model.inference.likelihood import ScoringRequest, log_likelihoods
 from model.loading import add_loading_args, load_from_args
 from model.model_minimind import MiniMindForCausalLM
 from scripts.draw_curves import subplots
@@ -59,7 +59,7 @@ def windows(ids: list[int], length: int) -> list[ScoringRequest]:
 def measure_texts(model: nn.Module, tokenizer: ChatTokenizer, texts: list[str], length: int) -> dict:
     """Perplexity per token, and bits per byte of UTF-8, of all texts; a token sees at most `length` others."""
     documents = tokenizer.encode_texts(texts)
-    scores = likelihoods(model, [window for ids in documents for window in windows(ids, length)])
+    scores = log_likelihoods(model, [window for ids in documents for window in windows(ids, length)])
     nats, num_tokens = -sum(score for score, in scores), sum(map(len, documents))
     num_bytes = sum(len(text.encode()) for text in texts)
     return {"documents": len(texts), "tokens": num_tokens, "bytes": num_bytes, "max_seq_len": length,
@@ -80,7 +80,7 @@ def measure_context(model: nn.Module, ids: list[int], lengths: list[int]) -> dic
     scalings = {"plain": False, "yarn": True} if isinstance(model, MiniMindForCausalLM) else {"plain": False}
     curves, original = {}, getattr(model.config, "inference_rope_scaling", False)
     for name, model.config.inference_rope_scaling in scalings.items():  # which the model reads in every forward pass
-        nats = [-score for score, in likelihoods(model, requests)]
+        nats = [-score for score, in log_likelihoods(model, requests)]
         curves[name] = [math.exp(sum(nats[i:i + NUM_POSITIONS]) / NUM_POSITIONS / NUM_PREDICTED)
                         for i in range(0, len(nats), NUM_POSITIONS)]
     model.config.inference_rope_scaling = original
@@ -126,7 +126,7 @@ def encode(tokenizer: ChatTokenizer, question: Question) -> ScoringRequest:
 
 def answer(model: nn.Module, tokenizer: ChatTokenizer, questions: list[Question]) -> list[dict]:
     """For each question: `acc` and `acc_norm` (0 or 1), a guess's chance `random`, `log_p` of the options (nats)."""
-    scores, results = likelihoods(model, [encode(tokenizer, question) for question in questions]), []
+    scores, results = log_likelihoods(model, [encode(tokenizer, question) for question in questions]), []
     for question, log_p in zip(questions, scores, strict=True):
         per_character = [value / len(option) for value, option in zip(log_p, question.options, strict=True)]
         results.append({"subject": question.subject, "log_p": log_p, "random": 1 / len(log_p),

@@ -18,7 +18,7 @@ from model import loading
 from model.chat import BOS
 from model.cli import run_main
 from model.inference import likelihood
-from model.inference.likelihood import ScoringRequest, likelihoods
+from model.inference.likelihood import ScoringRequest, log_likelihoods
 from model.transformers_io import save_folder
 from model.weights import save_weight
 from scripts import eval_benchmark
@@ -64,7 +64,7 @@ def requests(vocabulary: int) -> list[ScoringRequest]:
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_shared_contexts_and_batches_score_as_each_option_alone_in_transformers(tmp_path, use_moe):
+def test_log_likelihoods_of_shared_contexts_are_those_of_each_option_alone_in_transformers(tmp_path, use_moe):
     ours = sharp_model(use_moe=use_moe, norm_topk_prob=True)
     save_folder(ours, tmp_path, TOKENIZER)
     theirs, wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), requests(6400)
@@ -75,7 +75,7 @@ def test_shared_contexts_and_batches_score_as_each_option_alone_in_transformers(
             expected.append(logits.log_softmax(-1).gather(1, torch.tensor(option)[:, None]).sum().item())
     with mock.patch.object(likelihood, "HEAD_ROWS", 7):
         for model, batch_tokens in ((ours, 200), (ours, 1), (theirs, 200)):
-            found = [score for scores in likelihoods(model, wanted, batch_tokens) for score in scores]
+            found = [score for scores in log_likelihoods(model, wanted, batch_tokens) for score in scores]
             assert found == pytest.approx(expected, abs=1e-3)
 
 

@@ -22,7 +22,7 @@ class ScoringRequest(NamedTuple):
         return len(self.context) + sum(len(option) - 1 for option in self.options)
 
 
-def likelihoods(model: nn.Module, requests: list[ScoringRequest], batch_tokens: int = 8192) -> list[list[float]]:
+def log_likelihoods(model: nn.Module, requests: list[ScoringRequest], batch_tokens: int = 8192) -> list[list[float]]:
     """Σ log p (nats) of each option of each request. `model`: ours, or a decoder of transformers with Qwen3's parts.
 
     A request is one row: the context once, then the options, each of which sees the context and itself.
