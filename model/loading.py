@@ -13,8 +13,8 @@ from model.model_lora import load_lora, merge_lora
 from model.transformers_io import from_hf_model, load_folder, open_tokenizer
 from model.weights import OUT_DIR, check_tokenizer, find_weight, read_weight, tokenizer_of, weight_name
 
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-         "use_moe", "norm_topk_prob")
+MODEL_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+               "intermediate_size", "use_moe", "norm_topk_prob")
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def load_from_args(args: argparse.Namespace, weight: str) -> tuple[nn.Module, Ch
 
 def check_sizes(args: argparse.Namespace, config: PretrainedConfig, source: str) -> None:
     """Raise UserError for a flag of `add_model_args` that disagrees with the configuration of what `source` names."""
-    for name in SIZES:
+    for name in MODEL_SIZES:
         actual = getattr(config, name, "moe" in config.model_type if name == "use_moe" else None)
         if (value := getattr(args, name)) not in (None, actual):
             raise UserError(f"--{name} {int(value)}, but {source} has {int(actual) if actual is not None else 'none'}; "

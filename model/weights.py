@@ -53,16 +53,18 @@ def weight_kind(parameters: Iterable[str]) -> str:
     return "reward model" if "score.weight" in names else "language model"
 
 
-def check_target(path: Path, model: nn.Module, sources: Iterable[Path], flag: str = "--save_weight") -> None:
+def check_target(path: Path, model: nn.Module, sources: Iterable[Path]) -> None:
     """Raise UserError if `model`, saved as `path`, would replace one of `sources` or a weight of another kind."""
+    kind = weight_kind(name for name, _ in model.named_parameters())
+    flag = f"--{'lora_name' if kind == 'LoRA' else 'save_weight'} {weight_name(path)}"
     if any(path.resolve() == source.resolve() for source in sources):
-        raise UserError(f"{flag} {weight_name(path)}: {path} is what this run reads, and would be lost; "
-                        "name another weight to write")
-    if path.is_file():
-        there, kind = weight_kind(read_state(path)), weight_kind(name for name, _ in model.named_parameters())
-        if there != kind:
-            raise UserError(f"{flag} {weight_name(path)}: {path} is a {there}, which a {kind} would replace; "
-                            "name another weight to write")
+        raise UserError(f"{flag}: {path} is what this run starts from, and would be lost; name another weight to write")
+    try:
+        existing = weight_kind(read_state(path))
+    except UserError:  # nothing there, or nothing that could be lost
+        return
+    if existing != kind:
+        raise UserError(f"{flag}: {path} is a {existing}, which a {kind} would replace; name another weight to write")
 
 
 def save_weight(model: nn.Module, name: str, save_dir: Path, tokenizer: ChatTokenizer, state: dict | None = None,
@@ -236,8 +238,8 @@ def tokenizer_of(path: Path, tokenizer_dir: str | Path | None) -> Path:
                         "tokenizer's folder, --tokenizer FOLDER, or --tokenizer model if it was trained with ours")
     folder = find_tokenizer(tokenizer_hash, path, metadata)
     if folder is None:
-        raise UserError(f"{path} was trained with the tokenizer {tokenizer_hash}, which is not here; name its folder: "
-                        "--tokenizer FOLDER")
+        raise UserError(f"{path} was trained with another tokenizer ({tokenizer_hash}), which is not here; name its "
+                        "folder: --tokenizer FOLDER")
     return folder
 
 

@@ -7,7 +7,7 @@ from dataset.token_cache import CACHE_DIR
 from model.chat import TOKENIZER_DIR
 from model.cli import SWITCH, Parser, fraction, nonneg_float, nonneg_int, positive_int
 from model.loading import add_model_args
-from model.weights import CHECKPOINT_DIR, OUT_DIR
+from model.weights import CHECKPOINT_DIR, OUT_DIR, check_name
 
 
 def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
@@ -25,7 +25,7 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
         group.add_argument("--num_workers", type=nonneg_int, default=0, help="threads that tokenise (0: one per core)")
         group.add_argument("--cache_dir", default=str(CACHE_DIR), help="folder of tokenised data")
     group.add_argument("--skip_bad_rows", **SWITCH, default=0, help="leave bad rows out instead of stopping")
-    group.add_argument("--tokenizer", default=str(TOKENIZER_DIR), help="folder of the tokenizer")
+    group.add_argument("--tokenizer", help="folder of the tokenizer (that of --from_weight; model/ for a new model)")
 
     add_model_args(parser)
     group = parser.add_argument_group("weights")
@@ -174,6 +174,8 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     args.adapt_batch = all(getattr(args, name) is None for name in sizes)  # to the size of the data
     for name in sizes:
         setattr(args, name, getattr(args, name) or parser.get_default(name))
+    check_name(args.save_weight)
+    args.tokenizer = TOKENIZER_DIR if args.tokenizer == "model" else args.tokenizer
     if getattr(args, "temperature", 1.0) == 0:
         parser.error("--temperature 0 leaves no distribution to learn from; give more than 0")
     if getattr(args, "mini_batch_size", None):

@@ -14,17 +14,15 @@ from torch import nn
 
 from dataset.prompts import PromptDataset
 from dataset.token_cache import TokenDataset
-from model.chat import ChatTokenizer
+from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import Failure, UserError, first_line
 from model.device import cpu_has_bfloat16, keep_freed_memory
+from model.loading import MODEL_SIZES, check_sizes
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
-from model.weights import load_weight
+from model.weights import find_weight, read_weight, tokenizer_of
 from trainer.batches import MIN_STEPS, adapt_batch, global_batch_size
 from trainer.checkpoint import read_resume, resume_name
 from trainer.distributed import init_distributed
-
-MODEL_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-               "intermediate_size", "use_moe", "norm_topk_prob")
 
 
 class Run:
@@ -37,6 +35,7 @@ class Run:
         self.args = args
         self.stop_signal: int | None = None  # SIGINT or SIGTERM, once it has arrived
         self.strategy = None  # of the model that is trained, set by its Trainer
+        self.sources: list[Path] = []  # the weights it reads, which must not be written over
 
     def __enter__(self) -> "Run":
         args = self.args
@@ -49,7 +48,11 @@ class Run:
             torch.set_float32_matmul_precision("high")  # TF32 where there is one
             if self.device.type == "cpu":
                 keep_freed_memory()
-            self.tokenizer = ChatTokenizer(args.tokenizer)
+            folder = args.tokenizer
+            if args.from_weight != "none":
+                self.sources.append(find_weight(args.from_weight, args.save_dir, args.hidden_size, args.use_moe))
+                folder = tokenizer_of(self.sources[0], folder)
+            self.tokenizer = ChatTokenizer(folder or TOKENIZER_DIR)
             if getattr(args, "num_workers", 0):
                 os.environ["RAYON_NUM_THREADS"] = str(args.num_workers)
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -136,16 +139,14 @@ class Run:
 
     def _load_model(self) -> MiniMindForCausalLM:
         args = self.args
-        sizes = {name: value for name in MODEL_SIZES if (value := getattr(args, name)) is not None}
         if args.from_weight == "none":
+            sizes = {name: value for name in MODEL_SIZES if (value := getattr(args, name)) is not None}
             try:
                 return MiniMindForCausalLM(MiniMindConfig(vocab_size=self.tokenizer.vocab_size, **sizes))
             except ValueError as error:
                 raise UserError(str(error)) from None
-        model, _ = load_weight(args.from_weight, args.save_dir, args.hidden_size, args.use_moe, self.tokenizer)
-        for name, size in sizes.items():
-            if size != (saved := getattr(model.config, name)):
-                raise UserError(f"--{name} {size}, but weight {args.from_weight} has {saved}")
+        model, _ = read_weight(self.sources[0], self.tokenizer)
+        check_sizes(args, model.config, f"weight {args.from_weight}")
         return model
 
     def prepare(self, model: nn.Module) -> nn.Module:

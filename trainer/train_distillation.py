@@ -12,7 +12,7 @@ from torch import nn
 from dataset.lm_dataset import SFTDataset
 from model.cli import UserError, fraction, nonneg_float, positive_int, run_main
 from model.transformers_io import load_folder
-from model.weights import ROOT, load_weight, weights_hash
+from model.weights import ROOT, find_weight, read_weight, tokenizer_of, weights_hash
 from trainer.arguments import add_sft_args, parse_args, sft_options, stage_parser
 from trainer.batches import BatchStream
 from trainer.losses import distillation_loss
@@ -24,8 +24,11 @@ def load_teacher(run: Run) -> nn.Module:
     """The frozen teacher: a weight of ours or a transformers folder, of the student's vocabulary."""
     args, tokenizer = run.args, run.tokenizer
     if args.teacher_load_from == "model":
-        teacher, _ = load_weight(args.from_teacher_weight, args.save_dir, args.teacher_hidden_size,
-                                 bool(args.teacher_use_moe), tokenizer)
+        path = find_weight(args.from_teacher_weight, args.save_dir, args.teacher_hidden_size,
+                           bool(args.teacher_use_moe))
+        tokenizer_of(path, args.tokenizer)  # raises an error when nothing says which it is
+        run.sources.append(path)
+        teacher, _ = read_weight(path, tokenizer)
         num_layers = teacher.config.num_hidden_layers
         if args.teacher_num_layers not in (None, num_layers):
             raise UserError(f"--teacher_num_layers {args.teacher_num_layers}, but weight {args.from_teacher_weight} "

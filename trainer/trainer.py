@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dataset.token_cache import TokenDataset
 from model.cli import Failure
 from model.device import peak_memory
-from model.weights import file_stem, load_state, save_weight
+from model.weights import check_target, file_stem, load_state, save_weight, weight_name
 from trainer.batches import BatchStream, to_device
 from trainer.checkpoint import load_resume, random_state, restore_random_state, resume_name, save_resume
 from trainer.flops import flops_per_token, peak_flops
@@ -60,6 +60,9 @@ class Trainer:
         self.last_step = min(stream.steps, args.max_steps or stream.steps)
         self.warmup_steps = math.ceil(args.warmup_ratio * stream.steps)
         self.run_name = file_stem(args.save_weight, model.config)
+        names = [args.save_weight, f"{args.save_weight}_best"][:1 + bool(val_data or validate)]
+        for name in names:
+            check_target(args.save_dir / f"{file_stem(name, model.config)}.pth", model, run.sources)
         self.resume_path = args.checkpoint_dir / resume_name(args.save_weight, model.config)
         fixed = ("epochs", "max_seq_len", "seed", "optimizer", "learning_rate")
         self.settings = {**stream.settings, **{name: getattr(args, name) for name in fixed}, **(settings or {})}
@@ -74,7 +77,7 @@ class Trainer:
         tracker_id = self._resume(state) if state else None
 
         flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        self.metadata = {"parent": args.from_weight, "flags": flags}
+        self.metadata = {"parent": weight_name(args.from_weight), "flags": flags}
         log_dir = args.save_dir / "logs"
         self.metrics_log = MetricsLog(log_dir / f"{self.run_name}.jsonl", self.step) if self.world.main else None
         self.tracker = Tracker(args.use_wandb and self.world.main, args.wandb_project,
