@@ -7,14 +7,15 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.cli import SWITCH, Parser, UserError, boolean, optional_name, positive_int
+from model.cli import SWITCH, Parser, UserError, boolean, nonneg_int, optional_name, positive_int
 from model.device import choose_device, inference_dtype
 from model.model_lora import load_lora, merge_lora
 from model.transformers_io import from_hf_model, load_folder, open_tokenizer
 from model.weights import OUT_DIR, check_tokenizer, find_weight, read_weight, tokenizer_of, weight_name
 
 MODEL_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-               "intermediate_size", "use_moe", "norm_topk_prob")
+               "intermediate_size", "use_moe", "num_experts", "num_experts_per_tok", "n_shared_experts",
+               "norm_topk_prob")
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,10 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_key_value_heads", type=positive_int, help="key-value heads (4 for a new model)")
     group.add_argument("--intermediate_size", type=positive_int, help="width of the feed-forward (pi x hidden_size)")
     group.add_argument("--use_moe", **SWITCH, help="mixture of 4 experts instead of dense")
+    group.add_argument("--num_experts", "--n_routed_experts", type=positive_int,
+                       help="MoE: experts (4 for a new model)")
+    group.add_argument("--num_experts_per_tok", type=positive_int, help="MoE: experts per token (1 for a new model)")
+    group.add_argument("--n_shared_experts", type=nonneg_int, help="MoE: experts of all tokens (0 for a new model)")
     group.add_argument("--norm_topk_prob", **SWITCH,
                        help="MoE: weights of the chosen experts sum to 1 (0 for a new model, 1 in the published ones)")
 

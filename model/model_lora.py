@@ -7,6 +7,7 @@ A LoRA file holds these tensors and the settings to attach them with: {name: ten
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.chat import ChatTokenizer
-from model.cli import UserError, first_line
+from model.cli import UserError
 from model.linear import Linear
 from model.moe import EXPERT_WEIGHTS, Experts, grouped_linear
-from model.weights import OUT_DIR, find_weight, save_weight, weight_name, weights_hash
+from model.weights import OUT_DIR, find_weight, read_state, save_weight, weight_kind, weight_name, weights_hash
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
@@ -135,13 +136,19 @@ def save_lora(model: nn.Module, name: str, save_dir: Path, tokenizer: ChatTokeni
 
 
 def read_lora(path: Path) -> tuple[LoRA, dict[str, Tensor]]:
-    """The settings and tensors of a LoRA file. Raises UserError when it is none."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        settings = state.pop("settings")
+    """The settings and tensors of a LoRA file, of ours or as MiniMind publishes them. Raises UserError when it is none.
+
+    A published one holds `….lora.A.weight` and `….lora.B.weight`; its scale is 1, and it does not name its base.
+    """
+    state = read_state(path)
+    if settings := state.pop("settings", None):
         return LoRA(**settings | {"targets": tuple(settings["targets"])}), state
-    except Exception as error:
-        raise UserError(f"{path}: not a LoRA file: {first_line(error)}") from None
+    state = {re.sub(r"\.lora\.([AB])\.weight$", r".lora_\1", name): value for name, value in state.items()}
+    ranks = {len(value) for name, value in state.items() if name.endswith(".lora_A")}
+    if weight_kind(state) != "LoRA" or len(ranks) != 1:
+        raise UserError(f"{path}: not a LoRA file")
+    rank, = ranks
+    return LoRA(rank, rank, targets=tuple(sorted({name.split(".")[-2] for name in state}))), state
 
 
 def load_adapter_state(model: nn.Module, lora: LoRA, state: dict[str, Tensor], source: str | Path) -> None:
@@ -164,7 +171,7 @@ def load_adapter_file(model: nn.Module, path: Path, base: str | None = None) -> 
     Raises UserError when it is no LoRA, or belongs to another model.
     """
     lora, state = read_lora(path)
-    if lora.base != (base or weights_hash(model)):
+    if lora.base and lora.base != (base or weights_hash(model)):
         raise UserError(f"{path} was trained on another base than this one; name its base "
                         "(its .json tells which), or train it again on this one")
     load_adapter_state(model, lora, state, path)

@@ -40,17 +40,16 @@ class MiniMindConfig(PretrainedConfig):
         num_attention_heads: int = 8,
         num_key_value_heads: int = 4,
         head_dim: int | None = None,
+        qk_norm: bool = True,
         intermediate_size: int | None = None,
         max_position_embeddings: int = 32768,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 1e6,
         inference_rope_scaling: bool = False,
-        num_experts: int = 4,
-        num_experts_per_tok: int = 1,
+        num_experts: int = 4, num_experts_per_tok: int = 1, n_shared_experts: int = 0,
         moe_intermediate_size: int | None = None,
         norm_topk_prob: bool = False,
-        router_aux_loss_coef: float = 5e-4,
-        initializer_range: float = 0.02,
+        router_aux_loss_coef: float = 5e-4, initializer_range: float = 0.02,
         tie_word_embeddings: bool = True,
         pad_token_id: int = 0, bos_token_id: int = 1, eos_token_id: int = 2,
         **kwargs,
@@ -62,20 +61,18 @@ class MiniMindConfig(PretrainedConfig):
         if num_experts_per_tok > num_experts:
             raise ValueError(f"num_experts_per_tok {num_experts_per_tok} is more than num_experts {num_experts}")
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.use_moe = bool(use_moe)
-        self.vocab_size = vocab_size
+        self.use_moe, self.vocab_size = bool(use_moe), vocab_size
         self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, rotary positions rotate pairs")
         self.intermediate_size = intermediate_size or math.ceil(hidden_size * math.pi / 64) * 64
         self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.inference_rope_scaling = bool(inference_rope_scaling)
+        self.rms_norm_eps, self.qk_norm, self.inference_rope_scaling = rms_norm_eps, qk_norm, inference_rope_scaling
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
         # False by measurement: docs/experiments.md, "Router weight". Published weights were trained with True.
-        self.norm_topk_prob = norm_topk_prob
+        self.norm_topk_prob, self.n_shared_experts = norm_topk_prob, n_shared_experts
         self.router_aux_loss_coef, self.initializer_range = router_aux_loss_coef, initializer_range
         kwargs.setdefault("architectures", ["MiniMindForCausalLM"])
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
@@ -127,7 +124,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with RMSNorm on each query and key head (Qwen3)."""
+    """Grouped-query attention (Ainslie et al. 2023) with RMSNorm on each query and key head (Qwen3, not MiniMind2)."""
 
     def __init__(self, config: MiniMindConfig, layer_index: int):
         super().__init__()
@@ -137,8 +134,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(H, config.num_key_value_heads * D)
         self.v_proj = Linear(H, config.num_key_value_heads * D)
         self.o_proj = Linear(config.num_attention_heads * D, H)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps)
-        self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        self.q_norm, self.k_norm = (RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+                                    for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: BatchLayout) -> Tensor:
         """x [B, T, H] → the same shape; q, k, v are [B, T, heads, D]."""
@@ -164,13 +161,14 @@ class FeedForward(nn.Module):
 
 
 class MoEFeedForward(nn.Module):
-    """Top-k routing to expert networks (Qwen3-MoE; Switch, Fedus et al. 2021, for k = 1)."""
+    """Top-k routing to experts (Qwen3-MoE; for k = 1 Switch, Fedus et al. 2021) and shared experts (MiniMind2)."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
+        self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
         self._register_load_state_dict_pre_hook(stack_expert_weights)
 
     def forward(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -180,8 +178,10 @@ class MoEFeedForward(nn.Module):
         weight_NK, expert_NK = prob_NE.topk(self.top_k, dim=-1)
         if self.norm_topk_prob:
             weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
-        y_NH = self.experts(x_NH, expert_NK, weight_NK)
-        return y_NH.view_as(x).to(x.dtype), router_stats(prob_NE, expert_NK, token_mask)
+        y = self.experts(x_NH, expert_NK, weight_NK).view_as(x).to(x.dtype)
+        for shared_expert in self.shared_experts:
+            y = y + shared_expert(x)
+        return y, router_stats(prob_NE, expert_NK, token_mask)
 
 
 class Block(nn.Module):

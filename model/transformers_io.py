@@ -33,10 +33,17 @@ AUTO_MAP = {"AutoConfig": "model_minimind.MiniMindConfig", "AutoModelForCausalLM
 
 
 def qwen3_config(config: MiniMindConfig, **options) -> PretrainedConfig:
-    """Our configuration as that of transformers' Qwen3 or Qwen3-MoE, whose parameters have the same names."""
-    from transformers import Qwen3Config, Qwen3MoeConfig
+    """Our configuration as that of transformers' Qwen3 or Qwen3-MoE, whose parameters have the same names.
 
-    omitted = {"model_type", "architectures", "auto_map", "use_moe", "inference_rope_scaling"}
+    Of a model without QK-norm, as that of Llama. Raises UserError for shared experts, which none of them has.
+    """
+    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+    if config.n_shared_experts or config.use_moe and not config.qk_norm:
+        raise UserError("transformers' Qwen3-MoE has QK-norm and no shared experts, unlike MiniMind2's MoE; "
+                        "--format minimind and torch keep it as it is")
+    omitted = {"model_type", "architectures", "auto_map", "use_moe", "inference_rope_scaling", "qk_norm",
+               "n_shared_experts"}
     if not config.use_moe:  # engines take every model whose config names experts for a MoE
         omitted |= {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
                     "router_aux_loss_coef"}
@@ -44,27 +51,30 @@ def qwen3_config(config: MiniMindConfig, **options) -> PretrainedConfig:
     if config.use_moe:  # SGLang reads the LM head of a Qwen3-MoE from its own weights
         values["tie_word_embeddings"] = False
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return (Qwen3MoeConfig if config.use_moe else Qwen3Config)(**values | options, rope_parameters=rope)
+    config_class = Qwen3MoeConfig if config.use_moe else Qwen3Config if config.qk_norm else LlamaConfig
+    return config_class(**values | options, rope_parameters=rope)
 
 
 def minimind_config(config: PretrainedConfig) -> MiniMindConfig:
-    """The configuration of a Qwen3 or Qwen3-MoE as ours. Raises UserError for what our decoder cannot express."""
+    """The configuration of a Qwen3, Qwen3-MoE or Llama as ours. Raises UserError for what our decoder lacks."""
     rope = getattr(config, "rope_parameters", None) or {}
-    supported = {"model_type": ("qwen3", "qwen3_moe"), "hidden_act": ("silu",), "attention_bias": (False,),
+    supported = {"model_type": ("qwen3", "qwen3_moe", "llama"), "hidden_act": ("silu",),
+                 "attention_bias": (False,), "mlp_bias": (False,),
                  "use_sliding_window": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
     unsupported = [f"{name} {getattr(config, name)}" for name, values in supported.items()
                    if getattr(config, name, values[0]) not in values]
     if not unsupported and rope.get("rope_type", "default") != "default":
         unsupported = [f"rope_type {rope['rope_type']}"]
     if unsupported:
-        raise UserError(f"MiniMind has no such model: {', '.join(unsupported)}; it reads Qwen3 and Qwen3-MoE as "
-                        "published")
+        raise UserError(f"MiniMind has no such model: {', '.join(unsupported)}; it reads Qwen3, Qwen3-MoE and "
+                        "Llama as published")
     values = {name: getattr(config, name) for name in CONFIG_KEYS if hasattr(config, name)}
-    return MiniMindConfig(**values | {"use_moe": config.model_type == "qwen3_moe", "rope_theta": rope["rope_theta"]})
+    return MiniMindConfig(**values | {"use_moe": config.model_type == "qwen3_moe", "rope_theta": rope["rope_theta"],
+                                      "qk_norm": config.model_type != "llama"})
 
 
 def from_hf_model(model: nn.Module) -> MiniMindForCausalLM:
-    """A Qwen3 or Qwen3-MoE of transformers as our class; a model of our class as it is."""
+    """A Qwen3, Qwen3-MoE or Llama of transformers as our class; a model of our class as it is."""
     if isinstance(model, MiniMindForCausalLM):
         return model
     config, state = minimind_config(model.config), model.state_dict()
@@ -183,8 +193,9 @@ def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, 
         moe.register_expert_names()
         exported = MiniMindForCausalLM(MiniMindConfig(**model.config.to_dict() | {"auto_map": AUTO_MAP}))
     else:
-        class_name = f"{'Qwen3Moe' if model.config.use_moe else 'Qwen3'}For{kind}"
-        exported = getattr(transformers, class_name)(qwen3_config(model.config, **options))
+        config = qwen3_config(model.config, **options)
+        family = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}[config.model_type]
+        exported = getattr(transformers, f"{family}For{kind}")(config)
     exported.load_state_dict(model.state_dict())
     exported.to(dtype).save_pretrained(folder)
     if as_minimind:
@@ -197,7 +208,9 @@ def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, 
         (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         source = tokenizer.folder / name
-        shutil.copyfile(source if source.is_file() else TOKENIZER_DIR / name, folder / name)
+        content = json.loads((source if source.is_file() else TOKENIZER_DIR / name).read_text("utf-8"))
+        content.pop("chat_template", None)  # may be another one than below
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
     (folder / "chat_template.jinja").write_text(chat_template(tokenizer), "utf-8")
 
 
@@ -209,7 +222,7 @@ def register() -> None:
     AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
 
 
-def load_folder(folder: str | Path, flag: str = "--load_from", **overrides) -> tuple[nn.Module, ChatTokenizer]:
+def load_folder(folder: str | Path, flag: str = "--load_from") -> tuple[nn.Module, ChatTokenizer]:
     """A model and its tokenizer from a folder in transformers' format (Qwen3, or MiniMind's class); no remote code."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -219,6 +232,12 @@ def load_folder(folder: str | Path, flag: str = "--load_from", **overrides) -> t
         hint = ", nor the word 'model'" if flag == "--load_from" else ""
         raise UserError(f"{flag} {folder}: not a transformers folder (no config.json){hint}")
     register()
+    overrides = {}
+    settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    if settings.get("model_type") == "minimind" and "n_routed_experts" in settings:  # MiniMind2's class
+        overrides["config"] = MiniMindConfig(**settings | {
+            "qk_norm": False, "num_experts": settings["n_routed_experts"],
+            "n_shared_experts": settings["use_moe"] * settings["n_shared_experts"]})
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
                                                              trust_remote_code=False, **overrides)

@@ -22,9 +22,9 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 OUT_DIR, CHECKPOINT_DIR = ROOT / "out", ROOT / "checkpoints"
 CONFIG_KEYS = ("hidden_size", "num_hidden_layers", "use_moe", "vocab_size", "num_attention_heads",
-               "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps",
-               "rope_theta", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-               "router_aux_loss_coef", "tie_word_embeddings")
+               "num_key_value_heads", "head_dim", "qk_norm", "intermediate_size", "max_position_embeddings",
+               "rms_norm_eps", "rope_theta", "num_experts", "num_experts_per_tok", "n_shared_experts",
+               "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef", "tie_word_embeddings")
 
 
 def file_stem(name: str, config: MiniMindConfig) -> str:
@@ -253,21 +253,31 @@ def load_state(model: nn.Module, state: dict, path: Path) -> None:
 
 
 def infer_config(state: dict, path: Path) -> dict:
-    """The configuration of a state dict without metadata: sizes from its shapes, the rest as published."""
+    """The configuration of a state dict without metadata: sizes from its shapes, the rest as published.
+
+    Without QK-norm it is a MiniMind2 (26 M, 104 M, or the MoE of 145 M with one shared expert): 8 query heads.
+    """
     layer = "model.layers.0."
+    if "tok_embeddings.weight" in state:
+        raise UserError(f"{path}: its tensors have the names of MiniMind before April 2025, which are not read; "
+                        "take a weight that was published since")
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
-        head_dim, = state[f"{layer}self_attn.q_norm.weight"].shape
+        q_norm = state.get(f"{layer}self_attn.q_norm.weight")
+        head_dim = len(q_norm) if q_norm is not None else hidden_size // 8
         use_moe = f"{layer}mlp.gate.weight" in state
         stacked, single = f"{layer}mlp.experts.down_proj", f"{layer}mlp.experts.0.down_proj.weight"
         down = state[stacked if stacked in state else single if use_moe else f"{layer}mlp.down_proj.weight"]
+        shared = sum(bool(re.fullmatch(f"{layer}mlp.shared_experts.\\d+.down_proj.weight", key)) for key in state)
         return {
             "vocab_size": vocab_size, "hidden_size": hidden_size, "head_dim": head_dim, "use_moe": use_moe,
-            "num_hidden_layers": sum(key.endswith("self_attn.q_norm.weight") for key in state),
+            "num_hidden_layers": sum(key.endswith("self_attn.q_proj.weight") for key in state),
             "num_attention_heads": state[f"{layer}self_attn.q_proj.weight"].shape[0] // head_dim,
             "num_key_value_heads": state[f"{layer}self_attn.k_proj.weight"].shape[0] // head_dim,
             "intermediate_size": down.shape[-1], "norm_topk_prob": True,
             "num_experts": len(state[f"{layer}mlp.gate.weight"]) if use_moe else 4,
+            "n_shared_experts": shared, "num_experts_per_tok": 2 if shared else 1,
+            **({} if q_norm is not None else {"qk_norm": False, "rms_norm_eps": 1e-5}),
         }
     except (KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a MiniMind state dict, it lacks {error}") from None

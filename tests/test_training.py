@@ -166,10 +166,10 @@ def test_a_parent_that_does_not_fit_is_told_in_one_line(lab, capsys):
     child = {"stage": train_full_sft, "from_weight": "pretrain"}
     lab.fails(capsys, 2, "pretrain_96.pth", "there: pretrain_64", **child, hidden_size=96)
     lab.fails(capsys, 2, "--num_hidden_layers 3", "has 2", **child, num_hidden_layers=3)
-    other_tokenizer(lab.out / "pretrain_64.json")
-    lab.fails(capsys, 2, "another tokenizer", "--tokenizer", **child)
     truncate(lab.out / "pretrain_64.pth")
     lab.fails(capsys, 2, "pretrain_64.pth", "not a weight file", **child)
+    other_tokenizer(lab.out / "pretrain_64.json")
+    lab.fails(capsys, 2, "another tokenizer", "--tokenizer", **child)
 
 
 def test_a_state_that_does_not_fit_is_told_in_one_line(lab, capsys):

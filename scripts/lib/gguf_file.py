@@ -28,6 +28,10 @@ BLOCK = 32  # weights that share a scale in q8_0; also the width of the expert o
 
 
 def architecture(config: MiniMindConfig) -> str:
+    """llama.cpp's name of the architecture. Raises UserError for MiniMind2's models."""
+    if config.n_shared_experts or not config.qk_norm:
+        raise UserError("--format gguf writes Qwen3, which has QK-norm and no shared experts, unlike MiniMind2; write "
+                        "--format transformers (Llama) and convert that with llama.cpp's convert_hf_to_gguf.py")
     if not config.use_moe:
         return "qwen3"
     return "qwen3moe" if config.norm_topk_prob else "bailingmoe2"
