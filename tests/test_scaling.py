@@ -31,7 +31,8 @@ ZERO = sorted(path.stem for path in CONFIGS.glob("*.json"))
 ROLLOUTS = {"max_gen_len": 6, "batch_size": 4, "accumulation_steps": 2,
             "num_generations": 2, "log_interval": 1}
 STAGES = {
-    "pretrain": {}, "full_sft": {}, "lora": {"lora_name": "lora_identity", "learning_rate": 1e-3},
+    "pretrain": {}, "full_sft": {"from_weight": "teacher"},
+    "lora": {"lora_name": "lora_identity", "learning_rate": 1e-3},
     "distillation": {"student_hidden_size": 64, "from_weight": "full_sft", "from_teacher_weight": "teacher",
                      "teacher_use_moe": 0},
     "dpo": {}, "reward": {}, "grpo": ROLLOUTS,
