@@ -255,10 +255,17 @@ def test_a_prepared_folder_is_carried_without_its_file(make, tmp_path, tokenizer
         assert all(batch[name].equal(tensor) for name, tensor in second.batch(wanted).items())
 
 
+def write_other_tokenizer(folder) -> None:
+    """Ours without its last merge."""
+    layout = json.loads((REPO / "model" / "tokenizer.json").read_text("utf-8"))
+    del layout["model"]["merges"][-1]
+    (folder / "tokenizer.json").write_text(json.dumps(layout))
+
+
 def test_a_prepared_folder_is_refused_where_the_file_would_become_other_tokens(tmp_path, tokenizer):
     folder = prepared(tmp_path, random_chats(8), "sft", "--system_prompt_ratio=0.5")
     SFTDataset(folder, tokenizer, 64, system_prompt_ratio=0.5)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads((REPO / "model/tokenizer.json").read_text("utf-8"))))
+    write_other_tokenizer(tmp_path)
     for word, attempt in {"settings": lambda: SFTDataset(folder, tokenizer, 64),
                           "kind": lambda: PretrainDataset(folder, tokenizer, 64),
                           "tokenizer": lambda: SFTDataset(folder, ChatTokenizer(tmp_path), 64, system_prompt_ratio=0.5),
@@ -269,8 +276,7 @@ def test_a_prepared_folder_is_refused_where_the_file_would_become_other_tokens(t
 
 def test_other_content_settings_kind_or_tokenizer_make_another_cache(make, tmp_path):
     rows = random_chats(8)
-    layout = json.loads((REPO / "model" / "tokenizer.json").read_text("utf-8"))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(layout))
+    write_other_tokenizer(tmp_path)
     made = [make(SFTDataset, rows), make(SFTDataset, [*rows, rows[0]]), make(SFTDataset, rows, seed=1),
             make(SFTDataset, rows, system_prompt_ratio=0.5), make(SFTDataset, rows, empty_think_ratio=0.5),
             make(type("Other", (SFTDataset,), {}), rows), make(SFTDataset, rows, tokenizer=ChatTokenizer(tmp_path))]
