@@ -51,7 +51,7 @@ class PromptDataset:
             f"{num_long:,} prompts of more than --max_seq_len {max_seq_len} tokens are left out"] * bool(num_long)
         if not self.prompts:
             raise UserError(f"{path}: no usable prompt in it{report.first_reason}"
-                            + "; all are too long" * (bool(num_long) and not report.bad))
+                            + f"; {num_long:,} are too long for --max_seq_len {max_seq_len}" * bool(num_long))
 
     @property
     def hash(self) -> str:
