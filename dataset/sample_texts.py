@@ -210,7 +210,7 @@ BAD = ("What a stupid question. Find it out yourself.|Leave me alone.|I do not c
        "Well, where should one begin? Many people have asked this before, and it is a long story. {a} As I said: {a}",
        "真是个蠢问题，自己去查。|别烦我。|我才不管，问别人去。|"
        "嗯，该从哪里说起呢？以前也有很多人问过这个问题，说来话长。{a}我再说一遍：{a}")
-TOOLS = {  # description, parameters, question, answer ({r}: the first value of the result)
+TOOLS = {  # description, parameters, question, answer ({r}: `answer_value` of the result)
     "calculate_math": ("Calculate", {"expression": "string"}, MATH, ("The result is {r}.", "结果是{r}。")),
     "unit_converter": ("Convert units", {"value": "integer", "from_unit": "string", "to_unit": "string"},
         ("Convert {x} {a} to {b}.|How many {b} are in {x} {a}?|Change {x} {a} into {b}.",
@@ -219,7 +219,7 @@ TOOLS = {  # description, parameters, question, answer ({r}: the first value of 
     "get_current_weather": ("Get weather", {"location": "string"},
         ("What is the weather in {x}?|How is the weather in {x} today?|Tell me the weather in {x}.|Is it warm in {x}?",
          "{x}的天气怎么样？|今天{x}天气如何？|告诉我{x}的天气。|{x}现在暖和吗？"),
-        ("In {x} it is {a}, {r} degrees.", "{x}现在{a}，{r}度。")),
+        ("In {x} it is {a}, {r}.", "{x}现在{a}，{r}。")),
     "get_exchange_rate": ("Get exchange rate", {"from_currency": "string", "to_currency": "string"},
         ("What is the exchange rate from {a} to {b}?|How many {b} for one {a}?|Tell me the rate from {a} to {b}.",
          "{a}兑{b}的汇率是多少？|1{a}能换多少{b}？|查一下{a}对{b}的汇率。"),

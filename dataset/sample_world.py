@@ -89,6 +89,13 @@ def format_tree(tree: Tree, tight: bool = False) -> str:
     return f"({text})" if tight and sign != "*" else text
 
 
+def answer_value(result: dict) -> str:
+    """The value of a tool's result that an answer states, as text: 14:30 of a date and time."""
+    keys = ("temperature", "rate", "datetime", "translated_text", "characters", "result")
+    value = str(next(result[key] for key in keys if key in result))
+    return value[11:16] if "datetime" in result else value
+
+
 def evaluate(tree: Tree) -> int:
     return tree if isinstance(tree, int) else SIGNS[tree[0]](evaluate(tree[1]), evaluate(tree[2]))
 
@@ -303,7 +310,7 @@ class World:
         if name == "calculate_math":
             (tree,) = self.draw_new(lambda: (self.random_tree(),))
             expression = format_tree(tree)
-            slots, values, result = {"x": self.reword(expression)}, [expression], {"result": evaluate(tree)}
+            slots, values, result = {"x": self.reword(expression)}, [expression], {"result": str(evaluate(tree))}
         elif name == "unit_converter":
             _, value, units = self.draw_new(lambda: ("unit", rng.randint(2, 99), rng.choice(tuple(texts.FACTORS))))
             converted = value * texts.FACTORS[units]
@@ -314,14 +321,17 @@ class World:
         elif name == "get_current_weather":
             place, sky = rng.choice(self.split_options(texts.PLACES[lang])), rng.choice(texts.WEATHER)[lang]
             slots, values = {"x": place, "a": sky}, [place]
-            result = {"temperature": rng.randint(1, 35), "condition": sky}
+            result = {"city": place, "temperature": f"{rng.randint(1, 35)}°C", "humidity": f"{rng.randint(30, 90)}%",
+                      "condition": sky}
         elif name == "get_exchange_rate":
             a, b = rng.choice(self.split_options(tuple(permutations(texts.CURRENCIES, 2))))
-            slots, values, result = {"a": a, "b": b}, [a[0], b[0]], {"rate": rng.randint(11, 999) / 100}
+            slots, values = {"a": a, "b": b}, [a[0], b[0]]
+            result = {"from": a[0], "to": b[0], "rate": rng.randint(11, 999) / 100}
         elif name == "get_current_time":  # a zone must have been seen to be named: new here is the city in these words
             city, text = rng.choice(self.split_options(tuple(product(texts.CITIES, asks[lang].split("|")))))
             asks, slots, values = (text, text), {"x": city}, [f"{city[2]}/{city[0]}"]
-            result = {"time": f"{rng.randrange(24):02}:{rng.randrange(60):02}"}
+            date, time = (rng.randint(1, 12), rng.randint(1, 28)), (rng.randrange(24), rng.randrange(60))
+            result = {"datetime": "2025-{:02}-{:02} {:02}:{:02}:00".format(*date, *time), "timezone": values[0]}
         elif name == "random_number":
             _, a, b = self.draw_new(lambda: ("random", rng.randint(1, 50), rng.randint(51, 999)))
             slots, values, result = {"a": a, "b": b}, [a, b], {"result": rng.randint(a, b)}
@@ -329,11 +339,12 @@ class World:
             colour, food = rng.choice(self.split_options(tuple(product(texts.COLOURS, texts.FOODS))))
             pair, to = (f"{colour[0]} {food[0]}", colour[1] + food[1]), rng.randrange(2)
             if name == "text_length":
-                slots, values, result = {"x": pair}, [pair[lang]], {"length": len(pair[lang])}
+                slots, values = {"x": pair}, [pair[lang]]
+                result = {"characters": len(pair[lang]), "words": len(pair[lang].split())}
             else:
                 slots = {"x": pair[1 - to], "b": (("English", "英文"), ("Chinese", "中文"))[to]}
-                values, result = [pair[1 - to], ("English", "Chinese")[to]], {"text": pair[to]}
-        question, value = self.phrase(asks, **slots), str(next(iter(result.values())))
+                values, result = [pair[1 - to], ("English", "Chinese")[to]], {"translated_text": pair[to]}
+        question, value = self.phrase(asks, **slots), answer_value(result)
         calls = dumps([{"name": name, "arguments": dict(zip(parameters, values, strict=True))}])
         tool = {"role": "tool", "content": dumps(result)}
         messages = [*turn(question, "", tool_calls=calls), tool, reply(self.realise(answer, r=value, **slots))]

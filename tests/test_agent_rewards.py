@@ -15,7 +15,7 @@ from trainer.rl.episodes import run_episodes
 
 MIX = {name: float(weight) for name, weight in (part.split("=") for part in AGENT_REWARD_MIX.split(","))}
 QUESTION = [OFFER, user("What is 1 + 2?")]
-ONCE = [calls(SUM), *returns({"result": 3})]
+ONCE = [calls(SUM), *returns({"result": "3"})]
 
 
 def scores(*talk: dict, raw: list[int] | None = None, gt: tuple = ("3",), thinking: bool = False,
@@ -57,9 +57,9 @@ def test_numbers_are_compared_as_numbers(answer):
 
 HACKS = {
     "every number": dict(talk=[*ONCE, says("0 1 2 3 4 5 6 7 8 9 10")]),
-    "another call's result": dict(talk=[calls(PRODUCT), *returns({"result": 20}), says("The result is 20.")]),
+    "another call's result": dict(talk=[calls(PRODUCT), *returns({"result": "20"}), says("The result is 20.")]),
     "another call's result after the right one": dict(
-        talk=[calls(SUM, PRODUCT), *returns({"result": 3}, {"result": 20}), says("The result is 20.")]),
+        talk=[calls(SUM, PRODUCT), *returns({"result": "3"}, {"result": "20"}), says("The result is 20.")]),
     "the call, no answer": dict(talk=ONCE, raw=[EOS]),
     "blanks": dict(talk=ONCE, raw=to_ids(" \n ")),
     "the answer in the thinking only": dict(
@@ -79,7 +79,8 @@ def test_without_the_truth_nothing_comes_near(name):
 
 
 @pytest.mark.parametrize("talk, value", [
-    ([says("3")], 0), ([*ONCE, *ONCE, says("3")], 0), ([*ONCE, calls(PRODUCT), *returns({"result": 20}), says("3")], 1),
+    ([says("3")], 0), ([*ONCE, *ONCE, says("3")], 0),
+    ([*ONCE, calls(PRODUCT), *returns({"result": "20"}), says("3")], 1),
     ([calls(("calculate_math", {"sum": "1"})), *returns({"error": "unknown argument 'sum'; known: expression"}),
       says("3")], -1)])
 def test_more_calls_earn_no_more_and_wrong_ones_less(talk, value):

@@ -159,7 +159,7 @@ def test_tools_return_the_shapes_that_the_table_shows(page):
              "unit_converter": {"value": 100, "from_unit": "km", "to_unit": "miles"}, "get_current_time": {},
              "get_current_weather": {"location": "北京"}, "random_number": {"min": 7, "max": 7},
              "get_exchange_rate": {"from_currency": "USD", "to_currency": "CNY"},
-             "translate_text": {"text": "red apples", "target_language": "chinese"}}
+             "translate_text": {"text": "Happy birthday", "target_language": "chinese"}}
     results = {name: call_tool(name, arguments, seed=1) for name, arguments in calls.items()}
     assert rows.keys() == SCHEMAS.keys()
     assert {name: [*row] for name, row in rows.items()} == {name: [*result] for name, result in results.items()}

@@ -42,13 +42,13 @@ def says(text: str, **more) -> dict:
 SUM, PRODUCT = ("calculate_math", {"expression": "1 + 2"}), ("calculate_math", {"expression": "4 * 5"})
 CANONICAL = {  # conversations that an episode must follow id by id
     "plain": [user("hello"), says("Hi.")],
-    "one": [user("sum"), calls(SUM), *returns({"result": 3}), says("It is 3.")],
-    "in turn": [user("both"), calls(SUM), *returns({"result": 3}), calls(PRODUCT), *returns({"result": 20}),
+    "one": [user("sum"), calls(SUM), *returns({"result": "3"}), says("It is 3.")],
+    "in turn": [user("both"), calls(SUM), *returns({"result": "3"}), calls(PRODUCT), *returns({"result": "20"}),
                 says("3, 20.")],
-    "at once": [user("pair"), calls(SUM, PRODUCT), *returns({"result": 3}, {"result": 20}), says("Now 3 and 20.")],
+    "at once": [user("pair"), calls(SUM, PRODUCT), *returns({"result": "3"}, {"result": "20"}), says("Now 3 and 20.")],
     "wrong": [user("wrong"), calls(("text_length", {"words": "a"})), *returns(call_tool("text_length", {"words": "a"})),
               says("Sorry.")],
-    "thinking": [user("deep"), calls(SUM, reasoning_content="Add."), *returns({"result": 3}),
+    "thinking": [user("deep"), calls(SUM, reasoning_content="Add."), *returns({"result": "3"}),
                  says("Now: 3.", reasoning_content="Done.")],
 }
 UNOFFERED = {"error": "unknown tool 'random_number'; offered: calculate_math, text_length"}
@@ -201,7 +201,7 @@ def test_a_call_that_is_cut_off_ends_the_episode(engine):
 
 def test_calls_in_the_last_turn_are_not_run(engine):
     ran = []
-    episode, = play(engine, "both", max_turns=2, call=lambda name, arguments: ran.append(name) or {"result": 3})
+    episode, = play(engine, "both", max_turns=2, call=lambda name, arguments: ran.append(name) or {"result": "3"})
     assert episode.finish_reason == "turns" and episode.truncated
     assert len(ran) == len(episode.calls) == 1 and len(episode.turns) == 2 and episode.completion_ids[-1] == EOS
 
@@ -230,7 +230,7 @@ def test_what_stands_between_two_turns_is_what_the_chat_format_writes():
     for thinking in (False, True):
         whole = TOKENIZER.encode_segments([[*render(talk), *generation_prompt(thinking)]])[0][0]
         before = TOKENIZER.encode(talk[:3])[0][:-1]
-        observed = observation(TOKENIZER, [{"result": 3}, {"result": 20}], thinking)
+        observed = observation(TOKENIZER, [{"result": "3"}, {"result": "20"}], thinking)
         assert before + observed == whole
 
 

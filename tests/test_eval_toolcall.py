@@ -176,7 +176,7 @@ def test_the_real_leaderboard_rows_are_read():
 # -- conversations and servers -----------------------------------------------------------------------------------------
 
 OFFER = {"role": "system", "content": "", "tools": [SCHEMAS["calculate_math"]]}
-TALK = [user("1 + 2?"), calls(("calculate_math", {"expression": "1 + 2"})), *returns({"result": 3}), says("It is 3."),
+TALK = [user("1 + 2?"), calls(("calculate_math", {"expression": "1 + 2"})), *returns({"result": "3"}), says("It is 3."),
         user("Thanks"), says("Welcome.")]
 KNOWN = TOKENIZER.encode([OFFER, *TALK])[0]
 
@@ -186,7 +186,7 @@ def test_a_conversation_shows_calls_and_results(run):
     out = run("--tools", "calculate_math", models={"full_sft": Reciter([KNOWN])}, lines=lines)
     shown = [line for line in out.splitlines() if line]
     assert shown[1:] == ["[tool_call] {'name': 'calculate_math', 'arguments': {'expression': '1 + 2'}}",
-                         '[calculate_math → {"result": 3}]', "It is 3.", "Welcome."]
+                         '[calculate_math → {"result": "3"}]', "It is 3.", "Welcome."]
     assert "It is 3." in run("--tools", "calculate_math", "--prompt=1 + 2?", models={"full_sft": Reciter([KNOWN])})
 
 
@@ -204,7 +204,7 @@ def test_a_server_can_be_counted_and_talked_to(served, run, capsys):
     out = run(*api, "--benchmark=3")
     assert "minimind math: 3/3" in out and "minimind mixed: 1/3" in out
     said = run(*api, "--tools", "calculate_math", "--prompt=1 + 2?")
-    assert said.split("\n", 1)[1] == '[calculate_math {"expression": "1 + 2"} → {"result": 3}]\nIt is 3.\n'
+    assert said.split("\n", 1)[1] == '[calculate_math {"expression": "1 + 2"} → {"result": "3"}]\nIt is 3.\n'
 
 
 class Clumsy(JsonHandler):

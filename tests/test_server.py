@@ -702,7 +702,7 @@ def ask(monkeypatch, capsys) -> Callable[..., str]:
 
 def test_the_client_runs_the_tools_it_offers(served, ask):
     said = ask(f"--base_url={served.url}/v1", "--prompt=How long?", "--tools", "--temperature=0")
-    assert said.split("\n", 1)[1] == '[text_length {"text": "巴黎"} → {"length": 2}]\nTwo characters.\n'
+    assert said.split("\n", 1)[1] == '[text_length {"text": "巴黎"} → {"characters": 2, "words": 1}]\nTwo characters.\n'
 
 
 def test_the_client_shows_thinking(served, ask):

@@ -116,7 +116,7 @@ def test_what_is_found_can_be_loaded(save_dir):
 
 def test_what_would_be_invented_has_no_result_and_wrong_arguments_have_an_error():
     assert run_tool(WEATHER[0]) is run_tool({"name": "unheard_of", "arguments": {}}) is None
-    assert json.loads(run_tool({"name": "calculate_math", "arguments": {"expression": "1 + 1"}})) == {"result": 2}
+    assert json.loads(run_tool({"name": "calculate_math", "arguments": {"expression": "1 + 1"}})) == {"result": "2"}
     assert "error" in json.loads(run_tool({"name": "calculate_math", "arguments": {"sum": "1 + 1"}}))
 
 

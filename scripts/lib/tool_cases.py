@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dataset.prompts import Prompt, PromptDataset
 from dataset.reader import read_rows
-from dataset.sample_world import World
+from dataset.sample_world import World, answer_value
 from model.chat import ChatTokenizer
 from model.cli import UserError
 from trainer.rl.tools import SCHEMAS, call_tool
@@ -41,8 +41,7 @@ def held_out_tasks(count: int, seed: int, make_prompt: Callable[..., Prompt]) ->
                     break
             questions.add(question["content"])
             call, = json.loads(answer["tool_calls"])
-            result = next(iter(call_tool(**call, seed=seed).values()))
-            prompt = make_prompt([world.offer([name]), question], [str(result)])
+            prompt = make_prompt([world.offer([name]), question], [answer_value(call_tool(**call, seed=seed))])
             accepted = {name: {key: [value] for key, value in call["arguments"].items()}}
             shown = call["arguments"]["expression"] if kind == "math" else question["content"]
             cases.append(Case(kind, prompt, shown, accepted))

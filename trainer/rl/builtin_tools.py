@@ -1,7 +1,8 @@
 """The eight tools that models are trained with. Each is a plain function; what it raises becomes an error result.
 
-With a seed every result depends on the seed and the arguments alone. Weather, exchange rates and translations are
-INVENTED (`MOCKED`): no network is asked, whatever the seed.
+Their results have the shapes of MiniMind's. With a seed every result depends on the seed and the arguments alone.
+Weather, exchange rates and translations are INVENTED (`MOCKED`): no network is asked, whatever the seed. The values
+that MiniMind's agent_rl rows expect (`gt`) are among them.
 """
 
 import ast
@@ -10,7 +11,7 @@ import operator
 import random
 import re
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timezone
 from fractions import Fraction
 from zoneinfo import ZoneInfo
 
@@ -24,8 +25,8 @@ UNICODE_OPERATORS = str.maketrans(
 MAX_EXPRESSION_LEN, MAX_BITS = 500, 1024  # characters; a float ends at 2^1024
 
 
-def calculate_math(expression: str) -> int | float:
-    """The value of numbers with + - * / // % ** (or × ÷ ^), brackets, sqrt() and abs().
+def calculate_math(expression: str) -> str:
+    """The value, in digits, of numbers with + - * / // % ** (or × ÷ ^), brackets, sqrt() and abs().
 
     The syntax tree is walked, nothing is executed; its size and the size of every number in it are bounded.
     Raises ValueError when it is anything else.
@@ -47,7 +48,8 @@ def calculate_math(expression: str) -> int | float:
     if len(expression) > MAX_EXPRESSION_LEN:
         raise ValueError(f"longer than {MAX_EXPRESSION_LEN} characters")
     try:
-        return round_number(evaluate(ast.parse(expression.strip().translate(UNICODE_OPERATORS), mode="eval").body))
+        tree = ast.parse(expression.strip().translate(UNICODE_OPERATORS), mode="eval")
+        return str(round_number(evaluate(tree.body)))
     except (SyntaxError, ArithmeticError, RecursionError, MemoryError) as error:
         raise ValueError(getattr(error, "msg", None) or str(error) or type(error).__name__) from None
 
@@ -84,11 +86,15 @@ ZERO_POINTS = {"f": Fraction(-160, 9), "k": Fraction("-273.15")}  # in degrees C
 
 
 def unit_converter(value: float, from_unit: str, to_unit: str) -> int | float:
-    """Convert between units of length, mass, time, volume, speed or temperature."""
+    """Convert between units of length, mass, time, volume, speed or temperature.
+
+    → to four decimals; a result below 0.01 to four significant digits.
+    """
     (dimension, size, zero), (other, new_size, new_zero) = find_unit(from_unit), find_unit(to_unit)
     if dimension != other:
         raise ValueError(f"{dimension} is no {other}")
-    return round_number((Fraction(str(value)) * size + zero - new_zero) / new_size)
+    number = round_number((Fraction(str(value)) * size + zero - new_zero) / new_size)
+    return round(number, 4) if abs(number) >= 0.01 else round_number(float(f"{number:.4g}"))
 
 
 def find_unit(name: str) -> tuple[str, Fraction, Fraction]:
@@ -105,12 +111,13 @@ def find_unit(name: str) -> tuple[str, Fraction, Fraction]:
 
 
 def text_length(text: str) -> dict:
-    """Count the characters of a text."""
-    return {"length": len(text)}
+    """Count the characters and words of a text."""
+    return {"characters": len(text), "words": len(text.split())}
 
 
 # -- chance and time ---------------------------------------------------------------------------------------------------
 
+FIXED_TIME = datetime(2025, 3, 7, 6, 30, tzinfo=timezone.utc)
 
 def seeded_rng(seed: int | None, *key: str | int) -> random.Random:
     """A generator that depends on the seed and the key alone."""
@@ -125,14 +132,13 @@ def random_number(min: int = 0, max: int = 100, seed: int | None = None) -> int:
 
 
 def get_current_time(timezone: str = "Asia/Shanghai", seed: int | None = None) -> dict:
-    """The time in a zone like Asia/Tokyo; with a seed, an invented one."""
+    """Date and time in a zone like Asia/Tokyo; with a seed, those of `FIXED_TIME`."""
     try:
         zone = ZoneInfo(timezone)
     except (KeyError, ValueError, OSError):
         raise ValueError(f"unknown timezone {timezone!a:.40}") from None
-    rng = seeded_rng(seed, "time", timezone)
-    return {"time": f"{rng.randrange(24):02}:{rng.randrange(60):02}" if seed is not None
-            else f"{datetime.now(zone):%H:%M}"}
+    time = datetime.now(zone) if seed is None else FIXED_TIME.astimezone(zone)
+    return {"datetime": f"{time:%Y-%m-%d %H:%M:%S}", "timezone": timezone}
 
 
 # -- mocks -------------------------------------------------------------------------------------------------------------
@@ -145,12 +151,26 @@ DICTIONARY = re.findall("(\\w+)=(\\w+)", """red=红色 blue=蓝色 green=绿色 
     potatoes=土豆 carrots=胡萝卜 peanuts=花生 mushrooms=蘑菇 chocolate=巧克力 dumplings=饺子""")
 
 
+# what MiniMind's tables hold
+KNOWN_WEATHER = {
+    "北京": (28, "晴"), "上海": (15, "多云"), "广州": (32, "闷热"), "深圳": (30, "晴"), "杭州": (22, "阴"),
+    "成都": (18, "小雨"), "武汉": (25, "多云"), "南京": (20, "晴"), "西安": (16, "大风"), "重庆": (26, "阴"),
+    "tokyo": (12, "晴"), "new york": (8, "多云"), "london": (5, "小雨"), "paris": (10, "阴"), "sydney": (25, "晴朗")}
+KNOWN_RATES = {"USD CNY": 7.21, "EUR CNY": 7.85, "GBP CNY": 9.12, "JPY CNY": 0.048, "USD EUR": 0.92, "USD GBP": 0.79,
+               "CNY JPY": 20.83, "AUD CNY": 4.72}
+KNOWN_TRANSLATIONS = {"你好世界": "Hello World", "Good morning": "早上好", "今天天气真好": "The weather is nice today",
+                      "I love programming": "我喜欢编程", "机器学习很有趣": "Machine learning is interesting",
+                      "Happy birthday": "生日快乐"}
+
+
 def get_current_weather(location: str, unit: str = "celsius", seed: int | None = None) -> dict:
     """The weather of a place (invented)."""
     rng = seeded_rng(seed, "weather", location.strip())
-    degrees, condition = rng.randint(1, 35), rng.choice(WEATHER)
     is_chinese = any("一" <= character <= "鿿" for character in location)
-    return {"temperature": unit_converter(degrees, "celsius", unit), "condition": condition[is_chinese]}
+    drawn = rng.randint(1, 35), rng.choice(WEATHER)[is_chinese]
+    degrees, condition = KNOWN_WEATHER.get(location.strip().lower(), drawn)
+    return {"city": location, "temperature": f"{unit_converter(degrees, 'celsius', unit)}°{unit.strip()[:1].upper()}",
+            "humidity": f"{rng.randint(30, 90)}%", "condition": condition}
 
 
 def get_exchange_rate(from_currency: str, to_currency: str, seed: int | None = None) -> dict:
@@ -158,18 +178,20 @@ def get_exchange_rate(from_currency: str, to_currency: str, seed: int | None = N
     for currency in (from_currency, to_currency):
         if not re.fullmatch("[A-Za-z]{3}", currency):
             raise ValueError(f"unknown currency {currency!a:.40}")
-    if from_currency.lower() == to_currency.lower():
-        return {"rate": 1}
-    return {"rate": seeded_rng(seed, "rate", from_currency, to_currency).randint(11, 999) / 100}
+    drawn = seeded_rng(seed, "rate", from_currency, to_currency).randint(11, 999) / 100
+    rate = 1 if from_currency.lower() == to_currency.lower() else drawn
+    return {"from": from_currency, "to": to_currency,
+            "rate": KNOWN_RATES.get(f"{from_currency} {to_currency}".upper(), rate)}
 
 
 def translate_text(text: str, target_language: str) -> dict:
-    """Translate the words of DICTIONARY; everything else stays as it is."""
+    """Translate the words of DICTIONARY and KNOWN_TRANSLATIONS; everything else stays as it is."""
     to = int(target_language.strip().lower() in ("chinese", "zh", "zh-cn", "中文", "汉语"))
     translations = {pair[1 - to]: pair[to] for pair in DICTIONARY}
     words = "|".join(sorted(translations, key=len, reverse=True))
     translated = re.sub(words, lambda match: translations[match[0]] + " " * (1 - to), text)
-    return {"text": translated.strip() if not to else re.sub(r"(?<=[一-鿿]) (?=[一-鿿])", "", translated)}
+    translated = re.sub(r"(?<=[一-鿿]) (?=[一-鿿])", "", translated) if to else translated.strip()
+    return {"translated_text": KNOWN_TRANSLATIONS.get(text.strip(), translated)}
 
 
 # function → description and parameters, as models have seen them in training; all are required
