@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.packing import Rows, pack, split_long, truncate_at_answers
+from dataset.packing import Rows, pack, truncate_at_answers
 from dataset.prefix_sharing import collate_pairs
 from dataset.token_cache import CACHE_DIR, TokenDataset
 from model.chat import BOS, EOS, ChatTokenizer, Segment, render
@@ -90,7 +90,7 @@ class PretrainDataset(TokenDataset):
         return [parse_pretrain(row)]
 
     def build_rows(self, start: np.ndarray, length: np.ndarray, packing: bool) -> tuple[Rows, np.ndarray, list[str]]:
-        rows = pack(*split_long(start, length, self.max_seq_len), self.max_seq_len, packing)
+        rows = pack(start, length, self.max_seq_len, packing, split=True)
         return rows, rows.sum_per_row(rows.length), []
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 IGNORE = -100  # the label of a position without a target
-WINDOW = 1 << 18  # sequences packed at a time, which bounds memory
+WINDOW = 1 << 18  # documents packed at a time, which bounds memory
 
 
 @dataclass
@@ -53,18 +53,21 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return row_of
 
 
-def pack(start: np.ndarray, length: np.ndarray, capacity: int, packing: bool = True) -> Rows:
-    """Sequences → rows of at most `capacity` positions; without `packing`, one sequence per row."""
-    if not packing:
-        return Rows(start, length.astype(np.int32), np.arange(len(start) + 1, dtype=np.int64))
-    row_of, num_rows = np.empty(len(start), np.int64), 0
+def pack(start: np.ndarray, length: np.ndarray, capacity: int, packing: bool = True, split: bool = False) -> Rows:
+    """Documents → rows of at most `capacity` positions; without `packing`, one sequence per row.
+
+    With `split`, a document of more positions continues in the next sequence; else none may have more.
+    """
+    starts, lengths, sizes = [], [], []  # of the sequences, row by row; sequences per row
     for begin in range(0, len(start), WINDOW):
-        window = best_fit(length[begin:begin + WINDOW], capacity)
-        row_of[begin:begin + WINDOW] = window + num_rows
-        num_rows += int(window.max()) + 1
-    order = np.argsort(row_of, kind="stable")
-    row_offsets = np.searchsorted(row_of[order], np.arange(num_rows + 1))
-    return Rows(start[order], length[order].astype(np.int32), row_offsets.astype(np.int64))
+        window = start[begin:begin + WINDOW], length[begin:begin + WINDOW]
+        sequence_start, sequence_length = split_long(*window, capacity) if split else window
+        row_of = best_fit(sequence_length, capacity) if packing else np.arange(len(sequence_start))
+        order = np.argsort(row_of, kind="stable")
+        starts.append(sequence_start[order])
+        lengths.append(sequence_length[order].astype(np.int32))
+        sizes.append(np.bincount(row_of))
+    return Rows(np.concatenate(starts), np.concatenate(lengths), np.cumsum(np.concatenate([[0], *sizes])))
 
 
 def split_long(start: np.ndarray, length: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:

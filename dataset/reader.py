@@ -55,13 +55,15 @@ NOT_ROWS = {  # how a file begins: what it is, and the way out
 @dataclass
 class RowReport:
     """What became of the rows of a file: how many cannot be used, the first five as "line: reason", and the keys that
-    are not used, with the number of rows that have them. A row that cannot be used is an error, unless `skip`."""
+    are not used, with the number of rows that have them. A row that cannot be used is an error, unless `skip`.
+    `num_bytes`: of the rows that were read so far."""
 
     path: Path
     skip: bool = False
     bad: int = 0
     first_bad: list[str] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)
+    num_bytes: int = 0
 
     def add_bad(self, number: int, error: ValueError) -> None:
         self.bad, self.first_bad = self.bad + 1, [*self.first_bad, f"{number}: {error}"][:5]
@@ -89,6 +91,8 @@ def read_rows(path: Path, parse: Callable[[dict], T] = lambda row: row, report: 
     With `kind` it gets the canonical row (see formats.py). A bad row is added to `report`; without one it is an error.
     """
     for number, line in read_lines(path):
+        if report:
+            report.num_bytes += len(line)
         try:
             row = parse_row(line)
             if kind:
@@ -102,6 +106,12 @@ def read_rows(path: Path, parse: Callable[[dict], T] = lambda row: row, report: 
             report.add_bad(number, error)
         else:
             yield number, parsed
+
+
+def unpacked_size(path: Path) -> int | None:
+    """Bytes of the rows of a file; None where that is not known before it was read."""
+    with open(path, "rb") as file:
+        return None if file.read(4).startswith((b"\x1f\x8b", b"PAR1")) else path.stat().st_size
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -2,7 +2,7 @@
 
 1. What the tokens depend on makes the key: the recipe (version, kind of rows, tokenizer, settings) and the content of
    the file. `cache_dir`/key is the folder of the tokens.
-2. Where it is missing, the file is read in one pass, a few megabytes at a time, and tokenised on all cores.
+2. Where it is missing, the file is read in one pass, a few megabytes at a time, and tokenised by a thread per core.
 3. The folder is made under a temporary name and renamed when it is complete.
 
 It holds `tokens.bin` (uint16), `mask.bin` (uint8, 1 on targets; empty where all are), `ends.npy` (int64, where each
@@ -15,24 +15,31 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from dataset.packing import Rows, collate
-from dataset.reader import RowReport, read_rows
+from dataset.reader import RowReport, read_rows, unpacked_size
 from model.chat import ChatTokenizer, Segment
-from model.cli import UserError
+from model.cli import UserError, notice
 from model.files import open_atomically, write_atomically
 
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
 CHUNK_CHARS = 2 << 20  # of text tokenised at a time
+PROGRESS_S = 15
 VERSION = 3  # raise it when the same row becomes other tokens
 
+T, R = TypeVar("T"), TypeVar("R")
 Parser = Callable[[dict], list[list[Segment]]]  # a row → its documents
 
 
@@ -168,16 +175,17 @@ def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, row_kind: st
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     ends, num_tokens = array("q"), 0  # millions of documents: a list would take 40 bytes for each
-    report = RowReport(path, skip_bad_rows)
+    report, progress = RowReport(path, skip_bad_rows), Progress(f"tokenising {path.name}", unpacked_size(path))
     try:
         with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "mask.bin", "wb") as masks:
-            for documents in read_documents(path, parse, row_kind, report):
-                for ids, mask in tokenizer.encode_segments(documents):
-                    tokens.write(np.array(ids, np.uint16).tobytes())
-                    if has_mask:
-                        masks.write(np.array(mask, np.uint8).tobytes())
-                    num_tokens += len(ids)
-                    ends.append(num_tokens)
+            for ids, mask, lengths in map_ahead(partial(encode, tokenizer),
+                                                read_documents(path, parse, row_kind, report)):
+                ids.tofile(tokens)
+                if has_mask:
+                    mask.tofile(masks)
+                ends.frombytes((num_tokens + np.cumsum(lengths)).tobytes())
+                num_tokens += len(ids)
+                progress.update(report.num_bytes)
             for file in (tokens, masks):
                 file.flush()
                 os.fsync(file.fileno())
@@ -193,6 +201,49 @@ def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, row_kind: st
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Progress:
+    """Lines on stderr about a long task, every `PROGRESS_S` seconds: megabytes, megabytes/s, time left."""
+
+    def __init__(self, task: str, total: int | None):
+        self.task, self.total, self.start = task, total, time.monotonic()
+        self.next_line = self.start + PROGRESS_S
+
+    def update(self, num_bytes: int) -> None:
+        if (now := time.monotonic()) < self.next_line:
+            return
+        self.next_line = now + PROGRESS_S
+        speed = num_bytes / (now - self.start)
+        of_total = f" of {self.total / 1e6:,.0f} MB, {(self.total - num_bytes) / speed / 60:.0f} min left" \
+            if self.total else " MB"
+        notice(f"{self.task}: {num_bytes / 1e6:,.0f}{of_total}, {speed / 1e6:.1f} MB/s")
+
+
+def encode(tokenizer: ChatTokenizer, documents: list[list[Segment]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents → token ids (uint16) and loss mask (uint8) of all, and the number of tokens of each (int64)."""
+    segments, is_target = zip(*chain.from_iterable(documents), strict=True) if documents else ((), ())
+    texts = list({segment for segment in segments if isinstance(segment, str)})  # "user\n" and others are many
+    ids_of = dict(zip(texts, tokenizer.encode_texts(texts), strict=True))
+    pieces = [ids_of[segment] if isinstance(segment, str) else (segment,) for segment in segments]
+    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    ids = np.fromiter(chain.from_iterable(pieces), np.uint16, lengths.sum())
+    bounds = np.cumsum([0, *map(len, documents)])
+    ends = np.concatenate(([0], np.cumsum(lengths)))[bounds]
+    return ids, np.repeat(np.array(is_target, np.uint8), lengths), np.diff(ends)
+
+
+def map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map`, with the next items computed by a thread per core meanwhile. At most two per thread are held."""
+    num_threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(num_threads) as pool:
+        running: deque = deque()
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > 2 * num_threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 def read_documents(path: Path, parse: Parser, row_kind: str, report: RowReport) -> Iterator[list[list[Segment]]]:

@@ -19,6 +19,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+try:
+    import tiktoken
+except ImportError:  # optional: faster
+    tiktoken = None
+
 from model.cli import UserError
 
 TOKENIZER_DIR = Path(__file__).resolve().parent
@@ -93,6 +98,7 @@ class ChatTokenizer:
             if added.get(token) != expected:
                 raise UserError(f"{path}: token {token} must have id {expected}, found {added.get(token)}")
         self._bpe = Tokenizer.from_str(json.dumps(settings | {"added_tokens": []}))
+        self._tiktoken = None  # set below, where it gives the same ids
         self.vocab_size = self._bpe.get_vocab_size()
         tokens = {i: token for vocabulary in (self._bpe.get_vocab(), added) for token, i in vocabulary.items()}
         byte_of = unicode_to_byte()
@@ -101,14 +107,43 @@ class ChatTokenizer:
                             for i in range(self.vocab_size)]
         self.num_special = next(i for i in range(self.vocab_size) if tokens[i] not in added)  # they come first
         self.has_special_tokens = SPECIAL_TOKENS.items() <= added.items()  # else <think> and <tool_call> are text
+        self._tiktoken = self._fast_encoder(settings, added)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of text; special tokens that are spelt in it stay text."""
-        return self._bpe.encode(text, add_special_tokens=False).ids
+        return self.encode_texts([text])[0]
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        """`encode_text` of many texts at once, on all cores."""
+        """`encode_text` of many texts at once. Other Python threads run meanwhile."""
+        if self._tiktoken:
+            return [self._tiktoken.encode_ordinary(text) for text in texts]
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _fast_encoder(self, settings: dict, added: dict[str, int]) -> "tiktoken.Encoding | None":
+        """The same BPE in tiktoken, which is about four times as fast; None where it is absent or not the same.
+
+        tiktoken merges any two neighbours whose bytes make a token, in the order of ids. That gives the ids of the
+        tokenizers library if 1. ids follow the order of the merges, and 2. the merges make each token of its own bytes:
+        then no two other neighbours can be left to make it. The split into words has to be one regular expression.
+        """
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        match settings:
+            case {"normalizer": None, "pre_tokenizer": {"pretokenizers": [
+                    {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, last]},
+                  "model": {"type": "BPE", "dropout": None, "ignore_merges": False, "merges": merges, "vocab": vocab}}:
+                pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+            case _:
+                return None
+        merged = [vocab["".join(pair)] for pair in pairs]
+        ids = sorted(set(range(self.vocab_size)) - set(added.values()))
+        if tiktoken is None or last != byte_level or merged != ids[256:]:
+            return None
+        bpe = Tokenizer.from_str(json.dumps(settings | {"added_tokens": [], "pre_tokenizer": None}))
+        tokens = [bpe.id_to_token(i) for i in ids]
+        if [encoding.ids for encoding in bpe.encode_batch_fast(tokens)] != [[i] for i in ids]:
+            return None
+        return tiktoken.Encoding(self.hash, pat_str=pattern, special_tokens={},
+                                 mergeable_ranks={self.token_bytes[i]: i for i in ids})
 
     def decode(self, ids: Iterable[int], keep_special_tokens: bool = False) -> str:
         """Text of the ids; special tokens are left out unless `keep_special_tokens`."""

@@ -289,16 +289,16 @@ def test_an_edited_file_is_read_again(make, tmp_path):
 
 
 def test_interrupted_tokenising_leaves_nothing_half_done(make, tmp_path, monkeypatch):
-    rows, encode = random_texts(9), ChatTokenizer.encode_segments
+    rows, encode = random_texts(9), ChatTokenizer.encode_texts
     calls = itertools.count(1)
 
-    def interrupt(self, conversations):
+    def interrupt(self, texts):
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return encode(self, conversations)
+        return encode(self, texts)
 
     monkeypatch.setattr(token_cache, "CHUNK_CHARS", 1000)
-    monkeypatch.setattr(ChatTokenizer, "encode_segments", interrupt)
+    monkeypatch.setattr(ChatTokenizer, "encode_texts", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(PretrainDataset, rows)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files"]

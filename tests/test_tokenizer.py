@@ -13,6 +13,8 @@ import regex
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from dataset.reader import read_rows
+from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import run_main
 from scripts import train_tokenizer
 
@@ -292,3 +294,66 @@ def test_bad_flags_are_said_before_training(tmp_path, run_script, monkeypatch, f
     monkeypatch.setattr(train_tokenizer, "train", lambda *_: pytest.fail("trained"))
     stopped, _, complaint = run_script("--data_path", data, "--tokenizer_dir", "t", f"--{flag}", value)
     assert (stopped, complaint.count("\n")) == (status, 1) and complaint.startswith("error: ")
+
+
+# -- tiktoken, where it is installed, gives the same ids ---------------------------------------------------------------
+
+
+@pytest.fixture
+def both() -> tuple[ChatTokenizer, ChatTokenizer]:
+    """Our tokenizer with tiktoken and without."""
+    pytest.importorskip("tiktoken")
+    fast, slow = ChatTokenizer(), ChatTokenizer()
+    slow._tiktoken = None
+    assert fast._tiktoken
+    return fast, slow
+
+
+def test_tiktoken_gives_the_same_ids_for_every_character(both):
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    fast, slow = both
+    texts = ["".join(f"a{character}1 {character}'s{character}\n" for character in characters[i:i + 999])
+             for i in range(0, len(characters), 999)]  # beside letters, numbers, blanks and others
+    assert fast.encode_texts(texts) == slow.encode_texts(texts)
+
+
+def test_tiktoken_gives_the_same_ids_for_any_text(both):
+    fast, slow = both
+    long_texts = [" " * 10**5, "a" * 10**5, "你a" * 10**4, " \n" * 10**5 + "x"]
+    for texts in (random_texts(3000, seed=1), MIXED_TEXTS, AWKWARD_TEXTS, list(CONTRACT.values()), long_texts):
+        assert fast.encode_texts(texts) == slow.encode_texts(texts)
+
+
+@pytest.mark.skipif(not VALIDATION.exists(), reason="no shared data")
+def test_tiktoken_gives_the_same_ids_for_real_text(both):
+    fast, slow = both
+    texts = [row["text"] for _, row in read_rows(VALIDATION)]
+    assert fast.encode_texts(texts) == slow.encode_texts(texts)
+
+
+def swap_merges(layout: dict) -> None:
+    merges = layout["model"]["merges"]
+    merges[300], merges[5000] = merges[5000], merges[300]
+
+
+def merge_other_parts(layout: dict) -> None:
+    """Make a token of two parts that are never neighbours, because its bytes are merged into two others before."""
+    merges, vocab = layout["model"]["merges"], layout["model"]["vocab"]
+    for number, (left, right) in enumerate(merges):
+        token = left + right
+        for cut in range(1, len(token)):
+            parts = [token[:cut], token[cut:]]
+            if cut != len(left) and all(vocab.get(part, vocab[token]) < vocab[token] for part in parts):
+                merges[number] = parts
+                return
+
+
+@pytest.mark.parametrize("change", [
+    swap_merges, merge_other_parts, lambda layout: layout.update(normalizer={"type": "Lowercase"}),
+    lambda layout: layout["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")])
+def test_a_tokenizer_that_tiktoken_would_read_otherwise_keeps_its_own_library(tmp_path, change):
+    pytest.importorskip("tiktoken")
+    layout = json.loads((TOKENIZER_DIR / "tokenizer.json").read_text("utf-8"))
+    change(layout)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout))
+    assert ChatTokenizer(tmp_path)._tiktoken is None
