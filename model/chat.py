@@ -169,9 +169,18 @@ class ChatTokenizer:
         """Messages → ids and loss mask: True on what assistants wrote, with their `<|im_end|>`, and nowhere else."""
         return self.encode_segments([render(messages, tools, keep_empty_think)])[0]
 
-    def prompt(self, messages: list[dict], tools: list | str | None = None, open_thinking: bool = False) -> list[int]:
-        """Messages → ids that the next answer continues: inside `<think>\n`, or after an empty think block."""
-        segments = [*render(messages, tools), *generation_prompt(open_thinking)]
+    def prompt(self, messages: list[dict], tools: list | str | None = None, open_thinking: bool = False,
+               continue_final_message: bool = False) -> list[int]:
+        """Messages → ids that the next answer continues: inside `<think>\n`, or after an empty think block.
+
+        With `continue_final_message`, the end of the last message, which must be an assistant's text.
+        """
+        segments = render(messages, tools)
+        if continue_final_message:
+            check_continuable(messages[-1])
+            segments = segments[:-2]  # without <|im_end|> and the newline
+        else:
+            segments += generation_prompt(open_thinking)
         return self.encode_segments([segments])[0][0]
 
     def observation(self, messages: list[dict], open_thinking: bool = False) -> list[int]:
@@ -182,6 +191,13 @@ class ChatTokenizer:
     def starts_in_thinking(self, open_thinking: bool) -> bool:
         """Whether what follows a prompt is thinking; there are templates that leave `<think>` to the model."""
         return open_thinking
+
+
+def check_continuable(message: dict) -> None:
+    """Raises ValueError unless the message is an assistant's text."""
+    if message["role"] != "assistant" or message.get("tool_calls"):
+        raise ValueError("continue_final_message continues an assistant's text; the last message is "
+                         f"{'a tool call' if message['role'] == 'assistant' else 'of role ' + message['role']}")
 
 
 def generation_prompt(open_thinking: bool) -> list[Segment]:
@@ -331,17 +347,18 @@ class MessageParser:
 
     An event is ("content" | "reasoning", text), ("tool_call", {"name", "arguments"}) or ("malformed", text).
     Incomplete characters and special tokens are held back. Newlines at the ends of the reasoning, the content and the
-    calls belong to the format and are left out.
+    calls belong to the format and are left out. `continued` is the content that the prompt already holds, if any.
 
     1. `feed` and `feed_text` split their input into text and special tokens.
     2. `_special_token` changes the section: reasoning, content or tool_call. A call is parsed when its section ends.
     3. `_text` adds to the section; newlines wait until something follows them.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, open_thinking: bool = False):
+    def __init__(self, tokenizer: ChatTokenizer, open_thinking: bool = False, continued: str | None = None):
         self.tokenizer = tokenizer
-        self.message = AssistantMessage()
+        self.message = AssistantMessage(continued or "")
         starts_in_thinking = tokenizer.starts_in_thinking(open_thinking) if tokenizer else open_thinking
+        starts_in_thinking &= continued is None
         self._section = "reasoning" if starts_in_thinking else "content"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending_text = ""  # from feed_text: may be the beginning of a special token

@@ -19,6 +19,7 @@ from model.chat import (
     PAD,
     TOKENIZER_DIR,
     ChatTokenizer,
+    check_continuable,
     content_text,
     parse_json,
     parse_tool_calls,
@@ -129,12 +130,18 @@ class TemplateTokenizer(ChatTokenizer):
         self._thinks = {thinking: self._render([{"role": "user", "content": ""}], [], thinking).rstrip()
                         .endswith("<think>") for thinking in (False, True)}
 
-    def prompt(self, messages: list[dict], tools: list | str | None = None, open_thinking: bool = False) -> list[int]:
+    def prompt(self, messages: list[dict], tools: list | str | None = None, open_thinking: bool = False,
+               continue_final_message: bool = False) -> list[int]:
         """As `ChatTokenizer.prompt`, by the folder's template. No text becomes <|im_end|> or another special token."""
         render(messages, tools)  # refuses what ours does, and says in which message
         tools = parse_json(tools or messages[0].get("tools") or [], "tools", list)
         if tools and messages[0]["role"] == "system" and not messages[0].get("content"):  # only there to hold the tools
             messages = messages[1:] or messages
+        if continue_final_message:
+            check_continuable(messages[-1])
+            final = messages[-1] | {"content": content_text(messages[-1].get("content")) + CUT}
+            text = self._render([*messages[:-1], final], tools, open_thinking, add_generation_prompt=False)
+            return self._encode(text.rpartition(CUT)[0])
         return self._encode(self._render(messages, tools, open_thinking))
 
     def observation(self, messages: list[dict], open_thinking: bool = False) -> list[int]:
@@ -145,7 +152,8 @@ class TemplateTokenizer(ChatTokenizer):
     def starts_in_thinking(self, open_thinking: bool) -> bool:
         return self._thinks[open_thinking]
 
-    def _render(self, messages: list[dict], tools: list, open_thinking: bool) -> str:
+    def _render(self, messages: list[dict], tools: list, open_thinking: bool,
+                add_generation_prompt: bool = True) -> str:
         """The text of a prompt. GUARD stands in what would be special tokens in the messages and tools."""
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
         content = json.dumps([[template_message(message) for message in messages], tools], ensure_ascii=False)
@@ -153,8 +161,9 @@ class TemplateTokenizer(ChatTokenizer):
         # without tokens to think in, a model was trained on prompts that say nothing about it
         thinking = {"enable_thinking": open_thinking} if open_thinking or self.has_special_tokens else {}
         try:
-            return self._renderer.apply_chat_template(messages, tools=tools or None, tokenize=False, **thinking,
-                                                      add_generation_prompt=True, open_thinking=open_thinking)
+            return self._renderer.apply_chat_template(
+                messages, tools=tools or None, tokenize=False, **thinking, open_thinking=open_thinking,
+                add_generation_prompt=add_generation_prompt)
         except Exception as error:  # whatever the template raises
             raise ValueError(f"the chat template of {self.folder}: {first_line(error)}") from None
 

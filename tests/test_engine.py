@@ -581,6 +581,9 @@ REQUESTS = [
 def processed(logits: torch.Tensor, sampling: SamplingParams, prompt: list[int], ids: list[int]) -> torch.Tensor:
     """log p [V] of the next token by transformers' processors; presence and frequency as OpenAI's manual gives them."""
     scores, text = logits[None].float(), torch.tensor([prompt + ids])
+    if sampling.logit_bias:
+        bias = [[[token], value] for token, value in sampling.logit_bias]
+        scores = referee.SequenceBiasLogitsProcessor(bias)(text, scores)
     if sampling.repetition_penalty != 1:
         scores = referee.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(text, scores)
     for token, times in Counter(ids).items():
@@ -628,8 +631,9 @@ def test_wild_numbers_harm_nobody():
     assert sample(torch.full((2, 9), torch.nan), [free(1), greedy(1)], [0.5, 0.5])[0]
 
 
-@pytest.mark.parametrize("wanted", [*REQUESTS, {"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.5}],
-                         ids=str)
+@pytest.mark.parametrize("wanted", [
+    *REQUESTS, {"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.5},
+    {"logit_bias": ((40, 3.0), (41, -100.0)), "repetition_penalty": 1.5, "top_k": 9}], ids=str)
 def test_the_log_probability_of_each_token_is_that_of_a_full_forward_under_the_same_processors(wanted):
     model, prompts = lively_model(), some_prompts(6, 15)
     sampling = free(10, top_logprobs=4, **wanted)
@@ -643,6 +647,14 @@ def test_the_log_probability_of_each_token_is_that_of_a_full_forward_under_the_s
             possible = int((best.values > -torch.inf).sum())
             assert [token for token, _ in sequence.top_logprobs[i]] == best.indices.tolist()[:possible]
             assert [p for _, p in sequence.top_logprobs[i]] == pytest.approx(best.values.tolist()[:possible], abs=2e-4)
+
+
+def test_a_logit_bias_is_of_one_request_only():
+    model, prompts = lively_model(), some_prompts(6, 6)
+    biased, plain = generate(model, prompts, [greedy(5, logit_bias=((50, 100.0),)), greedy(5)])
+    assert biased.completion_ids == [50] * 5 and plain.completion_ids == plainly(model, prompts[1], 5)
+    with pytest.raises(ValueError, match="logit_bias"):
+        Engine(model).add([5], greedy(5, logit_bias=((model.config.vocab_size, 1.0),)))
 
 
 def test_the_same_seed_draws_the_same_whatever_the_neighbours():

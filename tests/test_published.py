@@ -130,6 +130,16 @@ def test_prompts_are_those_of_the_published_template(published, name, thinking, 
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_an_assistants_text_is_continued_as_transformers_does_it(published, name):
+    ours, theirs = open_tokenizer(published[name]), AutoTokenizer.from_pretrained(published[name])
+    begun = [*TALK[:2], {"role": "assistant", "content": "It is 12 "}]
+    expected = theirs.apply_chat_template(begun, continue_final_message=True, return_dict=False)
+    assert ours.prompt(begun, continue_final_message=True) == expected
+    with pytest.raises(ValueError, match="continues an assistant's text"):
+        ours.prompt(begun[:2], continue_final_message=True)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_tool_results_continue_the_prompt_and_no_text_forges_a_turn(published, name):
     tokenizer = open_tokenizer(published[name])
     prompt, observed = tokenizer.prompt(TALK, TOOLS), tokenizer.observation(TALK[3:])

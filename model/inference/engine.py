@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.chat import ChatTokenizer
 from model.inference.kv_cache import KVCache, SlotManager
 from model.inference.model_runner import ModelRunner
-from model.inference.sampling import SamplingParams, apply_penalties, sample
+from model.inference.sampling import SamplingParams, add_logit_bias, apply_penalties, sample
 from model.inference.scheduler import Scheduler
 from model.inference.sequence import Sequence, TokenDelta
 
@@ -85,6 +85,8 @@ class Engine:
                              f"{self.max_seq_len:,} positions")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
+        if any(token >= vocab_size for token, _ in params.logit_bias):
+            raise ValueError(f"logit_bias has ids that are none of the model's {vocab_size:,} tokens")
         sequence = Sequence(prompt_ids, params, self.tokenizer)
         self.scheduler.waiting.append(sequence)
         return sequence
@@ -111,7 +113,9 @@ class Engine:
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[float], list]:
         """The next token of each sequence from its row of logits [n, V], its logprob and its top_logprobs."""
-        if any(s.params.has_penalties for s in sequences):
+        params = [s.params for s in sequences]
+        logits = add_logit_bias(logits, params)
+        if any(p.has_penalties for p in params):
             logits = logits.float()
         for row, s in enumerate(sequences):
             if s.params.has_penalties:
@@ -120,7 +124,7 @@ class Engine:
                               for ids in (s.prompt_ids, s.completion_ids)]
                     s.token_counts = torch.stack(counts).to(logits.device)
                 logits[row] = apply_penalties(logits[row], s.params, *s.token_counts)
-        return sample(logits, [s.params for s in sequences], [s.rng.random() for s in sequences])
+        return sample(logits, params, [s.rng.random() for s in sequences])
 
     def _finish(self, sequences: list[Sequence], tokens: list[int], logprobs: list[float], top_logprobs: list) -> None:
         """Append the sampled tokens; free the slots of sequences that end with them."""

@@ -1,6 +1,7 @@
 """Sampling: penalties, temperature, truncation, one uniform number per row, and the log-probability of its token.
 
-The order is transformers': repetition, presence and frequency penalty, then temperature, top-k, top-p, min-p. A row is
+The order is transformers': logit bias, repetition, presence and frequency penalty, then temperature, top-k, top-p,
+min-p. A row is
 sampled by inverting its own cumulative distribution at its own uniform number, so it never depends on its neighbours.
 Shapes: B rows, V vocabulary.
 """
@@ -30,6 +31,7 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     stop_ids: tuple[int, ...] = (EOS, PAD)
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit) (OpenAI)
     top_logprobs: int | None = None  # also record this many of the likeliest tokens of each step
 
     def __post_init__(self):
@@ -43,6 +45,8 @@ class SamplingParams:
                 raise ValueError(f"{name} must be {'finite' if low == -math.inf else bounds}, not {value}")
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be above 0 and finite, not {self.repetition_penalty}")
+        if not all(token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias):
+            raise ValueError("logit_bias must be pairs of a token id and a finite number")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop must be a tuple of non-empty strings, not {self.stop!r}")
 
@@ -57,6 +61,17 @@ class SamplingParams:
     @property
     def truncates(self) -> bool:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+def add_logit_bias(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """logits [B, V], to which each row's own `logit_bias` is added."""
+    biases = [(row, *bias) for row, p in enumerate(params) for bias in p.logit_bias]
+    if not biases:
+        return logits
+    rows, tokens, values = zip(*biases, strict=True)
+    rows, tokens = torch.tensor([rows, tokens], device=logits.device)
+    logits = logits.float()
+    return logits.index_put((rows, tokens), logits.new_tensor(values), accumulate=True)
 
 
 def apply_penalties(logits: Tensor, params: SamplingParams, prompt_counts: Tensor,

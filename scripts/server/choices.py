@@ -14,11 +14,13 @@ MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for a token th
 class ChatChoice:
     """One choice of a chat completion: deltas of tokens become chunks, which add up to its message."""
 
-    def __init__(self, index: int, tokenizer: ChatTokenizer, thinking: bool, has_tools: bool, has_logprobs: bool):
+    def __init__(self, index: int, tokenizer: ChatTokenizer, parser: MessageParser, has_tools: bool,
+                 has_logprobs: bool, is_legacy: bool = False):
         self.index, self.tokenizer, self.has_tools, self.finish_reason = index, tokenizer, has_tools, None
+        self.is_legacy = is_legacy  # one `function_call`, as before `tool_calls`
         self.message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
         self.logprobs: list[dict] | None = [] if has_logprobs else None
-        self._parser = MessageParser(tokenizer, thinking)
+        self._parser = parser
 
     def first_chunk(self) -> dict:
         return self._chunk({"role": "assistant", "content": ""}, [])
@@ -35,14 +37,15 @@ class ChatChoice:
             entries = []
         if delta.finish_reason:
             has_called = delta.finish_reason == "stop" and self.message["tool_calls"]
-            self.finish_reason = "tool_calls" if has_called else delta.finish_reason
+            call_reason = "function_call" if self.is_legacy else "tool_calls"
+            self.finish_reason = call_reason if has_called else delta.finish_reason
         if entries or self.finish_reason:
             yield self._chunk({}, entries)
 
     def _parts(self, events: list[tuple[str, Any]]) -> Iterator[dict]:
         """The parser's events as parts of a message; a tool call comes as its name, then its arguments."""
         for kind, value in events:
-            if kind == "tool_call" and self.has_tools:
+            if kind == "tool_call" and self.has_tools and not (self.is_legacy and self.message["tool_calls"]):
                 index, function = len(self.message["tool_calls"]), {"name": value["name"], "arguments": ""}
                 call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
                 arguments = json.dumps(value["arguments"], ensure_ascii=False)
@@ -59,6 +62,8 @@ class ChatChoice:
 
     def _chunk(self, part: dict, entries: list[dict]) -> dict:
         logprobs = {"content": entries, "refusal": None} if entries else None
+        if self.is_legacy and "tool_calls" in part:
+            part = {"function_call": part["tool_calls"][0]["function"]}
         return {"index": self.index, "delta": part, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
     def to_response(self) -> dict:
@@ -68,6 +73,8 @@ class ChatChoice:
             message["reasoning_content"] = self.message["reasoning_content"]
         if self.message["tool_calls"]:
             message |= {"tool_calls": self.message["tool_calls"], "content": self.message["content"] or None}
+        if self.is_legacy and "tool_calls" in message:
+            message["function_call"] = message.pop("tool_calls")[0]["function"]
         logprobs = None if self.logprobs is None else {"content": self.logprobs, "refusal": None}
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.chat import BOS, ChatTokenizer
+from model.chat import BOS, ChatTokenizer, MessageParser, check_text
 from model.inference.engine import SamplingParams, Sequence
 from scripts.server.choices import ChatChoice, TextChoice
 from scripts.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, TemplateOptions
@@ -54,14 +54,17 @@ class GenerationRequest:
         template = body.chat_template_kwargs or TemplateOptions()
         thinking = bool(first_given(body.open_thinking, template.open_thinking, template.enable_thinking,
                                     defaults.open_thinking))
-        tools = [tool.model_dump() for tool in body.tools or []] if body.tool_choice != "none" else []
+        tools = [tool.to_dict() for tool in body.tools or []] if body.tool_choice != "none" else []
+        messages = [message.to_dict() for message in body.messages]
+        continued = messages[-1]["content"] if body.continue_final_message else None
         try:
-            prompt = tokenizer.prompt([message.to_dict() for message in body.messages], tools, thinking)
+            prompt = tokenizer.prompt(messages, tools, thinking, continue_final_message=continued is not None)
         except ValueError as error:
             raise ApiError(400, str(error), "messages") from None
         n = body.n or 1
-        params = sampling_params(body, defaults, n, body.top_logprobs or None, body.max_completion_tokens)
-        choices = [ChatChoice(i, tokenizer, thinking, bool(tools), bool(body.logprobs)) for i in range(n)]
+        params = sampling_params(body, tokenizer, defaults, n, body.top_logprobs or None, body.max_completion_tokens)
+        choices = [ChatChoice(i, tokenizer, MessageParser(tokenizer, thinking, continued), bool(tools),
+                              bool(body.logprobs), is_legacy=bool(body.functions)) for i in range(n)]
         return cls("chat.completion", defaults.model, [prompt] * n, params, choices, *stream_options(body))
 
     @classmethod
@@ -71,6 +74,10 @@ class GenerationRequest:
         prompts = body.prompt
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
+        try:
+            check_text("".join(prompt for prompt in prompts if isinstance(prompt, str)))
+        except ValueError as error:
+            raise ApiError(400, f"prompt: {error}", "prompt") from None
         prompts = [prompt if isinstance(prompt, list) else [BOS, *tokenizer.encode_text(prompt)] for prompt in prompts]
         if not prompts or not all(prompts):
             raise ApiError(400, "prompt: it is empty", "prompt")
@@ -80,7 +87,7 @@ class GenerationRequest:
         num_choices = n * len(prompts)
         if num_choices > MAX_CHOICES:
             raise ApiError(400, f"prompt: {num_choices:,} answers, the most is {MAX_CHOICES:,} per request", "prompt")
-        params = sampling_params(body, defaults, num_choices, body.logprobs or None)
+        params = sampling_params(body, tokenizer, defaults, num_choices, body.logprobs or None)
         choices = [TextChoice(i, tokenizer, body.logprobs is not None) for i in range(num_choices)]
         return cls("text_completion", defaults.model, [prompt for prompt in prompts for _ in range(n)], params, choices,
                    *stream_options(body))
@@ -136,11 +143,14 @@ def stream_options(body: GenerationBody) -> tuple[bool, bool]:
     return bool(body.stream), bool(body.stream_options and body.stream_options.include_usage)
 
 
-def sampling_params(body: GenerationBody, defaults: Defaults, num_choices: int, top_logprobs: int | None,
-                    max_completion_tokens: int | None = None) -> list[SamplingParams]:
-    """The params of each choice; choice i is sampled with the seed + i."""
+def sampling_params(body: GenerationBody, tokenizer: ChatTokenizer, defaults: Defaults, num_choices: int,
+                    top_logprobs: int | None, max_completion_tokens: int | None = None) -> list[SamplingParams]:
+    """The params of each choice; choice i is sampled with the seed + i. Raises ApiError."""
     seed = first_given(body.seed, secrets.randbits(62))
     stop = body.stop or ()
+    logit_bias = tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items())
+    if any(token >= tokenizer.vocab_size for token, _ in logit_bias):
+        raise ApiError(400, f"logit_bias: token ids are 0 to {tokenizer.vocab_size - 1}", "logit_bias")
     params = {
         "max_new_tokens": first_given(max_completion_tokens, body.max_tokens, defaults.max_new_tokens),
         "temperature": first_given(body.temperature, defaults.temperature),
@@ -148,5 +158,6 @@ def sampling_params(body: GenerationBody, defaults: Defaults, num_choices: int, 
         "presence_penalty": body.presence_penalty or 0.0, "frequency_penalty": body.frequency_penalty or 0.0,
         "repetition_penalty": first_given(body.repetition_penalty, 1.0),
         "stop": (stop,) if isinstance(stop, str) else tuple(stop), "top_logprobs": top_logprobs,
+        "logit_bias": logit_bias,
     }
     return [SamplingParams(**params, seed=(seed + i) % 2**63) for i in range(num_choices)]

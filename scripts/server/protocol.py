@@ -4,9 +4,16 @@ Sources: the API reference of OpenAI (chat completions, completions, errors) and
 `reasoning_content` that DeepSeek introduced.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from model.chat import parse_json
+
+#: types of content parts that are text, and the field that holds it
+TEXT_FIELDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal",
+               "thinking": "thinking"}
 
 
 class ApiError(Exception):
@@ -28,16 +35,16 @@ def validation_error(errors: list[dict]) -> ApiError:
     """Pydantic's errors as one line about the first field that has one."""
 
     def path(error: dict) -> tuple:
-        """The field's path, without the member of a union that pydantic tried."""
+        """The field's path, without the members of unions that pydantic tried."""
         loc = error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"]
-        end = next((i for i, part in enumerate(loc) if i and str(part)[:5] in ("str", "list[", "bool", "liter")), None)
-        return loc[:end]
+        return tuple(part for part in loc if str(part)[:5] not in ("str", "list[", "bool", "liter"))
 
     if errors[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {errors[0].get('ctx', {}).get('error', errors[0]['msg'])}")
-    param = ".".join(map(str, path(errors[0])))
-    messages = dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in errors
-                             if path(error) == path(errors[0]))
+    first = path(errors[0])  # of a union's errors, those of the member that was read the furthest
+    field = max((path(error) for error in errors if path(error)[:len(first)] == first), key=len)
+    param = ".".join(map(str, field))
+    messages = dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in errors if path(error) == field)
     return ApiError(400, f"{param}: {' or '.join(messages)}" if param else " or ".join(messages), param or None)
 
 
@@ -49,6 +56,9 @@ class StrictModel(BaseModel):
 
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
+
+
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # keys of JSON objects are text
 
 
 class GenerationBody(StrictModel):
@@ -67,38 +77,98 @@ class GenerationBody(StrictModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-2**63, lt=2**63)
-    stop: str | list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=16)
-    logit_bias: dict[str, Any] | None = None
+    stop: str | list[str] | None = Field(None, max_length=16)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def normalize(cls, body: Any) -> Any:
+        """What clients write for "an integer", "no limit" and "no stop string": 32.0, -1 and ""."""
+        if not isinstance(body, dict):
+            return body
+        body = {key: int(value) if isinstance(value, float) and value.is_integer() else value
+                for key, value in body.items()}
+        for key in ("max_tokens", "max_completion_tokens"):
+            if body.get(key) == -1:
+                body[key] = None
+        if isinstance(stop := body.get("stop"), (str, list)):
+            body["stop"] = [text for text in stop if text != ""] if isinstance(stop, list) else stop or None
+        return body
+
+
+class Part(StrictModel):
+    """A part of a message's content: a text, or an assistant's refusal or thinking."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+    thinking: str | None = None
 
     @model_validator(mode="after")
-    def refuse_what_would_be_ignored(self) -> "GenerationBody":
-        if self.logit_bias:
-            raise ValueError("logit_bias is not supported")
-        if isinstance(self.stop, str) and not self.stop:
-            raise ValueError("stop: a stop string is not empty")
+    def has_text(self) -> "Part":
+        if self.type not in TEXT_FIELDS:
+            raise ValueError(f"this model reads text only, not {self.type:.40}")
+        if self.value is None:
+            raise ValueError(f"a part of type {self.type} has the field {TEXT_FIELDS[self.type]}")
         return self
 
-
-class TextPart(StrictModel):
-    type: Literal["text"]
-    text: str
+    @property
+    def value(self) -> str:
+        return getattr(self, TEXT_FIELDS[self.type])
 
 
 class Message(StrictModel):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+    refusal: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # vLLM's name of it
     tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, Any] | None = None  # what OpenAI had before tool_calls
+    audio: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def has_content(self) -> "Message":
-        if self.content is None and self.role != "assistant":
+        if self.audio is not None:
+            raise ValueError("this model reads text only, not audio")
+        if self.content is None and self.role not in ("assistant", "tool", "function"):
             raise ValueError(f"a {self.role} message has content")
+        if self.role != "assistant" and any(part.type in ("refusal", "thinking") for part in self._parts):
+            raise ValueError("only an assistant refuses or thinks")
         return self
 
+    @property
+    def _parts(self) -> list[Part]:
+        return self.content if isinstance(self.content, list) else [Part(type="text", text=self.content or "")]
+
     def to_dict(self) -> dict:
-        """As model/chat.py takes it."""
-        return self.model_dump(exclude_none=True) | ({"role": "system"} if self.role == "developer" else {})
+        """As model/chat.py takes it. Tool calls whose arguments are no JSON object become text, as they were sampled.
+        """
+        content = "".join(part.value for part in self._parts if part.type != "thinking") or self.refusal or ""
+        thinking = "".join(part.value for part in self._parts if part.type == "thinking")
+        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        calls = []
+        for call in self.tool_calls or [self.function_call] * bool(self.function_call):
+            text = unreadable_call(call)
+            if text is None:
+                calls.append(call)
+            else:
+                content += "\n" * bool(content) + f"<tool_call>\n{text}\n</tool_call>"
+        message = {"role": {"developer": "system", "function": "tool"}.get(self.role, self.role), "content": content,
+                   "reasoning_content": thinking or None if reasoning is None else reasoning, "tool_calls": calls}
+        return {key: value for key, value in message.items() if key in ("role", "content") or value not in (None, [])}
+
+
+def unreadable_call(call: dict) -> str | None:
+    """The text of a tool call whose arguments are no JSON object; None for any other."""
+    function = call.get("function", call)
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    try:
+        parse_json(arguments or {}, "arguments", dict)
+        return None
+    except ValueError:
+        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return f'{{"name": {json.dumps(function.get("name"), ensure_ascii=False)}, "arguments": {arguments}}}'
 
 
 class Function(StrictModel):
@@ -110,6 +180,10 @@ class Tool(StrictModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["function"]
     function: Function
+
+    def to_dict(self) -> dict:
+        """As the model reads it: without null, and without `strict`, which is for the sampler."""
+        return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
 
 
 class TemplateOptions(StrictModel):
@@ -126,16 +200,27 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
+    functions: list[Function] | None = None  # what OpenAI had before tools
+    function_call: Literal["auto", "none"] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     open_thinking: bool | Literal[0, 1] | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
-    def has_logprobs_for_top_logprobs(self) -> "ChatBody":
+    def agrees(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
+            raise ValueError("continue_final_message and add_generation_prompt: one is true and the other false")
+        if self.functions and self.tools:
+            raise ValueError("functions: send tools only")
+        if self.functions:
+            self.tools = [Tool(type="function", function=function) for function in self.functions]
+            self.tool_choice = self.function_call
         return self
 
 
@@ -144,3 +229,4 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
+    best_of: Literal[1] | None = None
