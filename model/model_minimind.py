@@ -68,16 +68,16 @@ class MiniMindConfig(PretrainedConfig):
             raise ValueError(f"head_dim {self.head_dim} is odd, rotary positions rotate pairs")
         self.intermediate_size = intermediate_size or math.ceil(hidden_size * math.pi / 64) * 64
         self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
-        self.rms_norm_eps, self.qk_norm, self.inference_rope_scaling = rms_norm_eps, qk_norm, inference_rope_scaling
+        self.rms_norm_eps, self.qk_norm = rms_norm_eps, bool(qk_norm)
+        self.inference_rope_scaling = bool(inference_rope_scaling)
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
         self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
         # False by measurement: docs/experiments.md, "Router weight". Published weights were trained with True.
-        self.norm_topk_prob, self.n_shared_experts = norm_topk_prob, n_shared_experts
+        self.norm_topk_prob, self.n_shared_experts = bool(norm_topk_prob), n_shared_experts
         self.router_aux_loss_coef, self.initializer_range = router_aux_loss_coef, initializer_range
         kwargs.setdefault("architectures", ["MiniMindForCausalLM"])
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
-                         tie_word_embeddings=tie_word_embeddings, **kwargs)
-        self.tie_word_embeddings = tie_word_embeddings
+                         tie_word_embeddings=bool(tie_word_embeddings), **kwargs)
 
 
 class RMSNorm(nn.Module):

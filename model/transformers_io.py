@@ -207,6 +207,8 @@ def save_folder(model: nn.Module, folder: str | Path, tokenizer: ChatTokenizer, 
         exported = getattr(transformers, f"{family}For{kind}")(config)
     exported.load_state_dict(model.state_dict())
     exported.to(dtype).save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read them; the umask decides
+        shutil.copymode(folder / "config.json", path)
     if as_minimind:
         for module in (model_minimind, attention, linear, moe):  # imported relatively, so transformers finds them
             shutil.copy(module.__file__, folder)

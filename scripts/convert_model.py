@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -160,6 +161,7 @@ def export_peft(path: Path, folder: Path) -> str:
     file = folder / "adapter_model.safetensors"
     save_file({peft_name(name, stacks): to_peft_layout(name, value) for name, value in state.items()}, file)
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=1))
+    shutil.copymode(folder / "adapter_config.json", file)  # safetensors lets nobody else read it
     written = load_file(file)
     if not all(torch.equal(from_peft_layout(name, written[peft_name(name, stacks)], lora.rank), value.float())
                for name, value in state.items()):

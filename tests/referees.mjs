@@ -11,13 +11,15 @@ const answer = {models: []};
 
 if (request.models) {
     const {getLlama} = await load("node-llama-cpp/dist/index.js");
+    const {Template} = await load("@huggingface/jinja/dist/index.js");  // in which node-llama-cpp reads templates
     const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
     for (const {path, texts, prompts, length} of request.models) {
         const model = await llama.loadModel({modelPath: path, useMmap: false});
         const {general, tokenizer} = model.fileInfo.metadata;
         const said = {architecture: general.architecture, template: tokenizer.chat_template, end: model.isEogToken(2),
             plain: texts.map((text) => model.tokenize(text)), marked: texts.map((text) => model.tokenize(text, true)),
-            shown: texts.map((text) => model.detokenize(model.tokenize(text, true))), continued: [], probabilities: []};
+            shown: texts.map((text) => model.detokenize(model.tokenize(text, true))), continued: [], probabilities: [],
+            rendered: (request.chats ?? []).map((chat) => new Template(tokenizer.chat_template).render(chat))};
         const context = await model.createContext({contextSize: 512, threads: 1, flashAttention: false,
             experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"});
         for (const prompt of prompts) {

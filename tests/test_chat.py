@@ -57,6 +57,7 @@ CONVERSATIONS = {
     "tools of the user": [{**user("hi"), "tools": TOOLS}, assistant("ok")],
     "text parts": [user([{"type": "text", "text": "one "}, {"type": "text", "text": "二"}]), assistant([])],
     "no content": [user(None), assistant(None), {"role": "assistant"}],
+    "not learned": [user("1"), assistant("2", train=False), user("3"), assistant("4", train=True)],
     "reasoning": [user("2*3"), assistant("6", reasoning_content="\n2+2+2\n= 6\n"), user("?"), assistant("!")],
     "no reasoning": [user("2*3"), assistant("6", reasoning_content="", tool_calls=[]), assistant("7")],
     "thinking inside the content": [user("2*3"), assistant("<think>\n2+2+2\n</think>\n\n6"), user("?"), assistant("!")],
@@ -117,7 +118,8 @@ def assert_same_ids(tokenizer, reference, messages, tools):
     def template(**options) -> list[int]:
         return reference.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **options)
 
-    assert tokenizer.encode(messages, tools)[0] == template()
+    written = reference.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+    assert (written["input_ids"], written["assistant_masks"]) == tokenizer.encode(messages, tools)
     for thinks in (False, True):
         ids = tokenizer.prompt(messages, tools, open_thinking=thinks)
         assert ids == template(add_generation_prompt=True, open_thinking=thinks)
@@ -126,11 +128,11 @@ def assert_same_ids(tokenizer, reference, messages, tools):
 
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["", "tools"])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_ids_are_those_of_transformers_template(tokenizer, reference, name, tools):
+def test_ids_and_mask_are_those_of_transformers_template(tokenizer, reference, name, tools):
     assert_same_ids(tokenizer, reference, CONVERSATIONS[name], tools)
 
 
-def test_ids_are_those_of_transformers_template_in_random_conversations(tokenizer, reference):
+def test_ids_and_mask_are_those_of_transformers_template_in_random_conversations(tokenizer, reference):
     rng = random.Random(0)
     for _ in range(100):
         assert_same_ids(tokenizer, reference, random_conversation(rng), rng.choice([None, TOOLS]))

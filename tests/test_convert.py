@@ -30,7 +30,7 @@ from scripts import convert_model
 from scripts.lib import gguf_file
 
 MODELS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2},
-          "moe-published": {"use_moe": True, "norm_topk_prob": True}}
+          "moe-published": {"use_moe": 1, "norm_topk_prob": 1}}  # as flags give them
 kinds = pytest.mark.parametrize("kind", MODELS)
 NODE = Path(os.environ.get("MINIMIND_NODE", Path.home() / ".cache/minimind/node"))
 CALL = {"name": "get_weather", "arguments": {"city": "北京", "days": 2}}
@@ -93,10 +93,12 @@ def test_a_folder_says_and_renders_the_same(tmp_path, source, kind, form, capsys
     assert type(theirs).__name__ == f"{names[form]}ForCausalLM" and not any(info.values())
     assert_close(theirs(some_ids()).logits, read_weight(path)[0].eval()(some_ids()).logits, rtol=0, atol=1e-5)
     assert all(value.dtype == torch.float16 for value in load_file(tmp_path / "folder/model.safetensors").values())
+    assert {path.stat().st_mode for path in (tmp_path / "folder").iterdir()} == {path.stat().st_mode}  # by the umask
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
     for messages, tools in CHATS:
-        ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
-        assert ids == TOKENIZER.encode(messages, tools)[0]
+        written = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True,
+                                                return_assistant_tokens_mask=True)
+        assert (written["input_ids"], written["assistant_masks"]) == TOKENIZER.encode(messages, tools)
 
 
 REMOTE_CODE = """
@@ -198,6 +200,7 @@ def test_a_lora_is_merged_into_any_format(tmp_path, source, kind):
     adapter = save_lora(adapted, "lora", tmp_path, TOKENIZER, lora)
     convert(path, tmp_path / "merged", "transformers", "--lora", adapter, "--dtype", "f32")
     convert(adapter, tmp_path / "peft", "peft")
+    assert {file.stat().st_mode for file in (tmp_path / "peft").iterdir()} == {path.stat().st_mode}
     convert(path, tmp_path / "merged_too", "transformers", "--lora", f"{tmp_path / 'peft'}=1.0", "--dtype", "f32")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     too = AutoModelForCausalLM.from_pretrained(tmp_path / "merged_too", dtype=torch.float32)
@@ -332,12 +335,16 @@ def test_llama_cpp_says_the_same(tmp_path, source):
         models[kind] = read_weight(path)[0].eval()
         requests.append({"path": str(gguf), "texts": [], "prompts": prompts, "length": 24})
     requests[0]["texts"] = [*texts, markers]
-    answers = ask_node(models=requests)["models"]
+    chats = [{"messages": messages, "tools": tools, "add_generation_prompt": True} for messages, tools in CHATS]
+    answers = ask_node(models=requests, chats=chats)["models"]
     for said, (kind, model) in zip(answers, models.items(), strict=True):
         assert said["architecture"] == {"dense": "qwen3", "moe-published": "qwen3moe"}.get(kind, "bailingmoe2")
         assert largest_difference(model, prompts, said["probabilities"]) < 1e-4, kind
         assert said["continued"] == [greedy(model, prompt, 24) for prompt in prompts], kind
     said = answers[0]
+    jinja = AutoTokenizer.from_pretrained(ROOT / "model")
+    assert said["rendered"] == [jinja.apply_chat_template(messages, tools=tools, tokenize=False,
+                                                          add_generation_prompt=True) for messages, tools in CHATS]
     assert said["end"] and said["template"] == (ROOT / "model/chat_template.jinja").read_text("utf-8")
     assert said["plain"][:-1] == said["marked"][:-1] == TOKENIZER.encode_texts(texts) and len(texts) == 200
     assert said["marked"][-1] == AutoTokenizer.from_pretrained(ROOT / "model")(markers)["input_ids"]

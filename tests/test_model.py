@@ -470,13 +470,18 @@ def test_saved_model_opens_by_auto_class_with_equal_bits(kind, tmp_path):
     same(opened(ids).logits, model(ids).logits)  # a file's memory is aligned otherwise, and so products round otherwise
 
 
+SWITCHES = ("use_moe", "norm_topk_prob", "qk_norm", "inference_rope_scaling", "tie_word_embeddings")
+
+
 @pytest.mark.parametrize("options", [
     {},
     {"use_moe": True, "norm_topk_prob": True, "num_experts_per_tok": 2, "num_experts": 6},
     {"inference_rope_scaling": True, "head_dim": 48, "rope_theta": 1e4, "hidden_size": 512},
-], ids=["default", "moe", "yarn"])
-def test_config_survives_a_round_trip(options, tmp_path):
+    {"use_moe": 1, "norm_topk_prob": 1, "qk_norm": 1, "inference_rope_scaling": 0, "tie_word_embeddings": 0},
+], ids=["default", "moe", "yarn", "flags"])
+def test_config_survives_a_round_trip_with_switches_as_bools(options, tmp_path):
     config = MiniMindConfig(**options)
+    assert all(isinstance(getattr(config, name), bool) for name in SWITCHES)  # transformers' configs take no 0 or 1
     config.save_pretrained(tmp_path)
     opened = MiniMindConfig.from_pretrained(tmp_path)
     assert opened.to_dict() == config.to_dict()
