@@ -45,7 +45,7 @@ class KVCache:
         self._kv_len = kv_len
         return (torch.arange(kv_len, device=positions.device) <= positions[..., None])[:, None]
 
-    def update(self, k: Tensor, v: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Store k, v [B, kv_heads, T, D] of a layer. → all keys and values of these slots [B, kv_heads, kv_len, D]"""
         stored = []
         for memory, new in ((self.keys[layer], k), (self.values[layer], v)):
