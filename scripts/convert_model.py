@@ -50,7 +50,8 @@ from model.weights import OUT_DIR, ROOT, file_stem, read_weight, save_weight, we
 FORMATS = {"transformers": "a folder of Qwen3 or Qwen3-MoE", "minimind": "a folder of MiniMind's own class",
            "torch": "a .pth of ours", "gguf": "a file for llama.cpp, with Ollama's Modelfile",
            "lora": "a .pth of the LoRA named by --lora", "peft": "an adapter folder; then --source is a LoRA of ours"}
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": None}
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
+          "q8_0": None, "q4_0": None}
 SAMPLE = [{"role": "system", "content": "You answer briefly. 请简短回答。"},
           {"role": "user", "content": "中国的首都是哪里？ What is 12 × 34?  🙂\n```\nfor i in x:\n\tprint(i)\n```"},
           {"role": "assistant", "reasoning_content": "北京; 12 × 34 = 408.", "content": "北京，408。"}]
@@ -83,17 +84,27 @@ def logits(model: nn.Module, ids: list[int]) -> Tensor:
 
 
 def round_to(dtype: str, name: str, value: Tensor, output_format: str) -> Tensor:
-    """A parameter rounded to `dtype`, in fp32. GGUF keeps norms and routers as they are."""
+    """A parameter rounded to `dtype`, in fp32. GGUF keeps norms and routers as they are.
+
+    In a block of 32 weights, each is an integer times the block's scale: from -127 to 127 in q8_0, and from -8 to 7 in
+    q4_0, whose scale makes the largest weight -8.
+    """
     if output_format == "gguf" and (value.dim() == 1 or name.endswith("mlp.gate.weight")):
         return value
-    if dtype != "q8_0":
+    if DTYPES[dtype]:
         return value.to(DTYPES[dtype]).float()
     if value.shape[-1] % 32:
         return value.half().float()
-    blocks = value.reshape(-1, 32)  # each of 32 weights is an integer from -127 to 127 times the block's scale
-    scale = blocks.abs().amax(1, keepdim=True) / 127
-    scaled = torch.where(scale > 0, blocks * (1 / scale), 0)
-    return (scaled.sign() * (scaled.abs() + 0.5).floor() * scale.half().float()).view_as(value)
+    blocks = value.reshape(-1, 32)
+    if dtype == "q8_0" or name in ("model.embed_tokens.weight", "lm_head.weight"):
+        scale = blocks.abs().amax(1, keepdim=True) / 127
+        scaled = torch.where(scale > 0, blocks * (1 / scale), 0)
+        integers = scaled.sign() * (scaled.abs() + 0.5).floor()
+    else:
+        scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8
+        scaled = torch.where(scale != 0, blocks * (1 / scale), 0)
+        integers = (scaled + 8.5).floor().clamp(0, 15) - 8
+    return (integers * scale.half().float()).view_as(value)
 
 
 def convert(model: MiniMindForCausalLM, tokenizer: ChatTokenizer, target: Path, output_format: str, dtype: str,
@@ -253,8 +264,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--target {args.target} is already there; remove it or name another")
     if args.dtype != "f16" and args.format in ("torch", "lora"):
         raise UserError(f"--dtype {args.dtype}: a .pth holds f16; leave the flag out")
-    if args.dtype == "q8_0" and args.format != "gguf":
-        raise UserError(f"--dtype q8_0 is of --format gguf, not of {args.format}")
+    if DTYPES[args.dtype] is None and args.format != "gguf":
+        raise UserError(f"--dtype {args.dtype} is of --format gguf, not of {args.format}")
     if args.format == "lora" and len(args.lora) != 1:
         raise UserError("--format lora writes one adapter: name it with --lora")
     if args.format == "peft" and args.lora:

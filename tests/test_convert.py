@@ -355,13 +355,13 @@ def test_llama_cpp_says_the_same(tmp_path, source):
 def test_llama_cpp_reads_every_dtype(tmp_path, source):
     """Against our model with the rounded weights; llama.cpp rounds what goes into them, too."""
     path, prompts, models, requests = source("dense"), [TOKENIZER.prompt(*chat) for chat in CHATS[:2]], [], []
-    for dtype in ("f16", "bf16", "q8_0"):
+    for dtype in ("f16", "bf16", "q8_0", "q4_0"):
         gguf = tmp_path / f"{dtype}.gguf"
         convert(path, gguf, "gguf", "--dtype", dtype)
         models.append(gguf_file.read_gguf(gguf, read_weight(path)[0].config).eval())
         requests.append({"path": str(gguf), "texts": [], "prompts": prompts, "length": 1})
     answers = ask_node(models=requests)["models"]
-    for model, said, most in zip(models, answers, (0.002, 0.01, 0.02), strict=True):
+    for model, said, most in zip(models, answers, (0.002, 0.01, 0.02, 0.02), strict=True):
         assert largest_difference(model, prompts, said["probabilities"]) < most
 
 

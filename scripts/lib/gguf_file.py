@@ -20,11 +20,12 @@ from model.cli import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.transformers_io import chat_template
 
-KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
-FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
+FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0",
+              "q4_0": "MOSTLY_Q4_0"}
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                r"|\s+(?!\S)|\s+")
-BLOCK = 32  # weights that share a scale in q8_0; also the width of the expert of zeros
+BLOCK = 32  # weights that share a scale in q8_0 and q4_0; also the width of the expert of zeros
 
 
 def architecture(config: MiniMindConfig) -> str:
@@ -68,10 +69,15 @@ def layout(model: MiniMindForCausalLM) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def tensor_type(name: str, value: Tensor, dtype: str) -> Kind:
-    """The type of a tensor: fp32 for norms and routers, f16 instead of q8_0 where rows are no whole blocks."""
+    """The type of a tensor: fp32 for norms and routers, f16 instead of a quantised one where rows are no whole blocks.
+
+    With q4_0, embedding and LM head are q8_0: they are shared by all tokens and lose most by rounding.
+    """
     if value.dim() == 1 or name.endswith("ffn_gate_inp"):
         return Kind.F32
-    return Kind.F16 if dtype == "q8_0" and value.shape[-1] % BLOCK else KINDS[dtype]
+    if dtype in ("q8_0", "q4_0") and value.shape[-1] % BLOCK:
+        return Kind.F16
+    return KINDS["q8_0" if dtype == "q4_0" and name in ("token_embd", "output") else dtype]
 
 
 def pre_tokenizer(settings: dict) -> str:
@@ -107,7 +113,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: ChatTokenizer) -> None:
 
 
 def write_gguf(model: MiniMindForCausalLM, path: Path, tokenizer: ChatTokenizer, dtype: str) -> None:
-    """Write the model, its sizes and its tokenizer. `dtype`: f32, f16, bf16 or q8_0."""
+    """Write the model, its sizes and its tokenizer. `dtype`: a key of KINDS."""
     config, arch = model.config, architecture(model.config)
     if arch == "bailingmoe2" and config.num_attention_heads * config.head_dim != config.hidden_size:
         raise UserError("--format gguf: llama.cpp takes raw router weights only where all query heads are together as "
