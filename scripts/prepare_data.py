@@ -3,6 +3,7 @@
     python scripts/prepare_data.py --kind pretrain --data_path dataset/pretrain_t2t_mini.jsonl --out pretrain_tokens
     python trainer/train_pretrain.py --data_path pretrain_tokens        # wherever the folder was carried
     python scripts/prepare_data.py --inspect my_rows.csv                # what it holds, and what of it is learned
+    python scripts/prepare_data.py --clean my_rows.csv --out cleaned.jsonl
 
 Two bytes per token, three where targets are marked (sft, dpo); the file itself is not needed any more.
 """
@@ -18,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
+from scripts.lib.clean_data import clean
 from scripts.lib.inspect_data import DATASETS, DEFAULT_LENGTHS, inspect
 from trainer.arguments import add_sft_args, sft_options
 
@@ -27,8 +29,12 @@ def main() -> None:
     parser.add_argument("--kind", choices=[*DATASETS, "rl"],
                         help="of rows; sft: for LoRA and distillation too; rl: only with --inspect, which guesses it")
     parser.add_argument("--data_path", type=Path, help="file of rows in any format that dataset/formats.py lists")
-    parser.add_argument("--out", type=Path, help="folder to make")
+    parser.add_argument("--out", type=Path, help="folder to make; with --clean, the file")
     parser.add_argument("--inspect", type=Path, metavar="FILE", help="only print what the file holds")
+    parser.add_argument("--clean", type=Path, metavar="FILE",
+                        help="drop broken, repetitive and (nearly) equal rows, see scripts/lib/clean_data.py")
+    parser.add_argument("--min_chars", type=nonneg_int, default=10, help="--clean: shortest text")
+    parser.add_argument("--max_chars", type=positive_int, default=200_000, help="--clean: longest text")
     parser.add_argument("--max_seq_len", type=positive_int, help="also pack rows of this length (others: on first use)")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer")
     parser.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0, help="1 leaves bad rows out")
@@ -37,8 +43,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.inspect:
         return inspect(args.inspect, args.kind, ChatTokenizer(args.tokenizer), args.max_seq_len)
+    if args.clean and args.out:
+        return clean(args.clean, args.out, args.min_chars, args.max_chars)
     if args.kind not in DATASETS or not (args.data_path and args.out):
-        parser.error(f"give --kind ({', '.join(DATASETS)}), --data_path and --out, or --inspect FILE")
+        parser.error(f"give --kind ({', '.join(DATASETS)}), --data_path and --out; or --inspect FILE; or --clean FILE "
+                     "and --out")
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; remove it or name another folder")
     if not args.data_path.is_file():
