@@ -145,7 +145,7 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
 
 def unreadable(path: Path, number: int, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
-        return UserError(f"--data_path {path}: no such file")
+        return UserError(f"{path}: no such file")
     reason = not_utf8(error) if isinstance(error, UnicodeDecodeError) else error
     return UserError(f"{path}:{number}: cannot be read: {reason}")
 
