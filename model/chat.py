@@ -350,7 +350,7 @@ class MessageParser:
     calls belong to the format and are left out. `continued` is the content that the prompt already holds, if any.
 
     1. `feed` and `feed_text` split their input into text and special tokens.
-    2. `_special_token` changes the section: reasoning, content or tool_call. A call is parsed when its section ends.
+    2. `_special_token` changes the `section`: reasoning, content or tool_call. A call is parsed when its section ends.
     3. `_text` adds to the section; newlines wait until something follows them.
     """
 
@@ -359,7 +359,7 @@ class MessageParser:
         self.message = AssistantMessage(continued or "")
         starts_in_thinking = tokenizer.starts_in_thinking(open_thinking) if tokenizer else open_thinking
         starts_in_thinking &= continued is None
-        self._section = "reasoning" if starts_in_thinking else "content"
+        self.section = "reasoning" if starts_in_thinking else "content"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending_text = ""  # from feed_text: may be the beginning of a special token
         self._pending_newlines = ""  # of the text if more of it follows, else of the format
@@ -393,26 +393,26 @@ class MessageParser:
         """Events of what was held back. A call that was never closed is malformed."""
         yield from self._text(self._utf8.decode(b"", final=True) + self._pending_text)
         self._pending_text = ""
-        if self._section == "tool_call":
+        if self.section == "tool_call":
             yield from self._malformed()
 
     def _text(self, text: str) -> Iterator[tuple[str, str]]:
-        if self._section == "tool_call":
+        if self.section == "tool_call":
             self._call += text
             return
-        so_far = getattr(self.message, self._section)
+        so_far = getattr(self.message, self.section)
         text = self._pending_newlines + text
         text = text if so_far else text.lstrip("\n")
         stripped = text.rstrip("\n")
         self._pending_newlines = text[len(stripped):]
         if stripped:
-            setattr(self.message, self._section, so_far + stripped)
-            yield self._section, stripped
+            setattr(self.message, self.section, so_far + stripped)
+            yield self.section, stripped
 
     def _special_token(self, token: int) -> Iterator[tuple[str, str | dict]]:
         if token in (RESPONSE, END_RESPONSE):  # an assistant has no use for them
             return
-        if self._section == "tool_call":
+        if self.section == "tool_call":
             try:
                 if token != END_CALL:
                     raise ValueError("the call is not closed")
@@ -422,7 +422,7 @@ class MessageParser:
             except ValueError:
                 yield from self._malformed()
         self._pending_newlines, self._call = "", ""
-        self._section = {THINK: "reasoning", CALL: "tool_call"}.get(token, "content")
+        self.section = {THINK: "reasoning", CALL: "tool_call"}.get(token, "content")
 
     def _malformed(self) -> Iterator[tuple[str, str]]:
         self.message.malformed.append(self._call.strip("\n"))

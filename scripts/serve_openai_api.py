@@ -1,4 +1,5 @@
-"""Serve a model under OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, and /health, /metrics.
+"""Serve a model under OpenAI's API: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, and /health,
+/metrics.
 
     python scripts/serve_openai_api.py --weight full_sft
     curl http://127.0.0.1:8998/v1/chat/completions -H "Content-Type: application/json" \
@@ -38,6 +39,7 @@ from scripts.server.engine_thread import EngineThread, QueueFull, Stopping, metr
 from scripts.server.generation import Defaults, GenerationRequest
 from scripts.server.middleware import AuthMiddleware, error_response
 from scripts.server.protocol import ApiError, ChatBody, CompletionBody, validation_error
+from scripts.server.responses import RecentItems, ResponsesBody, ResponsesRequest
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 
@@ -53,6 +55,7 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
         service.stop()
 
     app = FastAPI(title="MiniMind", lifespan=lifespan, docs_url=None, redoc_url=None)
+    recent_items = RecentItems()
     errors = {"4XX": {"description": "an error object: the request's fault, or not now"},
               "5XX": {"description": "an error object: the server's fault, or it is stopping"}}
     stream_or_errors = errors | {200: {"content": {"text/event-stream": {}}}}
@@ -66,6 +69,11 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
     async def completions(body: CompletionBody, http_request: Request) -> Response:
         return await generate(http_request, body.model,
                               partial(GenerationRequest.from_completion_body, body, tokenizer, defaults))
+
+    @app.post("/v1/responses", responses=stream_or_errors)
+    async def responses(body: ResponsesBody, http_request: Request) -> Response:
+        return await generate(http_request, body.model,
+                              partial(ResponsesRequest.from_responses_body, body, tokenizer, defaults, recent_items))
 
     async def generate(http_request: Request, model: str | None,
                        make_request: Callable[[], GenerationRequest]) -> Response:
@@ -116,14 +124,22 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
         Stopping: lambda _, error: error_response(
             ApiError(503, "the server is stopping", code="stopping"), {"Retry-After": "5"}),
         RequestValidationError: lambda _, error: error_response(validation_error(error.errors())),
-        HTTPException: lambda _, error: error_response(
-            ApiError(error.status_code, error.detail), getattr(error, "headers", None)),
+        HTTPException: lambda request, error: error_response(
+            ApiError(error.status_code, absent(request.url.path) if error.status_code == 404 else error.detail),
+            getattr(error, "headers", None)),
         Exception: lambda _, error: error_response(internal_error(error)),
     }
     app.add_middleware(AuthMiddleware, service=service, api_key=api_key)
     if cors:
         app.add_middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"])
     return app
+
+
+def absent(path: str) -> str:
+    """Why there is nothing under a path."""
+    reasons = {"/v1/embeddings": "; a model that was trained to chat makes no good embeddings, ask another server",
+               "/v1/responses/": "; responses are not stored", "/v1/messages": "; use /v1/chat/completions"}
+    return f"there is no {path} here" + next((why for start, why in reasons.items() if path.startswith(start)), "")
 
 
 def internal_error(error: Exception) -> ApiError:
@@ -135,7 +151,7 @@ async def full_response(http_request: Request, service: EngineThread, request: G
     """The response in one piece, unless its client disconnects before."""
 
     async def finish() -> None:
-        async for _ in request.chunks():
+        async for _ in request.events():
             pass
 
     async def disconnect() -> None:
@@ -171,22 +187,18 @@ class EventStream(StreamingResponse):
 
     @staticmethod
     async def _events(request: GenerationRequest) -> AsyncIterator[str]:
-        def event(value: dict) -> str:
-            return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        def to_text(event: dict) -> str:
+            name = f"event: {event['type']}\n" if "type" in event else ""
+            return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
-        for choice in request.choices:
-            if first_chunk := choice.first_chunk():
-                yield event(request.to_chunk([first_chunk]))
         try:
-            async with aclosing(request.chunks()) as chunks:
-                async for chunk in chunks:
-                    yield event(request.to_chunk([chunk]))
+            async with aclosing(request.events()) as events:
+                async for event in events:
+                    yield to_text(event)
         except Exception as error:  # the status has been sent
-            yield event(internal_error(error).body())
+            yield to_text(request.error_event(internal_error(error)))
             return
-        if request.include_usage:
-            yield event(request.to_chunk([], request.usage()))
-        yield "data: [DONE]\n\n"
+        yield request.end_of_stream
 
 
 class Server(uvicorn.Server):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import httpx
 import hypothesis
@@ -25,7 +27,9 @@ import pytest
 import schemathesis
 import torch
 import uvicorn
+from openai.types.responses import Response, ResponseStreamEvent
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import TypeAdapter
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -46,6 +50,8 @@ from scripts.server.choices import ChatChoice
 from scripts.server.engine_thread import EngineThread
 from scripts.server.generation import Defaults, GenerationRequest
 from scripts.server.middleware import MAX_BODY
+from scripts.server.protocol import ApiError
+from scripts.server.responses import RecentItems
 from trainer.rl.tools import SCHEMAS
 
 TOKENIZER = ChatTokenizer()
@@ -381,6 +387,130 @@ def test_what_cannot_be_drawn_has_a_finite_logprob(wildly, path, body):
     assert response.status_code == 200 and "Infinity" not in response.text
 
 
+# -- responses ---------------------------------------------------------------------------------------------------------
+
+ITEM_TOOLS = [{"type": "function", **tool["function"]} for tool in TOOLS]
+
+
+def respond(served, conversation, **options):
+    return served.client().responses.create(model="minimind", input=conversation, temperature=0, **options)
+
+
+def test_a_response_is_the_answer_of_the_chat(served):
+    response, chat = respond(served, WHO[0]["content"]), served.chat(WHO[:1])
+    assert response.output_text == WHO[1]["content"] and response.status == "completed"
+    Response.model_validate(response.model_dump())
+    assert (response.usage.input_tokens, response.usage.output_tokens) == (
+        chat.usage.prompt_tokens, chat.usage.completion_tokens)
+    cut = respond(served, WHO[:1], max_output_tokens=2)
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert [item.status for item in cut.output] == ["incomplete"]
+    tokens = respond(served, WHO[:1], top_logprobs=2).output[0].content[0].logprobs
+    assert "".join(token.token for token in tokens[:5]) == WHO[1]["content"][:len("".join(
+        token.token for token in tokens[:5]))] and len(tokens[0].top_logprobs) == 2
+
+
+def test_a_response_streams_as_the_sdk_reads_it(served):
+    body = {"model": "minimind", "input": SUM[0]["content"], "temperature": 0, "reasoning": {"effort": "low"}}
+    *wire, nothing = served.post("/v1/responses", json=body | {"stream": True}).text.split("\n\n")
+    events = [TypeAdapter(ResponseStreamEvent).validate_json(event.split("\ndata: ")[1]) for event in wire]
+    assert not nothing and [event.split("\n")[0] for event in wire] == [f"event: {event.type}" for event in events]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+    with served.client().responses.stream(**body) as stream:
+        assert [event.type for event in stream] == [event.type for event in events]
+        final = stream.get_final_response()
+    assert "".join(event.delta for event in events if event.type == "response.reasoning_text.delta") == "Two and two."
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "Four."
+    reasoning, message = final.output
+    assert (reasoning.content[0].text, message.content[0].text) == ("Two and two.", "Four.")
+    assert final.usage.output_tokens_details.reasoning_tokens == len(TOKENIZER.encode_text("Two and two.\n")) + 1
+    again = respond(served, SUM[:1], reasoning={"effort": "low"})
+    assert [item.type for item in again.output] == ["reasoning", "message"] and again.output_text == "Four."
+
+
+def test_a_response_calls_a_tool_and_reads_its_result(served):
+    with served.client().responses.stream(model="minimind", input=TASK[:1], tools=ITEM_TOOLS, temperature=0) as stream:
+        pieces = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+        response = stream.get_final_response()
+    call, = response.output
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", *CALL.values())
+    assert "".join(pieces) == call.arguments
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": TASK[2]["content"]}
+    again = respond(served, [*TASK[:1], call.model_dump(), result], tools=ITEM_TOOLS)
+    assert again.output_text == "Two characters."
+    assert again.usage.input_tokens == len(TOKENIZER.prompt(TASK[:3], TOOLS))
+
+
+@pytest.mark.parametrize(("body", "error"), [
+    ({"previous_response_id": "resp_1"}, "previous_response_id: nothing is stored here"),
+    ({"input": [{"type": "item_reference", "id": "1"}]}, "item 1 is not here"),
+    ({"input": [{"type": "computer_call"}]}, "input.0: .*not computer_call"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0: .*text only"),
+    ({"tools": [{"type": "web_search"}]}, "tools.0: .*not web_search"), ({"temperature": 3}, "temperature"),
+    ({"input": []}, "input"), ({"max_output_tokens": 0}, "max_output_tokens")])
+def test_a_response_that_cannot_be_had_is_refused(served, body, error):
+    with pytest.raises(openai.BadRequestError, match=error):
+        served.client().responses.create(**{"model": "minimind", "input": "hi", "store": True} | body)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_agent_of_openais_sdk_works_with_its_defaults(served, stream):
+    """openai-agents asks /v1/responses unless it is told otherwise."""
+    agents = pytest.importorskip("agents")
+    agents.set_tracing_disabled(True)
+    calls = []
+
+    async def invoke(_, arguments: str) -> str:
+        calls.append(json.loads(arguments))
+        return TASK[2]["content"]
+
+    tools = [agents.FunctionTool(name=tool["name"], description=tool["description"], on_invoke_tool=invoke,
+                                 params_json_schema=tool["parameters"], strict_json_schema=False)
+             for tool in ITEM_TOOLS]
+
+    async def run() -> str:
+        async with served.client(openai.AsyncOpenAI) as client:
+            model = agents.OpenAIResponsesModel("minimind", client)
+            agent = agents.Agent("a", model=model, tools=tools, model_settings=agents.ModelSettings(temperature=0))
+            if not stream:
+                return (await agents.Runner.run(agent, TASK[0]["content"])).final_output
+            result = agents.Runner.run_streamed(agent, TASK[0]["content"])
+            kinds = [event.type async for event in result.stream_events()]
+            assert "raw_response_event" in kinds
+            return result.final_output
+
+    assert asyncio.run(run()) == TASK[3]["content"] and calls == [CALL["arguments"]]
+
+
+def test_the_ai_sdk_works_with_its_defaults(served, monkeypatch):
+    """It asks /v1/responses, and refers to the items of earlier answers."""
+    node = Path(os.environ.get("MINIMIND_NODE", Path.home() / ".cache/minimind/node"))
+    if not (node / "node_modules/@ai-sdk/openai").is_dir() or not shutil.which("node"):
+        pytest.skip(f"no node, or no @ai-sdk/openai in {node}; .ci/run installs it, MINIMIND_NODE names another folder")
+    prompts, add = [], served.service.engine.add
+    monkeypatch.setattr(served.service.engine, "add", lambda prompt, params: prompts.append(prompt) or add(
+        prompt, params))
+    request = {"url": f"{served.url}/v1", "question": TASK[0]["content"], "tools": ITEM_TOOLS,
+               "result": TASK[2]["content"]}
+    done = subprocess.run(["node", ROOT / "tests/ai_sdk.mjs"], input=json.dumps(request), capture_output=True,
+                          encoding="utf-8", timeout=120, env=os.environ | {"MINIMIND_NODE": str(node)})
+    assert done.returncode == 0, done.stderr
+    answer = TASK[3]["content"]
+    assert json.loads(done.stdout) == {"whole": answer, "text": answer, "calls": [CALL["arguments"]]}
+    turns = [TOKENIZER.prompt(TASK[:1], TOOLS), TOKENIZER.prompt(TASK[:3], TOOLS)]
+    assert prompts[:5] == [*turns, *turns, TOKENIZER.prompt([*TASK, {"role": "user", "content": "?"}], TOOLS)]
+
+
+def test_items_are_kept_for_references_while_there_is_memory():
+    items = RecentItems(max_size=100)
+    for name in "abc":
+        items.add({"id": name, "text": "x" * 20})
+    assert items.get("c")["id"] == "c" and items.get("b")
+    with pytest.raises(ApiError, match="item a is not here"):
+        items.get("a")
+
+
 # -- many at once ------------------------------------------------------------------------------------------------------
 
 
@@ -536,6 +666,11 @@ def test_the_sdk_raises_its_own_errors(served):
 
 
 def test_unknown_paths_methods_and_media_are_refused(served):
+    for path, reason in (("/v1/embeddings", "another server"), ("/v1/messages", "chat/completions"),
+                         ("/v1/nothing", "no /v1/nothing")):
+        response = served.post(path, json={"model": "minimind", "input": "x"})
+        assert response.status_code == 404 and reason in response.json()["error"]["message"]
+    assert "not stored" in httpx.get(f"{served.url}/v1/responses/resp_1").json()["error"]["message"]
     for response, status in ((served.post("/v1/nothing"), 404), (httpx.get(f"{served.url}/v1/chat/completions"), 405),
                              (served.post(content=json.dumps({"messages": USER})), 400)):
         assert response.status_code == status and response.json()["error"]["message"]
@@ -603,6 +738,9 @@ def test_a_broken_engine_fails_its_requests_and_no_others(wild, monkeypatch, cap
         stream = served.chat(USER, stream=True)
         with pytest.raises(openai.APIError, match="server failed"):
             list(stream)
+        *_, last = respond(served, USER, stream=True)
+        assert (last.type, last.response.status) == ("response.failed", "failed")
+        assert "server failed" in last.response.error.message
         assert served.settles()
         monkeypatch.setattr(Engine, "step", step)
         assert served.chat(USER, max_tokens=2).choices[0].finish_reason == "length"
@@ -639,7 +777,7 @@ def test_metrics_are_read_by_prometheus(wild):
         assert samples["minimind_generated_tokens_total",] == 4
         assert samples["minimind_prompt_tokens_total",] == len(TOKENIZER.prompt(USER))
         assert samples["minimind_time_to_first_token_seconds_bucket", "+Inf"] == 1
-        assert samples["minimind_places",] == 3 and samples["minimind_sequences_running",] == 0
+        assert samples["minimind_slots",] == 3 and samples["minimind_sequences_running",] == 0
 
 
 def test_the_schema_tells_both_shapes_of_an_answer(served):

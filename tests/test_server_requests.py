@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import ValidationError
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter, ValidationError
 from starlette.testclient import TestClient
 
 from model.chat import SPECIAL_TOKENS, ChatTokenizer, MessageParser
@@ -32,6 +33,7 @@ TOKENIZER = ChatTokenizer()
 TOOLS = [SCHEMAS["text_length"], SCHEMAS["random_number"]]
 USER = [{"role": "user", "content": "hello"}]
 CALL = {"name": "f", "arguments": {"a": 1}}
+EVENT = TypeAdapter(ResponseStreamEvent)
 
 
 def request_of(**body) -> GenerationRequest:
@@ -268,6 +270,26 @@ def test_any_chat_is_answered_or_refused(client, body):
     answered_or_refused(client, "/v1/chat/completions", body, ChatCompletion, ChatCompletionChunk.model_validate_json)
 
 
+items = some({}, role=st.sampled_from(["user", "system", "assistant"]), content=content) | some(
+    {"summary": st.lists(some({}, type=st.just("summary_text"), text=text), max_size=1)},
+    type=st.just("reasoning")) | some(
+    {"call_id": text}, type=st.just("function_call"), name=text, arguments=st.sampled_from(["{}", "{"])) | some(
+    {"call_id": text}, type=st.just("function_call_output"), output=content)
+responses = some(shared | {
+    "instructions": text, "max_output_tokens": lengths, "reasoning": st.just({"effort": "low"}),
+    "metadata": st.just({"a": "x"}),
+    "tools": st.lists(some({"parameters": st.just({})}, type=st.just("function"), name=st.just("f")), max_size=2),
+    "tool_choice": st.sampled_from(["auto", "none"]), "text": st.just({"format": {"type": "text"}}), "store": flags,
+    "include": st.just(["message.output_text.logprobs"]), "top_logprobs": st.just(2), "parallel_tool_calls": flags,
+}, input=text | st.lists(items, min_size=1, max_size=4))
+
+
+@FUZZ
+@given(body=bodies(responses))
+def test_any_response_is_had_or_refused(client, body):
+    answered_or_refused(client, "/v1/responses", body, Response, EVENT.validate_json)
+
+
 @FUZZ
 @given(body=bodies(completions))
 def test_any_text_is_continued_or_refused(client, body):
@@ -287,10 +309,10 @@ def answered_or_refused(client: TestClient, path: str, body: dict, whole: type, 
         assert 400 <= response.status_code < 500 and error.keys() == {"message", "type", "param", "code"}, response.text
         assert error["message"] and len(error["message"].splitlines()) == 1
     elif response.headers["content-type"].startswith("text/event-stream"):
-        *events, end, nothing = response.text.split("\n\n")
-        assert (end, nothing) == ("data: [DONE]", "") and events
+        *events, nothing = response.text.removesuffix("data: [DONE]\n\n").split("\n\n")
+        assert not nothing and events
         for event in events:
-            read_chunk(event.removeprefix("data: "))
+            read_chunk(event.split("data: ", 1)[1])
     else:
         answer = whole.model_validate_json(response.content)
-        assert len(answer.choices) >= 1 and all(choice.finish_reason for choice in answer.choices)
+        assert whole is Response or all(choice.finish_reason for choice in answer.choices) and answer.choices

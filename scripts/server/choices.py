@@ -17,6 +17,7 @@ class ChatChoice:
     def __init__(self, index: int, tokenizer: ChatTokenizer, parser: MessageParser, has_tools: bool,
                  has_logprobs: bool, is_legacy: bool = False):
         self.index, self.tokenizer, self.has_tools, self.finish_reason = index, tokenizer, has_tools, None
+        self.num_reasoning_tokens = 0
         self.is_legacy = is_legacy  # one `function_call`, as before `tool_calls`
         self.message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
         self.logprobs: list[dict] | None = [] if has_logprobs else None
@@ -28,6 +29,7 @@ class ChatChoice:
     def add(self, delta: TokenDelta) -> Iterator[dict]:
         """The next chunks of this choice."""
         entries = []
+        self.num_reasoning_tokens += delta.num_tokens * (self._parser.section == "reasoning")
         if self.logprobs is not None:
             entries = [chat_logprob(self.tokenizer, *token) for token in delta.tokens]
             self.logprobs += entries
@@ -81,6 +83,8 @@ class ChatChoice:
 
 class TextChoice:
     """One choice of a plain completion: the engine's text, in chunks or whole."""
+
+    num_reasoning_tokens = 0
 
     def __init__(self, index: int, tokenizer: ChatTokenizer, has_logprobs: bool):
         self.index, self.tokenizer, self.finish_reason, self.text = index, tokenizer, None, ""

@@ -178,9 +178,9 @@ def metrics_text(service: EngineThread) -> str:
     add_metric("generated_tokens_total", "counter", "Tokens sampled.", ("", service.generated_tokens))
     add_metric("reused_prompt_tokens_total", "counter", "Prompt tokens that were not computed again.",
                ("", engine.num_cached_tokens))
-    add_metric("sequences_waiting", "gauge", "Sequences without a place.", ("", engine.num_waiting))
-    add_metric("sequences_running", "gauge", "Sequences with a place.", ("", engine.num_running))
-    add_metric("places", "gauge", "Sequences that can run at a time.", ("", engine.max_batch))
+    add_metric("sequences_waiting", "gauge", "Sequences without a slot.", ("", engine.num_waiting))
+    add_metric("sequences_running", "gauge", "Sequences with a slot.", ("", engine.num_running))
+    add_metric("slots", "gauge", "Sequences that can run at a time.", ("", engine.max_batch))
     count, buckets = 0, []
     for bucket, upper_bound in enumerate((*BUCKETS, "+Inf")):
         count += service.first_token[bucket]

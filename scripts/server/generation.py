@@ -9,6 +9,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,12 +48,14 @@ class GenerationRequest:
     sequences: list[Sequence] = field(default_factory=list)  # the engine's thread adds them
     deltas: asyncio.Queue = field(default_factory=asyncio.Queue)  # (index, TokenDelta), or why the engine failed
     submitted_at: float | None = None  # time.perf_counter(), until the first token comes
+    end_of_stream = "data: [DONE]\n\n"
 
     @classmethod
     def from_chat_body(cls, body: ChatBody, tokenizer: ChatTokenizer, defaults: Defaults) -> "GenerationRequest":
         """Raises ApiError when the messages or tools cannot be written in the chat format."""
         template = body.chat_template_kwargs or TemplateOptions()
-        thinking = bool(first_given(body.open_thinking, template.open_thinking, template.enable_thinking,
+        effort = body.reasoning_effort and body.reasoning_effort not in ("none", "minimal")
+        thinking = bool(first_given(body.open_thinking, template.open_thinking, template.enable_thinking, effort,
                                     defaults.open_thinking))
         tools = [tool.to_dict() for tool in body.tools or []] if body.tool_choice != "none" else []
         messages = [message.to_dict() for message in body.messages]
@@ -92,6 +95,21 @@ class GenerationRequest:
         return cls("text_completion", defaults.model, [prompt for prompt in prompts for _ in range(n)], params, choices,
                    *stream_options(body))
 
+    async def events(self) -> AsyncIterator[dict]:
+        """The events of the response's stream. Raises what the engine raised."""
+        for choice in self.choices:
+            if first_chunk := choice.first_chunk():
+                yield self.to_chunk([first_chunk])
+        async with aclosing(self.chunks()) as chunks:
+            async for chunk in chunks:
+                yield self.to_chunk([chunk])
+        if self.include_usage:
+            yield self.to_chunk([], self.usage())
+
+    def error_event(self, error: ApiError) -> dict:
+        """The last event of a stream that fails after its status was sent."""
+        return error.body()
+
     async def chunks(self) -> AsyncIterator[dict]:
         """The choices' chunks as the engine samples them, until all have finished. Raises what the engine raised."""
         num_open = len(self.choices)
@@ -117,7 +135,9 @@ class GenerationRequest:
             num_cached[id(prompt)] = min(sequence.num_cached_tokens, num_cached.get(id(prompt), len(prompt)))
         return {"prompt_tokens": self.num_prompt_tokens, "completion_tokens": completion_tokens,
                 "total_tokens": self.num_prompt_tokens + completion_tokens,
-                "prompt_tokens_details": {"cached_tokens": sum(num_cached.values())}}
+                "prompt_tokens_details": {"cached_tokens": sum(num_cached.values())},
+                "completion_tokens_details": {
+                    "reasoning_tokens": sum(choice.num_reasoning_tokens for choice in self.choices)}}
 
     def to_response(self) -> dict:
         """The finished response, in one piece."""

@@ -10,7 +10,7 @@ from scripts.server.engine_thread import EngineThread
 from scripts.server.protocol import ApiError
 
 MAX_BODY = 4 * 2**20  # bytes; 32,768 positions hold far less text
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/models", "/health", "/metrics")
 
 
 class AuthMiddleware:

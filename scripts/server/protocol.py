@@ -13,7 +13,8 @@ from model.chat import parse_json
 
 #: types of content parts that are text, and the field that holds it
 TEXT_FIELDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal",
-               "thinking": "thinking"}
+               "thinking": "thinking", "reasoning_text": "text", "summary_text": "text"}
+THINKING = ("thinking", "reasoning_text", "summary_text")
 
 
 class ApiError(Exception):
@@ -88,7 +89,7 @@ class GenerationBody(StrictModel):
             return body
         body = {key: int(value) if isinstance(value, float) and value.is_integer() else value
                 for key, value in body.items()}
-        for key in ("max_tokens", "max_completion_tokens"):
+        for key in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if body.get(key) == -1:
                 body[key] = None
         if isinstance(stop := body.get("stop"), (str, list)):
@@ -133,7 +134,7 @@ class Message(StrictModel):
             raise ValueError("this model reads text only, not audio")
         if self.content is None and self.role not in ("assistant", "tool", "function"):
             raise ValueError(f"a {self.role} message has content")
-        if self.role != "assistant" and any(part.type in ("refusal", "thinking") for part in self._parts):
+        if self.role != "assistant" and any(part.type in ("refusal", *THINKING) for part in self._parts):
             raise ValueError("only an assistant refuses or thinks")
         return self
 
@@ -144,8 +145,8 @@ class Message(StrictModel):
     def to_dict(self) -> dict:
         """As model/chat.py takes it. Tool calls whose arguments are no JSON object become text, as they were sampled.
         """
-        content = "".join(part.value for part in self._parts if part.type != "thinking") or self.refusal or ""
-        thinking = "".join(part.value for part in self._parts if part.type == "thinking")
+        content = "".join(part.value for part in self._parts if part.type not in THINKING) or self.refusal or ""
+        thinking = "".join(part.value for part in self._parts if part.type in THINKING)
         reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
         calls = []
         for call in self.tool_calls or [self.function_call] * bool(self.function_call):
@@ -191,6 +192,9 @@ class TemplateOptions(StrictModel):
     enable_thinking: bool | Literal[0, 1] | None = None
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # OpenAI's switch for thinking
+
+
 class ResponseFormat(StrictModel):
     type: Literal["text"]
 
@@ -205,6 +209,7 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     open_thinking: bool | Literal[0, 1] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: TemplateOptions | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
