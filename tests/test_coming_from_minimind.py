@@ -93,6 +93,18 @@ def test_every_command_of_ours_is_accepted(page):
         assert set(re.findall(r"--\w+", match[2])) <= {*known}, f"{page}: {match[0]}"
 
 
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md", *(f"docs/{name}{end}.md" for end in ("", ".zh")
+                                                                 for name in ("training", "serving"))])
+def test_every_command_of_the_documentation_is_accepted(page):
+    text = (ROOT / page).read_text("utf-8").replace("\\\n", " ")
+    matches = [*re.finditer(rf"^\S*(?:python|torchrun --\S+ \d+) {PROGRAM}([^#\n]*)", text, re.M),
+               *re.finditer(rf"`python {PROGRAM}((?: [^`]+)?)`", text)]
+    assert len(matches) > 10
+    for match in matches:
+        known = parser_of(find_program(match[1]))._option_string_actions
+        assert set(re.findall(r"--\w+", match[2])) <= {*known}, f"{page}: {match[0]}"
+
+
 RL_FLAGS = "--num_workers 8 --debug_interval 5 --sglang_base_url http://a --sglang_model_path DIR"
 RL_FLAGS += " --rollout_engine torch --sglang_shared_path DIR2 --wandb_run_name N --out_dir O --reasoning 1"
 RL_ARGS = {"show_interval": 5, "rollout_url": "http://a", "tokenizer": "DIR", "rollout_engine": "local",

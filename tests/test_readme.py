@@ -39,3 +39,14 @@ def test_the_reading_order_is_as_long_as_it_says(readme):
 def test_both_languages_list_the_same_files():
     english, chinese = ([re.findall(r"[\w/*]+\.py|\w+/", "\n".join(tree(readme))) for readme in READMES])
     assert english == chinese and reading_order("README.md") == reading_order("README_zh.md")
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_readme_is_short(readme):
+    assert len((ROOT / readme).read_text("utf-8").splitlines()) <= 220
+
+
+@pytest.mark.parametrize("page", [*READMES, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?://)([^)#]+)[^)]*\)", (ROOT / page).read_text("utf-8"))
+    assert all((ROOT / page).parent.joinpath(link).exists() for link in links), links
