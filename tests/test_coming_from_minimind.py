@@ -99,8 +99,10 @@ def test_every_command_of_the_documentation_is_accepted(page):
     text = (ROOT / page).read_text("utf-8").replace("\\\n", " ")
     matches = [*re.finditer(rf"^\S*(?:python|torchrun --\S+ \d+) {PROGRAM}([^#\n]*)", text, re.M),
                *re.finditer(rf"`python {PROGRAM}((?: [^`]+)?)`", text)]
-    assert len(matches) > 10
+    assert len(matches) > 5
     for match in matches:
+        if match[1] == "llmexport.py":  # of MNN
+            continue
         known = parser_of(find_program(match[1]))._option_string_actions
         assert set(re.findall(r"--\w+", match[2])) <= {*known}, f"{page}: {match[0]}"
 
