@@ -706,6 +706,14 @@ def test_a_full_queue_says_when_to_come_back(wild):
         assert client.chat.completions.create(model="minimind", messages=USER, max_tokens=1).choices
 
 
+@pytest.mark.parametrize("prompts", [["1" * 40_000], ["x", "1" * 40_000, "x"]])
+def test_a_refused_request_leaves_nothing_reserved(wildly, prompts):
+    """Nor one of its prompts that the engine had accepted before it refused another."""
+    response = wildly.post("/v1/completions", json={"prompt": prompts, "n": 2, "max_tokens": 30_000})
+    assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+    assert wildly.settles() and wildly.service.num_pending == 0 and not wildly.service._owners
+
+
 def test_a_key_opens_the_door(model):
     with serving(model, api_key="秘密", cors=["https://example.org"]) as served:
         key = "秘密".encode()
