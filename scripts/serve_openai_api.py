@@ -88,9 +88,10 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
             await service.submit(request)
         except ValueError as error:
             raise ApiError(400, str(error), code="context_length_exceeded") from None
-        if request.stream:
-            return EventStream(service, request)
-        return await full_response(http_request, service, request)
+        response = EventStream(service, request) if request.stream else await full_response(
+            http_request, service, request)
+        response.headers.update(request.headers)
+        return response
 
     def unknown_model(name: str) -> ApiError:
         return ApiError(404, f"there is no model {name!r} here, only {defaults.model!r}", "model", "model_not_found")
@@ -242,6 +243,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--max_batch", type=positive_int, default=32, help="answers written together (%(default)s)")
     group.add_argument("--max_cache_tokens", type=positive_int, help="bound of the key-value cache (2,048 an answer)")
     parser.add_aliases(max_seq_len=None)  # the model's own length holds
+    group.add_argument("--max_tools", type=nonneg_int, help="tools of a request that reach the model (all); the header "
+                       "X-Tools-Left-Out counts the others")
     group.add_argument("--max_queue", type=nonneg_int, default=128, help="answers that may wait beside (%(default)s)")
     return parser.parse_args()
 
@@ -252,7 +255,7 @@ def main() -> None:
         model, tokenizer = load_from_args(args, args.weight)
         service = EngineThread(partial(Engine, model, tokenizer, args.max_batch, args.max_cache_tokens), args.max_queue)
         defaults = Defaults(args.model_name, args.max_new_tokens, args.temperature, args.top_p,
-                            bool(args.open_thinking))
+                            bool(args.open_thinking), args.max_tools)
         app = create_app(service, tokenizer, defaults, args.api_key or os.environ.get(KEY_VARIABLE), args.cors)
         host, port = listener.getsockname()[:2]
         print(f"serving {defaults.model} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)

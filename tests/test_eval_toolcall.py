@@ -215,7 +215,7 @@ class Clumsy(JsonHandler):
     def do_POST(self):
         self.requests.append(self.body())
         broken = {"id": "a", "type": "function", "function": {"name": "calculate_math", "arguments": "1 + 2"}}
-        self.complete({"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [broken]}
+        self.complete({"role": "assistant", "content": None, "reasoning": "Hm.", "tool_calls": [broken]}  # as vLLM
                       if len(self.requests) % 2 else {"role": "assistant", "content": "3"})
 
 

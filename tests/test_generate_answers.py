@@ -22,7 +22,8 @@ class Teacher(JsonHandler):
         request = self.body()
         self.asked.append(request)
         said = request["messages"][-1]["content"].upper()
-        message = {"role": "assistant", "content": said, "reasoning_content": "hm"}
+        name = ("reasoning_content", "reasoning")[len(self.asked) % 2]  # DeepSeek's and vLLM's
+        message = {"role": "assistant", "content": said, name: "hm"}
         if request.get("tools"):
             function = {"name": "clock", "arguments": self.arguments}
             message = {"role": "assistant", "content": None,

@@ -36,6 +36,17 @@ CALL = {"name": "f", "arguments": {"a": 1}}
 EVENT = TypeAdapter(ResponseStreamEvent)
 
 
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=32, num_hidden_layers=1, max_position_embeddings=256)).eval()
+    service = EngineThread(partial(Engine, model, TOKENIZER, 4, 1024))
+    app = create_app(service, TOKENIZER, Defaults(max_new_tokens=3, max_tools=1))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+        assert service.num_pending == 0 and not service._owners
+
+
 def request_of(**body) -> GenerationRequest:
     kind = CompletionBody if "prompt" in body else ChatBody
     make = GenerationRequest.from_completion_body if "prompt" in body else GenerationRequest.from_chat_body
@@ -118,6 +129,17 @@ def test_tools_are_read_without_what_is_not_for_the_model():
     assert read(USER, functions=[function], function_call="none") == read(USER)
 
 
+def test_no_more_tools_are_read_than_the_server_allows(client):
+    body = {"messages": USER, "tools": TOOLS}
+    for stream in (False, True):
+        response = client.post("/v1/chat/completions", json=body | {"stream": stream})
+        assert response.headers["X-Tools-Left-Out"] == "1 of 2, by --max_tools"
+    none = GenerationRequest.from_chat_body(ChatBody.model_validate(body), TOKENIZER, Defaults(max_tools=0))
+    assert none.prompts[0] == TOKENIZER.prompt(USER) and none.headers["X-Tools-Left-Out"].startswith("2 of 2")
+    one = GenerationRequest.from_chat_body(ChatBody.model_validate(body), TOKENIZER, Defaults(max_tools=1))
+    assert one.prompts[0] == TOKENIZER.prompt(USER, TOOLS[:1]) and not request_of(**body).headers
+
+
 def test_a_logit_bias_is_of_token_ids():
     assert request_of(messages=USER, logit_bias={"40": 2, "041": -100}).params[0].logit_bias == ((40, 2), (41, -100))
 
@@ -187,17 +209,6 @@ def test_what_cannot_be_done_is_refused(body, message):
 
 
 # -- fuzz --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[TestClient]:
-    torch.manual_seed(0)
-    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=32, num_hidden_layers=1, max_position_embeddings=256)).eval()
-    service = EngineThread(partial(Engine, model, TOKENIZER, 4, 1024))
-    app = create_app(service, TOKENIZER, Defaults(max_new_tokens=3))
-    with TestClient(app, raise_server_exceptions=False) as client:
-        yield client
-        assert service.num_pending == 0 and not service._owners
 
 
 junk = st.recursive(st.sampled_from([

@@ -237,11 +237,12 @@ def endpoint() -> Iterator[str]:
     server.server_close()
 
 
-def test_a_url_answers_with_thinking_text_and_calls(endpoint):
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])  # DeepSeek's and vLLM's
+def test_a_url_answers_with_thinking_text_and_calls(endpoint, name):
     pieces = [{"index": 0, "id": "c", "function": {"name": "calculate_math", "arguments": '{"expr'}},
               {"index": 0, "function": {"arguments": 'ession": "12 * 12"}'}},
               {"index": 1, "id": "d", "function": {"name": "broken", "arguments": "{"}}]
-    Endpoint.chunks = [chunk({"role": "assistant"}), chunk({"reasoning_content": "Hm."}), chunk({"content": "So"}),
+    Endpoint.chunks = [chunk({"role": "assistant"}), chunk({name: "Hm."}), chunk({"content": "So"}),
                        chunk({"content": " be it"}), *(chunk({"tool_calls": [piece]}) for piece in pieces),
                        chunk({}, "tool_calls"), chunk({}) | {"choices": [], "usage": {
                            "prompt_tokens": 5, "completion_tokens": 21, "total_tokens": 26}}]

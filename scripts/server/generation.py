@@ -30,6 +30,7 @@ class Defaults:
     temperature: float = 0.85
     top_p: float = 0.95
     open_thinking: bool = False
+    max_tools: int | None = None  # further ones are left out: a small model cannot bear many
 
 
 @dataclass(eq=False)
@@ -43,6 +44,7 @@ class GenerationRequest:
     choices: list[ChatChoice | TextChoice]
     stream: bool
     include_usage: bool
+    headers: dict[str, str] = field(default_factory=dict)  # of the response
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     sequences: list[Sequence] = field(default_factory=list)  # the engine's thread adds them
@@ -58,6 +60,7 @@ class GenerationRequest:
         thinking = bool(first_given(body.open_thinking, template.open_thinking, template.enable_thinking, effort,
                                     defaults.open_thinking))
         tools = [tool.to_dict() for tool in body.tools or []] if body.tool_choice != "none" else []
+        num_tools, tools = len(tools), tools[:defaults.max_tools]
         messages = [message.to_dict() for message in body.messages]
         continued = messages[-1]["content"] if body.continue_final_message else None
         try:
@@ -68,7 +71,10 @@ class GenerationRequest:
         params = sampling_params(body, tokenizer, defaults, n, body.top_logprobs or None, body.max_completion_tokens)
         choices = [ChatChoice(i, tokenizer, MessageParser(tokenizer, thinking, continued), bool(tools),
                               bool(body.logprobs), is_legacy=bool(body.functions)) for i in range(n)]
-        return cls("chat.completion", defaults.model, [prompt] * n, params, choices, *stream_options(body))
+        request = cls("chat.completion", defaults.model, [prompt] * n, params, choices, *stream_options(body))
+        if num_tools > len(tools):
+            request.headers["X-Tools-Left-Out"] = f"{num_tools - len(tools)} of {num_tools}, by --max_tools"
+        return request
 
     @classmethod
     def from_completion_body(cls, body: CompletionBody, tokenizer: ChatTokenizer,
