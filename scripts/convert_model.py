@@ -118,7 +118,8 @@ def convert(model: MiniMindForCausalLM, tokenizer: ChatTokenizer, target: Path, 
 
         gguf_file.write_gguf(model, target, tokenizer, dtype)
         if not tokenizer.own_template:  # Ollama's template language is another
-            write_atomically(target.with_suffix(".Modelfile"), gguf_file.modelfile(target.name))
+            num_ctx = min(8192, model.config.max_position_embeddings)
+            write_atomically(target.with_suffix(".Modelfile"), gguf_file.modelfile(target.name, num_ctx))
         return gguf_file.read_gguf(target, model.config)
     save_folder(model, target, tokenizer, dtype=DTYPES[dtype], as_minimind=output_format == "minimind")
     return load_folder(target)[0]

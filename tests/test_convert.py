@@ -390,6 +390,7 @@ def test_ollama_renders_as_our_template_does(tmp_path, source):
     convert(source("dense"), tmp_path / "model.gguf", "gguf")
     text = (tmp_path / "model.Modelfile").read_text("utf-8")
     assert text.startswith("FROM ./model.gguf\n") and 'PARAMETER stop "<|im_end|>"' in text
+    assert "\nPARAMETER num_ctx 8192\n" in text and "\n# SYSTEM " in text
     values, expected, jinja = [], [], AutoTokenizer.from_pretrained(ROOT / "model")
     for (messages, tools), thinking in itertools.product(CHATS, (False, True)):
         expected.append(jinja.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True,

@@ -157,12 +157,14 @@ def read_gguf(path: Path, config: MiniMindConfig) -> MiniMindForCausalLM:
     return model
 
 
-def modelfile(name: str) -> str:
-    """Ollama's Modelfile for a GGUF `name` in the same folder: the chat format in Go's template language, the stops.
+def modelfile(name: str, num_ctx: int) -> str:
+    """Ollama's Modelfile for a GGUF `name` in the same folder: the chat format in Go's template language, stops, and
+    room for `num_ctx` tokens (Ollama's own default cuts at 4,096).
 
     Ollama finds the tags of thinking and of tool calls as the text around .Thinking and the first text in the first
     `if .ToolCalls`, which is why the newline between content and calls asks for $message.ToolCalls.
     """
     template = (TOKENIZER_DIR / "chat_template.gotmpl").read_text("utf-8")
     return (f'FROM ./{name}\nTEMPLATE """{template}"""\nPARAMETER stop "<|im_end|>"\nPARAMETER stop "<|im_start|>"\n'
-            "PARAMETER temperature 0.85\nPARAMETER top_p 0.95\n")
+            f"PARAMETER temperature 0.85\nPARAMETER top_p 0.95\nPARAMETER num_ctx {num_ctx}\n"
+            '# SYSTEM """A system prompt for every conversation that has none."""\n')
