@@ -96,9 +96,9 @@ class Served:
 
 @contextmanager
 def serving(model, max_batch: int = 16, max_queue: int = 128, api_key: str | None = None,
-            cors: list[str] | None = None) -> Iterator[Served]:
+            cors: list[str] | None = None, max_tools: int | None = None) -> Iterator[Served]:
     service = EngineThread(partial(Engine, model, TOKENIZER, max_batch, 32_768), max_queue)
-    app = create_app(service, TOKENIZER, Defaults(max_new_tokens=40), api_key, cors)
+    app = create_app(service, TOKENIZER, Defaults(max_new_tokens=40, max_tools=max_tools), api_key, cors)
     with listen("127.0.0.1", 0) as listener:
         server = Server(uvicorn.Config(app, log_level="warning", access_log=False), service)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
