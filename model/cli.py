@@ -1,11 +1,17 @@
-"""What every program shares: errors that end in one line, and the types of command-line arguments."""
+"""What every program shares: errors that end in one line, terminals of any encoding, and the types of flags."""
 
 import argparse
+import errno
+import io
 import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 SWITCH = {"type": int, "choices": (0, 1)}  # keyword arguments of `add_argument` for a flag that is 0 or 1
+SURROGATE = re.compile("[\ud800-\udfff]")  # U+DC80 to U+DCFF stand for bytes that could not be decoded
+CHINESE = re.compile("[\u3000-\u303f\u3400-\u9fff\uff00-\uffef]")
 
 
 class Failure(Exception):
@@ -34,26 +40,86 @@ def notice(text: str) -> None:
 def run_main(main: Callable[[], None]) -> None:
     """Run a program's `main`; expected errors end it with one line on stderr and an exit status.
 
-    2: UserError. 1: other failures (disk full, out of memory, diverged). 130: interrupted.
+    2: UserError. 1: other failures (disk full, out of memory, diverged). 130: interrupted. 141: nobody reads stdout any
+    more, as in `| head -1`.
     """
+    open_streams()
     try:
         main()
     except Failure as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        exit_with(error.status, f"error: {error}")
     except OSError as error:
-        print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
-        sys.exit(1)
+        if error.filename is None and error.errno in (errno.EPIPE, *[errno.EINVAL] * (os.name == "nt")):
+            exit_with(141)
+        exit_with(1, f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "))
     except KeyboardInterrupt:
-        sys.exit(130)
+        exit_with(130)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # reported, or nobody reads it: else the interpreter reports it again when it ends
+                with suppress(OSError), open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def exit_with(status: int, line: str = "") -> None:
+    with suppress(OSError):  # stderr may be closed too
+        print(line, file=sys.stderr, end="\n" * bool(line), flush=True)
+    sys.exit(status)
+
+
+def open_streams() -> None:
+    """Make stdin, stdout and stderr usable whatever the terminal's encoding is, and where they are closed.
+
+    Characters that stdout's encoding lacks are printed as "?". What stdin's lacks is for `read_line` to decode.
+    """
+    for name, mode, errors in (("stdin", "r", "surrogateescape"), ("stdout", "w", "replace"), ("stderr", "w", None)):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell (`<&-`), or there is none (pythonw)
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+    if os.name == "nt":
+        os.system("")  # from here on a console of Windows knows colours
+
+
+def read_line(prompt: str) -> str:
+    """`input`, which also reads bytes that are not of the terminal's encoding, and says how.
+
+    They are taken for UTF-8, or for GB2312 where that gives Chinese text; else U+FFFD stands for what is unreadable.
+    """
+    text = input(prompt)
+    if not SURROGATE.search(text):
+        return text
+    encoding = sys.stdin.encoding or "utf-8"
+    text, name = decode(text.encode(encoding, "surrogateescape"))
+    notice(f"(that was not {encoding}; it is read as {name}: {text})")
+    return text
+
+
+def decode(line: bytes) -> tuple[str, str]:
+    """Bytes of an unknown encoding → their text, and the name of the encoding."""
+    text = line.decode("utf-8", "replace")
+    if text.count("\ufffd") > len(CHINESE.findall(text)):  # else a character of UTF-8 was cut
+        with suppress(UnicodeDecodeError):
+            other = line.decode("gb2312")  # in GBK two letters of Latin-1 may be Chinese
+            if all(character.isascii() or CHINESE.match(character) for character in other):
+                return other, "GB2312"
+    return text, "UTF-8"
 
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        broken = next(filter(SURROGATE.search, sys.argv[1:] if args is None else args), None)
+        if broken is not None:
+            self.error(f"argument {broken!a}: not text in {sys.getfilesystemencoding()}, the terminal's encoding")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> None:
-        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
+        exit_with(2, f"error: {message} (--help lists the flags)")
 
     def add_aliases(self, **flags: str | None) -> None:
         """Also accept flags by their names in MiniMind's scripts, alias="flag"; --help does not list them.

@@ -2,7 +2,7 @@
 
 import sys
 
-from model.cli import UserError
+from model.cli import Failure, UserError, read_line
 
 HELP = "/clear forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 
@@ -21,12 +21,12 @@ def interact(chat) -> None:
     print(HELP)
     while True:
         try:
-            text = input("\n> ").strip()
+            text = read_line("\n> ").strip()
         except KeyboardInterrupt:
             print(f"\n({HELP})", end="")
             continue
         except EOFError:
-            return
+            return print()
         if text == "/exit":
             return
         if text == "/clear":
@@ -34,5 +34,7 @@ def interact(chat) -> None:
         elif text:
             try:
                 chat.answer(text)
-            except UserError as error:
+            except Failure as error:
+                if not (isinstance(error, UserError) or sys.stdin.isatty()):
+                    raise  # a script wants the exit status
                 print(f"{error}; {HELP}")
