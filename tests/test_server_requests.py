@@ -260,12 +260,18 @@ shared = {
     "seed": st.sampled_from([0, -1, 5.0]), "stop": st.sampled_from(["", "a", ["", "b"], []]), "model": st.none(),
     "logit_bias": st.dictionaries(st.sampled_from(["40", "6399"]), st.sampled_from([-100, 0.5, 100]), max_size=2),
     "stream_options": st.sampled_from([None, {"include_usage": True}]), "user": text}
+shared |= {"guided_json": st.none() | st.just({"type": "null"}), "guided_regex": st.none() | text}
+named = some({}, name=st.just("f"))
+choices = st.sampled_from(["auto", "none", "required"]) | some({}, type=st.just("function"), function=named)
+schemas = st.sampled_from([{}, {"type": "object", "properties": {"a": {"type": "string"}}}, {"$ref": "#"}])
+formats = some({}, type=st.sampled_from(["text", "json_object"])) | some(
+    {}, type=st.just("json_schema"), json_schema=some({"strict": flags}, name=text, schema=schemas))
 chats = some(shared | {
-    "tools": st.lists(tools, max_size=2), "tool_choice": st.sampled_from(["auto", "none"]),
-    "functions": st.lists(functions, max_size=2), "function_call": st.sampled_from(["auto", "none"]),
+    "tools": st.lists(tools, max_size=2), "tool_choice": choices, "parallel_tool_calls": flags,
+    "functions": st.lists(functions, max_size=2), "function_call": st.sampled_from(["auto", "none"]) | named,
     "logprobs": st.just(True), "top_logprobs": st.sampled_from([0, 20]), "max_completion_tokens": lengths,
     "open_thinking": flags, "chat_template_kwargs": st.just({"enable_thinking": True}),
-    "continue_final_message": flags, "add_generation_prompt": st.none(), "response_format": st.just({"type": "text"}),
+    "continue_final_message": flags, "add_generation_prompt": st.none(), "response_format": formats,
 }, messages=st.lists(messages, min_size=1, max_size=3))
 completions = some(shared | {"logprobs": st.sampled_from([0, 20]), "echo": st.just(False), "suffix": st.just("")},
                    prompt=text | st.sampled_from([["a", "b"], [1, 40], [[1], [2]]]))
@@ -290,7 +296,9 @@ responses = some(shared | {
     "instructions": text, "max_output_tokens": lengths, "reasoning": st.just({"effort": "low"}),
     "metadata": st.just({"a": "x"}),
     "tools": st.lists(some({"parameters": st.just({})}, type=st.just("function"), name=st.just("f")), max_size=2),
-    "tool_choice": st.sampled_from(["auto", "none"]), "text": st.just({"format": {"type": "text"}}), "store": flags,
+    "tool_choice": st.sampled_from(["auto", "none", "required", {"type": "function", "name": "f"}]),
+    "store": flags, "text": st.none() | some({}, format=st.just({"type": "text"}) | some(
+        {"strict": flags}, type=st.just("json_schema"), name=text, schema=schemas)),
     "include": st.just(["message.output_text.logprobs"]), "top_logprobs": st.just(2), "parallel_tool_calls": flags,
 }, input=text | st.lists(items, min_size=1, max_size=4))
 

@@ -3,7 +3,8 @@
     add a request → step: schedule → run → sample → finish, until nothing is busy
 
 `sequence.py` is one request, `scheduler.py` decides what runs next, `kv_cache.py` keeps keys and values in slots,
-`model_runner.py` computes logits, `sampling.py` chooses tokens. Between two steps requests come, go and are cancelled.
+`model_runner.py` computes logits, `sampling.py` chooses tokens, of those that `constraints.py` allows. Between two
+steps requests come, go and are cancelled.
 A completion depends on its prompt, its params and its seed, and on its neighbours only through the rounding of the
 matrix products.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.chat import ChatTokenizer
+from model.inference.constraints import allowed_tokens
 from model.inference.kv_cache import KVCache, SlotManager
 from model.inference.model_runner import ModelRunner
 from model.inference.sampling import SamplingParams, add_logit_bias, apply_penalties, sample
@@ -124,7 +126,8 @@ class Engine:
                               for ids in (s.prompt_ids, s.completion_ids)]
                     s.token_counts = torch.stack(counts).to(logits.device)
                 logits[row] = apply_penalties(logits[row], s.params, *s.token_counts)
-        return sample(logits, params, [s.rng.random() for s in sequences])
+        allowed = allowed_tokens([s.grammar for s in sequences], logits.shape[1])
+        return sample(logits, params, [s.rng.random() for s in sequences], allowed)
 
     def _finish(self, sequences: list[Sequence], tokens: list[int], logprobs: list[float], top_logprobs: list) -> None:
         """Append the sampled tokens; free the slots of sequences that end with them."""

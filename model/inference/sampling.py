@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.chat import EOS, PAD
+from model.inference.constraints import Grammar
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = (EOS, PAD)
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit) (OpenAI)
     top_logprobs: int | None = None  # also record this many of the likeliest tokens of each step
+    grammar: Grammar | None = None  # that the completion keeps to
 
     def __post_init__(self):
         bounds_of = {"max_new_tokens": (1, math.inf), "temperature": (0, math.inf), "top_p": (0, 1),
@@ -83,9 +85,9 @@ def apply_penalties(logits: Tensor, params: SamplingParams, prompt_counts: Tenso
     return logits - params.frequency_penalty * completion_counts - params.presence_penalty * (completion_counts > 0)
 
 
-def sample(logits: Tensor, params: list[SamplingParams],
-           u: list[float]) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
-    """One token per row of logits [B, V], each at its own number of `u` in [0, 1).
+def sample(logits: Tensor, params: list[SamplingParams], u: list[float],
+           allowed: Tensor | None = None) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
+    """One token per row of logits [B, V], each at its own number of `u` in [0, 1), of those `allowed` [B, V] (bool).
 
     → tokens, their log-probabilities (nats) under the distribution they were sampled from, and the `top_logprobs`
     likeliest (token, log-probability) pairs that could have been sampled (empty where not requested). Temperature 0
@@ -94,6 +96,8 @@ def sample(logits: Tensor, params: list[SamplingParams],
     greedy = [p.greedy for p in params]
     temperature = [1.0 if p.greedy else p.temperature for p in params]
     finite = logits.float().nan_to_num(0.0, 1e30, -1e30)  # a request with wild penalties, or a diverged model
+    if allowed is not None:
+        finite = finite.masked_fill(~allowed.to(finite.device), -math.inf)
     log_p = (finite / as_column(temperature, logits)).log_softmax(-1)
     log_mass = log_p.new_zeros(len(log_p), 1)  # of what truncation leaves
     if not all(greedy):

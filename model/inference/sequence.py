@@ -43,6 +43,7 @@ class Sequence:
         self.num_computed = 0  # of token_ids: their keys and values are in the cache
         self.freed_at = 0  # the step in which it gave its slot free
         self.rng = random.Random(params.seed)
+        self.grammar = params.grammar and params.grammar.copy()  # in the state of this completion
         self.token_counts: Tensor | None = None  # [2, V]: occurrences in the prompt and in the completion
         # for the text
         self._tokenizer = tokenizer
@@ -63,6 +64,9 @@ class Sequence:
         self.top_logprobs.append(top_logprobs)
         if self.token_counts is not None:
             self.token_counts[1, token] += 1
+        if self.grammar is not None and not self.grammar.accept(token):  # too complex for llguidance
+            self.finish("length")
+            return
         if token in self.params.stop_ids:
             self.finish("stop")
             return

@@ -8,12 +8,13 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from model.chat import BOS, ChatTokenizer, MessageParser, check_text
+from model.inference.constraints import Grammar, chat_grammar, json_rule, regex_rule, text_grammar
 from model.inference.engine import SamplingParams, Sequence
 from scripts.server.choices import ChatChoice, TextChoice
 from scripts.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, TemplateOptions
@@ -68,7 +69,8 @@ class GenerationRequest:
         except ValueError as error:
             raise ApiError(400, str(error), "messages") from None
         n = body.n or 1
-        params = sampling_params(body, tokenizer, defaults, n, body.top_logprobs or None, body.max_completion_tokens)
+        params = sampling_params(body, tokenizer, defaults, n, body.top_logprobs or None, body.max_completion_tokens,
+                                 answer_grammar(body, tokenizer, thinking, tools))
         choices = [ChatChoice(i, tokenizer, MessageParser(tokenizer, thinking, continued), bool(tools),
                               bool(body.logprobs), is_legacy=bool(body.functions)) for i in range(n)]
         request = cls("chat.completion", defaults.model, [prompt] * n, params, choices, *stream_options(body))
@@ -96,7 +98,8 @@ class GenerationRequest:
         num_choices = n * len(prompts)
         if num_choices > MAX_CHOICES:
             raise ApiError(400, f"prompt: {num_choices:,} answers, the most is {MAX_CHOICES:,} per request", "prompt")
-        params = sampling_params(body, tokenizer, defaults, num_choices, body.logprobs or None)
+        params = sampling_params(body, tokenizer, defaults, num_choices, body.logprobs or None,
+                                 grammar=completion_grammar(body, tokenizer))
         choices = [TextChoice(i, tokenizer, body.logprobs is not None) for i in range(num_choices)]
         return cls("text_completion", defaults.model, [prompt for prompt in prompts for _ in range(n)], params, choices,
                    *stream_options(body))
@@ -169,8 +172,58 @@ def stream_options(body: GenerationBody) -> tuple[bool, bool]:
     return bool(body.stream), bool(body.stream_options and body.stream_options.include_usage)
 
 
+def answer_grammar(body: ChatBody, tokenizer: ChatTokenizer, thinking: bool, tools: list[dict]) -> Grammar | None:
+    """What the answer must look like by `response_format`, `tool_choice`, `parallel_tool_calls`, `strict` tools and
+    vLLM's `guided_…`. None: anything. Raises ApiError for a schema that is wrong or too much for the sampler."""
+    param, rule = answer_rule(body)
+    if body.named_tool:
+        tools = [tool for tool in tools if tool["function"]["name"] == body.named_tool]
+    if body.call_required and not tools:
+        raise ApiError(400, f"tool_choice: there is no tool {body.named_tool or 'to call'}", "tool_choice")
+    one_call = body.named_tool is not None or body.parallel_tool_calls is False
+    is_strict = any((tool.function.model_extra or {}).get("strict") for tool in body.tools or ())
+    if rule is None and not (tools and (body.call_required or one_call or is_strict)):
+        return None
+    if body.continue_final_message:
+        raise ApiError(400, f"continue_final_message: {param} is for answers that are written from their start", param)
+    with refusing(param):
+        return chat_grammar(tokenizer, thinking, rule, tools, body.call_required, not one_call)
+
+
+def completion_grammar(body: CompletionBody, tokenizer: ChatTokenizer) -> Grammar | None:
+    """As `answer_grammar`, of a plain completion."""
+    param, rule = answer_rule(body)
+    with refusing(param):
+        return None if rule is None else text_grammar(tokenizer, rule)
+
+
+def answer_rule(body: GenerationBody) -> tuple[str, str | None]:
+    """The field that says what the answer looks like, and the rule of a grammar that says the same."""
+    response_format = getattr(body, "response_format", None)
+    schemas = {"response_format": response_format and response_format.schema_value, "guided_json": body.guided_json}
+    rules = {name: (json_rule, schema) for name, schema in schemas.items() if schema is not None}
+    if body.guided_regex is not None:
+        rules["guided_regex"] = regex_rule, body.guided_regex
+    if len(rules) > 1:
+        raise ApiError(400, f"send one of {' and '.join(rules)}", min(rules))
+    for name, (rule, value) in rules.items():
+        with refusing(name):
+            return name, rule(value)
+    return "tools", None
+
+
+@contextmanager
+def refusing(param: str) -> Iterator[None]:
+    """What is wrong with a schema is the fault of the field it came in."""
+    try:
+        yield
+    except ValueError as error:
+        raise ApiError(400, f"{param}: {error}", param) from None
+
+
 def sampling_params(body: GenerationBody, tokenizer: ChatTokenizer, defaults: Defaults, num_choices: int,
-                    top_logprobs: int | None, max_completion_tokens: int | None = None) -> list[SamplingParams]:
+                    top_logprobs: int | None, max_completion_tokens: int | None = None,
+                    grammar: Grammar | None = None) -> list[SamplingParams]:
     """The params of each choice; choice i is sampled with the seed + i. Raises ApiError."""
     seed = first_given(body.seed, secrets.randbits(62))
     stop = body.stop or ()
@@ -184,6 +237,6 @@ def sampling_params(body: GenerationBody, tokenizer: ChatTokenizer, defaults: De
         "presence_penalty": body.presence_penalty or 0.0, "frequency_penalty": body.frequency_penalty or 0.0,
         "repetition_penalty": first_given(body.repetition_penalty, 1.0),
         "stop": (stop,) if isinstance(stop, str) else tuple(stop), "top_logprobs": top_logprobs,
-        "logit_bias": logit_bias,
+        "logit_bias": logit_bias, "grammar": grammar,
     }
     return [SamplingParams(**params, seed=(seed + i) % 2**63) for i in range(num_choices)]

@@ -38,7 +38,7 @@ def validation_error(errors: list[dict]) -> ApiError:
     def path(error: dict) -> tuple:
         """The field's path, without the members of unions that pydantic tried."""
         loc = error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"]
-        return tuple(part for part in loc if str(part)[:5] not in ("str", "list[", "bool", "liter"))
+        return tuple(part for part in loc if str(part)[:5] not in ("str", "list[", "bool", "liter", "Named", "Funct"))
 
     if errors[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {errors[0].get('ctx', {}).get('error', errors[0]['msg'])}")
@@ -80,6 +80,8 @@ class GenerationBody(StrictModel):
     seed: int | None = Field(None, ge=-2**63, lt=2**63)
     stop: str | list[str] | None = Field(None, max_length=16)
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    guided_json: dict[str, Any] | None = None  # vLLM's names: a schema, or a regular expression, of the answer
+    guided_regex: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -187,6 +189,11 @@ class Tool(StrictModel):
         return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
 
 
+class NamedTool(StrictModel):
+    type: Literal["function"]
+    function: Function
+
+
 class TemplateOptions(StrictModel):
     open_thinking: bool | Literal[0, 1] | None = None
     enable_thinking: bool | Literal[0, 1] | None = None
@@ -195,17 +202,28 @@ class TemplateOptions(StrictModel):
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # OpenAI's switch for thinking
 
 
+class JsonSchema(StrictModel):
+    value: dict[str, Any] = Field({"type": "object"}, alias="schema")
+
+
 class ResponseFormat(StrictModel):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def schema_value(self) -> dict | None:
+        """The JSON schema of the answer; None: it is text."""
+        return None if self.type == "text" else (self.json_schema or JsonSchema()).value
 
 
 class ChatBody(GenerationBody):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Function] | None = None  # what OpenAI had before tools
-    function_call: Literal["auto", "none"] | None = None
+    function_call: Literal["auto", "none"] | Function | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     open_thinking: bool | Literal[0, 1] | None = None
@@ -225,8 +243,18 @@ class ChatBody(GenerationBody):
             raise ValueError("functions: send tools only")
         if self.functions:
             self.tools = [Tool(type="function", function=function) for function in self.functions]
-            self.tool_choice = self.function_call
+            self.tool_choice = (NamedTool(type="function", function=self.function_call)
+                                if isinstance(self.function_call, Function) else self.function_call)
         return self
+
+    @property
+    def named_tool(self) -> str | None:
+        """The one tool that must be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def call_required(self) -> bool:
+        return self.tool_choice == "required" or self.named_tool is not None
 
 
 class CompletionBody(GenerationBody):
