@@ -254,7 +254,7 @@ def test_errors_are_one_line(lab, capsys, tmp_path):
     lab.train(**flags)
     capsys.readouterr()
     lab.fails(capsys, 2, "is a LoRA", "--lora_weight lora_medical", **flags | {"from_weight": "lora_medical"})
-    lab.fails(capsys, 2, "lora", "now it is", **flags, from_resume=1, lora_rank=4)
+    lab.fails(capsys, 2, "--lora_rank 4: ", "resume.pth was made with 16;", **flags, from_resume=1, lora_rank=4)
     with pytest.raises(UserError, match="lora_medical_64.pth was trained on another base"):
         load_lora(small_model(), "lora_medical", lab.out)
     with pytest.raises(UserError, match="no weight lora_medical_32.pth"):

@@ -445,6 +445,16 @@ def test_a_resumed_run_ends_as_the_whole_one_to_the_bit(lab, data, stage, name, 
     assert (whole.out / f"{name}_best_64.pth").exists()
 
 
+def test_a_resume_with_another_reference_is_refused(lab, capsys):
+    place = with_base(lab())
+    flags = {"stage": train_grpo, **RL, "max_steps": 1, "beta": 0.1}
+    place.train(**flags)
+    torch.manual_seed(2)
+    place.with_base()  # other weights of the same name
+    capsys.readouterr()
+    place.fails(capsys, 2, "--from_weight full_sft: what it holds", "has changed since", **flags, from_resume=1)
+
+
 def test_before_the_first_update_nothing_has_moved_in_bf16_either(lab):
     place = with_base(lab())
     place.train(stage=train_grpo, **{**RL, "max_steps": 1}, beta=0.1, dtype="bfloat16", log_interval=1)

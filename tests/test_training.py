@@ -172,12 +172,59 @@ def test_a_parent_that_does_not_fit_is_told_in_one_line(lab, capsys):
     lab.fails(capsys, 2, "another tokenizer", "--tokenizer", **child)
 
 
-def test_a_state_that_does_not_fit_is_told_in_one_line(lab, capsys):
+def other_tokenizer_folder(folder: Path) -> Path:
+    """A tokenizer of as many entries, two of which have changed places."""
+    other = shutil.copytree(TOKENIZER.folder, folder / "tokenizer", ignore=lambda *_: ["__pycache__", "inference"])
+    path = other / "tokenizer.json"
+    state = json.loads(path.read_text("utf-8"))
+    vocab = state["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(state), "utf-8")
+    return other
+
+
+def test_more_epochs_go_on_with_the_longer_schedule(lab, capsys):
+    whole, parts = lab("whole"), lab("parts")
+    whole.train(epochs=3, learning_rate=1e-3)
+    parts.train(epochs=1, learning_rate=1e-3)
+    done = parts.state()["step"]
+    capsys.readouterr()
+    parts.train(epochs=1, learning_rate=1e-3, from_resume=1)
+    assert "nothing left to do; more --epochs go on" in capsys.readouterr().out
+    parts.train(epochs=3, learning_rate=1e-3, from_resume=1)
+    steps = whole.state()["step"]
+    assert f"--epochs 3 stretches the schedule of the learning rate from {done} to {steps}" in capsys.readouterr().out
+    assert [row["lr"] for row in parts.log()[done:]] == [row["lr"] for row in whole.log()[done:]]
+    assert [row["tokens"] for row in parts.log()] == [row["tokens"] for row in whole.log()]  # of the same rows
+    parts.train(epochs=1, learning_rate=1e-3, from_resume=1)
+    assert f"cuts the schedule of the learning rate from {steps} to {done}" in capsys.readouterr().out
+
+
+def test_a_state_of_another_size_is_not_passed_over_in_silence(lab, capsys):
+    lab = lab()
+    lab.train(max_steps=1)
+    lab.train(max_steps=1, from_resume=1, hidden_size=32)
+    assert "no pretrain_32_resume.pth yet (there: pretrain_64_resume.pth)" in capsys.readouterr().out
+
+
+def test_a_state_that_does_not_fit_is_told_in_one_line(lab, data, capsys, tmp_path):
     lab = lab()
     lab.train(max_steps=1)
     capsys.readouterr()
-    lab.fails(capsys, 2, "global_batch_size 4", "now it is 6", "--from_resume 0", from_resume=1, batch_size=3)
-    lab.fails(capsys, 2, "does not fit the model", from_resume=1, num_key_value_heads=2)
+    way_on = "--from_resume 0 --save_weight OTHER_NAME"
+    for name, value, before in (("global_batch_size", 6, 4), ("optimizer", "muon", "adamw"),
+                                ("weight_decay", 0.0, 0.01),
+                                ("data_path", data / "pretrain_val.jsonl", data / "pretrain.jsonl")):
+        lab.fails(capsys, 2, f"--{name} {value}: ", f"pretrain_64_resume.pth was made with {before};",
+                  f"{way_on} --from_weight pretrain", from_resume=1, **{name: value})
+    for name, before in (("num_hidden_layers", 2), ("num_key_value_heads", 4)):
+        lab.fails(capsys, 2, f"--{name} 1: ", f"was made with {before};", way_on, from_resume=1, **{name: 1})
+    lab.fails(capsys, 2, f"--data_path {data / 'pretrain.jsonl'}: what it holds, or how it is read, has changed since",
+              from_resume=1, tokenizer=other_tokenizer_folder(tmp_path))
+    state = lab.state()
+    for broken in ({"optimizers": [{}]}, {"stream": None, "optimizers": []}, {"settings": {}, "model": {}}):
+        save_resume(lab.checkpoints / "pretrain_64_resume.pth", state | broken)
+        lab.fails(capsys, 2, "pretrain_64_resume.pth does not fit", from_resume=1)
     truncate(lab.checkpoints / "pretrain_64_resume.pth")
     lab.fails(capsys, 2, "not a resume state", from_resume=1)
     torch.save(lab.weight(), lab.checkpoints / "pretrain_64_resume.pth")

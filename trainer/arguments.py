@@ -162,9 +162,8 @@ def parse_policy_args(parser: Parser, argv: list[str] | None = None) -> argparse
 
 
 def policy_settings(args: argparse.Namespace) -> dict:
-    """Settings of the loss that must be unchanged when a run is resumed, under the keys of the resume state."""
-    return {"kind": args.loss_type, "low": args.epsilon, "high": args.epsilon_high, "beta": args.beta,
-            "is_cap": args.is_cap}
+    """Flags of the loss that must be unchanged when a run is resumed."""
+    return {name: getattr(args, name) for name in ("loss_type", "epsilon", "epsilon_high", "beta", "is_cap")}
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -73,7 +73,7 @@ class BatchStream:
         self.grad_accum_steps = next(n for n in range(-(-rows // args.batch_size), rows + 1) if rows % n == 0)
         self.steps = math.ceil(args.epochs * len(dataset) / self.rows_per_step)
         self.length = dataset.row_length  # positions of a row
-        self.settings = {"global_batch_size": self.rows_per_step, "data": dataset.key, "packing": args.packing}
+        self.settings = {"data_path": dataset.key, "packing": args.packing, "global_batch_size": self.rows_per_step}
 
     def __str__(self) -> str:
         return f"{self.rows_per_step} rows a step"

@@ -7,6 +7,7 @@ import torch
 
 from model.cli import UserError, first_line
 from model.files import open_atomically
+from model.loading import MODEL_SIZES
 from model.weights import file_stem
 
 
@@ -42,14 +43,26 @@ def read_resume(path: Path, mmap: bool = False) -> dict | None:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return state | {"settings": dict(state["settings"])}
     except Exception as error:
-        raise UserError(f"{path}: not a resume state: {first_line(error)}") from None
+        raise UserError(f"{path}: not a resume state of this program ({first_line(error)}); move it away, or start "
+                        "anew with --from_resume 0") from None
 
 
-def load_resume(path: Path, settings: dict) -> dict | None:
-    """The state at `path`, or None where there is none. Raises UserError when it belongs to other settings."""
+def load_resume(path: Path, settings: dict, inputs: dict, weight: str | None) -> dict | None:
+    """The state at `path`, or None where there is none. Raises UserError naming the first setting that has changed.
+
+    `settings`: by the name of a flag, its value, or for those in `inputs` a hash of what it names there. What a state
+    of an older version does not hold is not compared. `weight`: name of its weights, if a run can start from them.
+    """
     state = read_resume(path)
     for name, value in settings.items() if state else ():
-        if (saved := state["settings"].get(name)) != value:
-            raise UserError(f"{path} was made with {name} {saved}, now it is {value}; "
-                            "use the old settings, or start anew with --from_resume 0")
+        saved = state["settings"].get(name, value)
+        if saved == value:
+            continue
+        if name in inputs:
+            value, saved = inputs[name], state.get("inputs", {}).get(name)
+        change = f"{path} was made with {saved}; name that again" if value != saved else (
+            f"what it holds, or how it is read, has changed since {path} was made; restore it")
+        from_weight = f" --from_weight {weight} (to start from its weights)" * bool(weight and name not in MODEL_SIZES)
+        raise UserError(f"--{name} {value}: {change}, or begin another run: --from_resume 0 --save_weight OTHER_NAME"
+                        f"{from_weight}")
     return state

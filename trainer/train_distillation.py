@@ -65,11 +65,12 @@ def main() -> None:
             raise UserError("the student is its own teacher; name another with --from_teacher_weight, "
                             "--teacher_hidden_size or --teacher_use_moe")
         data, val_data = run.load_datasets(SFTDataset, **sft_options(args))
-        settings = {"alpha": args.alpha, "temperature": args.temperature, "reverse": bool(args.reverse_kl)}
         # Loss: α·(-log p(target)) + (1 - α)·T²·KL(teacher ‖ student) at temperature T, over the supervised tokens.
-        loss = partial(distillation_loss, teacher=teacher, **settings)
+        loss = partial(distillation_loss, teacher=teacher, alpha=args.alpha, temperature=args.temperature,
+                       reverse=bool(args.reverse_kl))
+        settings = {name: getattr(args, name) for name in ("alpha", "temperature", "reverse_kl")}
         Trainer(run, student, BatchStream(data, args, run.world), loss, val_data,
-                settings={"teacher": weights_hash(teacher), **settings}).fit()
+                settings={"from_teacher_weight": weights_hash(teacher), **settings}).fit()
 
 
 if __name__ == "__main__":

@@ -73,10 +73,11 @@ def main() -> None:
         for dataset in filter(None, (data, val_data) if args.loss_type != "simpo" else ()):
             dataset.ref_logprobs = reference_log_probs(run, model, base, dataset)
         # 3. Loss: -log σ(β·(log π_θ/π_ref (chosen) - log π_θ/π_ref (rejected))), or another --loss_type.
-        settings = {"beta": args.beta, "label_smoothing": args.label_smoothing, "gamma": args.simpo_gamma}
-        loss = partial(dpo_loss, loss_type=args.loss_type, **settings)
+        loss = partial(dpo_loss, loss_type=args.loss_type, beta=args.beta, label_smoothing=args.label_smoothing,
+                       gamma=args.simpo_gamma)
+        names = ("loss_type", "beta", "label_smoothing", "simpo_gamma")
         Trainer(run, model, BatchStream(data, args, run.world), loss, val_data, val_loss_fn=loss,
-                settings={"base": base, "kind": args.loss_type, **settings}).fit()
+                settings={"from_weight": base, **{name: getattr(args, name) for name in names}}).fit()
 
 
 if __name__ == "__main__":

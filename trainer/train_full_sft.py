@@ -28,12 +28,10 @@ def main() -> None:
     with Run(args) as run:
         model = run.load_model()
         train_data, val_data = run.load_datasets(SFTDataset, **sft_options(args))
-        loss_fn, settings = next_token_loss, {}
-        if args.tag_loss_weight != 1:
-            loss_fn = partial(next_token_loss, tag_weight=args.tag_loss_weight)
-            settings = {"tag_loss_weight": args.tag_loss_weight}
+        loss_fn = next_token_loss if args.tag_loss_weight == 1 else partial(
+            next_token_loss, tag_weight=args.tag_loss_weight)
         stream = BatchStream(train_data, args, run.world)
-        Trainer(run, model, stream, loss_fn, val_data, settings=settings).fit()
+        Trainer(run, model, stream, loss_fn, val_data, settings={"tag_loss_weight": args.tag_loss_weight}).fit()
 
 
 if __name__ == "__main__":

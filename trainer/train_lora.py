@@ -43,7 +43,8 @@ def main() -> None:
         train_data, val_data = run.load_datasets(SFTDataset, **sft_options(args))
         stream = BatchStream(train_data, args, run.world)
         Trainer(run, model, stream, next_token_loss, val_data, save_fn=partial(save_lora, lora=lora),
-                settings={"lora": vars(lora)}).fit()
+                settings={"from_weight": lora.base, "lora_rank": lora.rank, "lora_alpha": lora.alpha,
+                          "lora_dropout": lora.dropout, "lora_targets": ",".join(lora.targets)}).fit()
 
 
 if __name__ == "__main__":

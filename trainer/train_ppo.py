@@ -89,10 +89,12 @@ def main() -> None:
         reference = run.freeze(copy.deepcopy(actor)) if args.kl_coef else None
         rollouts = RolloutStream(run, model, prompts, engine, rewards, estimator, reference)
         # 5. Loss: -min(ρ·A, clip(ρ, 1 - ε, 1 + ε)·A) + vf_coef · ½(V - R)², where ρ = π_θ / π_old and R = A + V_old.
-        settings = {"epsilon": args.clip_epsilon, "value_clip": args.cliprange_value, "value_coef": args.vf_coef}
-        loss = partial(ppo_loss, **settings, tis_cap=args.is_cap, temperature=args.temperature)
-        settings |= {name: getattr(args, name) for name in ("is_cap", "kl_coef", "gamma", "lam", "target_kl")}
-        Trainer(run, model, rollouts, rollouts.track_kl(loss), save_fn=save_actor, settings=settings,
+        loss = partial(ppo_loss, epsilon=args.clip_epsilon, value_clip=args.cliprange_value, value_coef=args.vf_coef,
+                       tis_cap=args.is_cap, temperature=args.temperature)
+        names = ("clip_epsilon", "cliprange_value", "vf_coef", "critic_learning_rate", "is_cap", "kl_coef", "gamma",
+                 "lam", "target_kl")
+        Trainer(run, model, rollouts, rollouts.track_kl(loss), save_fn=save_actor,
+                settings={name: getattr(args, name) for name in names},
                 lr_scales={"critic.": args.critic_learning_rate / args.learning_rate},
                 validate=make_rollout_eval(run, val_prompts, engine, rewards)).fit()
 

@@ -34,7 +34,8 @@ def main() -> None:
         data, val_data = run.load_datasets(DPODataset)
         # Loss: -log σ(r(chosen) - r(rejected)).
         loss = partial(reward_loss, token_weight=args.token_weight)
-        settings = {"base": weights_hash(decoder), "extra_layers": args.extra_layers, "token_weight": args.token_weight}
+        settings = {"from_weight": weights_hash(decoder), "extra_layers": args.extra_layers,
+                    "token_weight": args.token_weight}
         trainer = Trainer(run, model, BatchStream(data, args, run.world), loss, val_data, val_loss_fn=reward_loss,
                           settings=settings)
         trainer.fit()

@@ -4,6 +4,7 @@ A step takes `global_batch_size` rows, the same rows in the same order however m
 divided by the supervised tokens of all of them. Nothing in a step waits for the device.
 """
 
+import glob
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,9 +14,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dataset.token_cache import TokenDataset
-from model.cli import Failure
+from model.cli import Failure, UserError, first_line
 from model.device import peak_memory
-from model.weights import check_target, file_stem, load_state, save_weight, weight_name
+from model.loading import MODEL_SIZES
+from model.weights import check_target, file_stem, load_state, save_weight, weight_kind, weight_name
 from trainer.batches import BatchStream, to_device
 from trainer.checkpoint import load_resume, random_state, restore_random_state, resume_name, save_resume
 from trainer.flops import flops_per_token, peak_flops
@@ -28,6 +30,7 @@ from trainer.validation import byte_lengths, text_loss, validate_rows
 from trainer.zero import DeepSpeedStrategy
 
 STRATEGIES = {"ddp": DDPStrategy, "fsdp": FSDPStrategy, "deepspeed": DeepSpeedStrategy}
+INPUTS = ("data_path", "from_weight", "from_teacher_weight")  # settings that are hashes of what these flags name
 LossFunction = Callable[[nn.Module, dict[str, Tensor]], Loss]
 
 
@@ -44,7 +47,7 @@ class Trainer:
     validate: what else to measure, → {"val_…": number}.
     save_fn: writes weights, called as `save_weight`.
     lr_scales: factors on the learning rate, by the prefix of a parameter's name.
-    settings: what else must be unchanged when the run is resumed.
+    settings: what else must be unchanged when the run is resumed, by the flag that it is known by.
     """
 
     def __init__(self, run: Run, model: nn.Module, stream: BatchStream, loss_fn: LossFunction,
@@ -64,9 +67,11 @@ class Trainer:
         for name in names:
             check_target(args.save_dir / f"{file_stem(name, model.config)}.pth", model, run.sources)
         self.resume_path = args.checkpoint_dir / resume_name(args.save_weight, model.config)
-        fixed = ("epochs", "max_seq_len", "seed", "optimizer", "learning_rate")
-        self.settings = {**stream.settings, **{name: getattr(args, name) for name in fixed}, **(settings or {})}
-
+        fixed = ("max_seq_len", "seed", "optimizer", "learning_rate", "weight_decay")
+        sizes = {name: getattr(model.config, name) for name in MODEL_SIZES}
+        self.settings = {**stream.settings, **{name: getattr(args, name) for name in fixed}, **(settings or {}),
+                         **sizes}
+        self.inputs = {name: str(getattr(args, name)) for name in INPUTS if name in self.settings}
         state = self._load_weights() if args.from_resume else None
         if args.activation_checkpointing:
             checkpoint_blocks(model)
@@ -144,7 +149,8 @@ class Trainer:
                             f"{self.stream.steps:,}, {self.stream} on {self.world.size} x {self.device}, "
                             f"{str(self.run.dtype)[6:]}")
         if self.step >= self.last_step:
-            self.run.print_main("train: nothing left to do")
+            more = "--max_steps" if self.last_step < self.stream.steps else "--epochs"
+            self.run.print_main(f"train: nothing left to do; more {more} go on from here")
             return False
         self.peak_flops = peak_flops(self.device, self.run.dtype) * self.world.size
         self.flops_per_token = flops_per_token(self.strategy.unwrapped, self.stream.length / 2)
@@ -217,7 +223,8 @@ class Trainer:
         model = self.save_weights(self.args.save_weight, row)
         if self.world.main:
             save_resume(self.resume_path, {
-                "settings": self.settings, "step": self.step, "tokens": self.tokens, "best": self.best_score,
+                "settings": self.settings, "inputs": self.inputs, "steps": self.stream.steps, "step": self.step,
+                "tokens": self.tokens, "best": self.best_score,
                 "stream": stream, "scaler": self.strategy.scaler.state_dict(), "random": random_states,
                 # what is trained; the rest is in the parent's weights
                 "model": {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)
@@ -235,22 +242,38 @@ class Trainer:
 
     def _load_weights(self) -> dict | None:
         """Load the resume state, and its weights into the model, which is not sharded yet."""
-        state = load_resume(self.resume_path, self.settings)
+        name, folder = self.args.save_weight, self.resume_path.parent
+        is_base = weight_kind(name for name, _ in self.model.named_parameters()) == "language model"
+        state = load_resume(self.resume_path, self.settings, self.inputs, name if is_base else None)
         if state is None:
-            self.run.print_main(f"resume: no {self.resume_path.name} yet, starting from the beginning")
+            others = ", ".join(path.name for path in sorted(folder.glob(f"{glob.escape(name)}_*_resume.pth")))
+            self.run.print_main(f"resume: no {self.resume_path.name} yet{f' (there: {others})' * bool(others)}, "
+                                "starting from the beginning")
         else:
+            trained = {name for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+            if missing := sorted(trained - state["model"].keys()):
+                raise UserError(f"{self.resume_path} does not fit the model: it has no {missing[0]}")
             load_state(self.model, self.model.state_dict() | state["model"], self.resume_path)
         return state
 
     def _resume(self, state: dict) -> str | None:
         """Restore the rest of the resume state. → the tracker's run id"""
-        self.strategy.load_optimizer_states(state["optimizers"])
-        self.strategy.scaler.load_state_dict(state["scaler"])
-        self.stream.load_state_dict(state["stream"])
+        try:
+            self.strategy.load_optimizer_states(state["optimizers"])
+            if state["scaler"]:  # {} where the run was not in float16
+                self.strategy.scaler.load_state_dict(state["scaler"])
+            self.stream.load_state_dict(state["stream"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.resume_path} does not fit this run: {first_line(error)}; --from_resume 0 starts "
+                            "anew") from None
         self.step, self.tokens, self.best_score = state["step"], state["tokens"], state["best"]
         if len(state["random"]) == self.world.size:
             restore_random_state(state["random"][self.world.rank])
         self.run.print_main(f"resume: going on after step {self.step:,}")
+        if (steps := state.get("steps", self.stream.steps)) != self.stream.steps:
+            change = "stretches" if steps < self.stream.steps else "cuts"
+            self.run.print_main(f"resume: --epochs {self.args.epochs} {change} the schedule of the learning rate from "
+                                f"{steps:,} to {self.stream.steps:,} steps, from here on")
         return state["tracker"]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dataset.prompts import PromptDataset
 from model.cli import UserError
 from model.inference.sampling import SamplingParams
+from model.weights import weights_hash
 from trainer.batches import GlobalBatch, global_batch_size, sampler_indices
 from trainer.losses import Loss, inputs, kl_k3, token_log_probs
 from trainer.rl.advantages import AdvantageEstimator
@@ -49,8 +50,10 @@ class RolloutStream:
         self.length = getattr(args, "max_total_len", args.max_seq_len + args.max_gen_len)  # of a trajectory
         self.steps_per_rollout = args.update_epochs * args.mini_batches
         self.steps = math.ceil(args.epochs * len(prompts) / self.prompts_per_rollout) * self.steps_per_rollout
-        self.settings = {name: getattr(args, name) for name in SETTINGS} | {
-            "prompts": prompts.hash, "global_batch_size": self.prompts_per_rollout}
+        self.settings = {"data_path": prompts.hash, **{name: getattr(args, name) for name in SETTINGS},
+                         "global_batch_size": self.prompts_per_rollout}
+        if reference is not None:
+            self.settings["from_weight"] = weights_hash(reference)
         self.cursor = self.rollouts = 0  # prompts drawn so far, and rollouts made
         self._mini_batches: list[GlobalBatch] = []  # of this rollout, each learned from several times,
         self._pending: list[GlobalBatch] = []  # and what of that is still to come
