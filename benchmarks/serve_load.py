@@ -7,6 +7,7 @@ and the clients. Weights are random. Clients and server share the machine.
 
     python benchmarks/serve_load.py
     python benchmarks/serve_load.py --hidden_size 256 --num_hidden_layers 2 --clients 1 8   # a quick look
+    python benchmarks/serve_load.py --peer llama.cpp    # beside llama.cpp's server (pip install xllamacpp gguf)
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
@@ -27,7 +28,7 @@ import httpx
 import torch
 
 from benchmarks.machine import clock, model_config, model_parser, random_prompt, result_name, save_result
-from benchmarks.plain import plain_loop
+from benchmarks.plain import TEMPERATURE, TOP_P, plain_loop
 from model.chat import ChatTokenizer
 from model.cli import Failure, positive_int, run_main
 from model.device import choose_device
@@ -51,10 +52,38 @@ def running_server(folder: Path, device: str) -> Iterator[str]:
             server.terminate()
 
 
+LLAMA_CPP = """
+import os, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_parallel, params.n_ctx = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
+params.port, params.verbosity = 0, 0
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def llama_cpp_server(gguf: Path, num_slots: int, context: int) -> Iterator[str]:
+    """llama.cpp's server, of PyPI's xllamacpp, with `num_slots` sequences of `context` tokens. → its URL"""
+    command = [sys.executable, "-c", LLAMA_CPP, gguf, str(num_slots), str(num_slots * context)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as server:
+        try:
+            line = server.stdout.readline()
+            if not line:
+                raise Failure(f"llama.cpp did not start (pip install xllamacpp): {server.stderr.read()[-300:]}")
+            yield f"{line.strip()}/v1"
+        finally:
+            server.kill()
+
+
 async def answer(client: httpx.AsyncClient, prompt: list[int], num_tokens: int) -> tuple[float, int]:
     """One streamed request. → seconds to its first text, tokens of its answer"""
     start, first = time.perf_counter(), None
-    body = {"prompt": prompt, "max_tokens": num_tokens, "stream": True, "stream_options": {"include_usage": True}}
+    body = {"prompt": prompt, "max_tokens": num_tokens, "stream": True, "stream_options": {"include_usage": True},
+            "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0, "ignore_eos": True}  # the last one is llama.cpp's
     async with client.stream("POST", "/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -75,7 +104,8 @@ async def load(url: str, prompts: list[list[int]], num_clients: int, num_tokens:
         for prompt in waiting:
             answers.append(await answer(client, prompt, num_tokens))
 
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+    limits = httpx.Limits(max_keepalive_connections=0)  # llama.cpp closes a connection after a few requests
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         start, cpu_start = time.perf_counter(), time.process_time()
         await asyncio.gather(*(work(client) for _ in range(num_clients)))
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -92,6 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive_int, default=2, help="requests per client (a lone one: 8 times that)")
     parser.add_argument("--prompt", type=positive_int, default=200, help="tokens of a prompt")
     parser.add_argument("--tokens", type=positive_int, default=128, help="tokens of an answer")
+    parser.add_argument("--peer", choices=("llama.cpp",), help="another server, in f16 and q8_0, in turn with ours")
     args = parser.parse_args()
     device, rng, config = choose_device(args.device), random.Random(0), model_config(args)
     torch.manual_seed(0)
@@ -110,12 +141,28 @@ def main() -> None:
             plain_loop(model, [prompt], args.tokens)
         plain = 3 * args.tokens / (clock(device) - start)
         print(f"plain loop, one request at a time: {plain:,.1f} tokens/s", flush=True)
-        results = {}
-        with running_server(Path(folder), args.device) as url:
-            asyncio.run(load(url, prompts(4), 2, 8))  # warm-up
+        results, peers = {}, {}
+        with ExitStack() as stack:
+            url = stack.enter_context(running_server(Path(folder), args.device))
+            if args.peer:
+                from scripts.lib.gguf_file import write_gguf
+
+                for dtype in ("f16", "q8_0"):
+                    write_gguf(load_weight("random", Path(folder))[0], Path(folder) / f"{dtype}.gguf", ChatTokenizer(),
+                               dtype)
+                    peers[dtype] = stack.enter_context(llama_cpp_server(
+                        Path(folder) / f"{dtype}.gguf", max(args.clients), args.prompt + args.tokens + 16))
+            for server in (url, *peers.values()):
+                asyncio.run(load(server, prompts(4), 2, 8))  # warm-up
             for num_clients in args.clients:
                 count = args.rounds * (8 if num_clients == 1 else num_clients)
                 result = asyncio.run(load(url, prompts(count), num_clients, args.tokens))
+                for dtype, server in peers.items():
+                    peer = asyncio.run(load(server, prompts(count), num_clients, args.tokens))
+                    ratio = result["tokens_per_s"] / peer["tokens_per_s"]
+                    result[f"llama.cpp {dtype}"] = peer | {"ratio": ratio}
+                    print(f"{num_clients:3} clients  llama.cpp {dtype}: {peer['tokens_per_s']:,.1f} tokens/s, first "
+                          f"token p50 {peer['first_token_p50_s']:.3f} s; ours is {ratio:.2f} times as fast", flush=True)
                 start = time.perf_counter()
                 generate(model, prompts(count), SamplingParams(args.tokens), ChatTokenizer(), max_batch=num_clients)
                 result |= {"ratio": result["tokens_per_s"] / plain, "engine_alone_s": clock(device) - start}
