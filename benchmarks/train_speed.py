@@ -9,10 +9,12 @@ in turn. Useful tokens are those of documents: padding does not count.
     python benchmarks/train_speed.py --stage pretrain --data_path ../shared/data/pretrain_val.jsonl.gz --use_moe 1
     python benchmarks/train_speed.py --stage lora --data_path ../shared/data/sft_val.jsonl.gz
     python benchmarks/train_speed.py --stage dpo --data_path ../shared/data/dpo_val.jsonl.gz --batch_size 4
+    python benchmarks/train_speed.py --stage sft --data_path ../shared/data/sft_val.jsonl.gz --peer trl    # and TRL
 """
 
 import argparse
 import copy
+import itertools
 import json
 import re
 import subprocess
@@ -30,11 +32,13 @@ from torch.nn import functional as F
 from benchmarks.machine import model_config, model_parser, result_name, save_result, train
 from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset, TokenDataset
 from dataset.packing import IGNORE
+from dataset.reader import read_rows
 from model.chat import ChatTokenizer
 from model.cli import Parser, positive_int, run_main
-from model.device import choose_device, peak_memory, synchronise
+from model.device import choose_device, cpu_has_bfloat16, peak_memory, synchronise
 from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules
 from model.model_minimind import MiniMindForCausalLM
+from model.transformers_io import save_folder
 from model.weights import ROOT
 from trainer.flops import flops_per_token, peak_flops
 from trainer.losses import preference_losses
@@ -112,6 +116,47 @@ def plain_recipe(args: argparse.Namespace) -> dict:
             "memory_gb": peak_memory(device)}
 
 
+def trl_recipe(args: argparse.Namespace) -> dict:
+    """Train transformers' Qwen3 by TRL's SFTTrainer: packed rows, bf16 where the machine has it, eager. → as above
+
+    Not compiled: the shapes of its packed rows differ from step to step, and each is compiled anew.
+    """
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    _, _, length = STAGES[args.stage]
+    device, times = choose_device(args.device), []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__) -> None:
+            synchronise(device)
+            times.append(time.perf_counter())
+
+    num_rows = 20 * args.batch_size * (args.warmup + args.steps)  # more than fills the steps
+    rows = [{"messages": [{"role": message["role"], "content": message["content"]} for message in row["conversations"]]}
+            for _, row in itertools.islice(read_rows(args.data_path, kind="chat"), num_rows)]
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(MiniMindForCausalLM(model_config(args)), folder, ChatTokenizer())
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        trainer = SFTTrainer(model, SFTConfig(
+            folder, packing=True, max_length=length, per_device_train_batch_size=args.batch_size,
+            assistant_only_loss=True, max_steps=args.warmup + args.steps, gradient_checkpointing=False,
+            bf16=device.type == "cuda" or cpu_has_bfloat16(), use_cpu=device.type == "cpu", learning_rate=5e-4,
+            save_strategy="no", report_to=[], logging_steps=args.steps, disable_tqdm=True),
+            train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
+        lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
+        trainer.train()
+    num_tokens = args.steps * args.batch_size * sum(lengths) / len(lengths)
+    seconds = times[-1] - times[-1 - args.steps]
+    speed, peak = num_tokens / seconds, peak_flops(device, torch.bfloat16)
+    return {"tokens_per_s": speed, "mfu": speed * flops_per_token(model, length / 2) / peak,
+            "memory_gb": peak_memory(device)}
+
+
+RECIPES = {"plain": plain_recipe, "trl": trl_recipe}
+
+
 def default_flags(args: argparse.Namespace, folder: Path, num_steps: int, log_interval: int) -> dict:
     """Flags of the stage's own script, from random weights."""
     flags = {name: getattr(args, name) for name in ("data_path", "hidden_size", "num_hidden_layers", "use_moe",
@@ -153,22 +198,26 @@ def training_parser(description: str) -> Parser:
 
 def main() -> None:
     parser = training_parser(__doc__)
-    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)  # only run the plain recipe, write its numbers
+    parser.add_argument("--peer", choices=("trl",), help="with --stage sft: compare with this, too")
+    parser.add_argument("--only", nargs=2, metavar=("RECIPE", "FILE"), help=argparse.SUPPRESS)  # writes its numbers
     args = parser.parse_args()
-    if args.plain:
-        args.plain.write_text(json.dumps(plain_recipe(args)))
+    if args.only:
+        Path(args.only[1]).write_text(json.dumps(RECIPES[args.only[0]](args)))
         return
+    if args.peer and args.stage != "sft":
+        parser.error(f"--peer {args.peer} trains --stage sft, not {args.stage}")
+    name, numbers = result_name(f"train_speed_{args.stage}", args), {}
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "plain.json"
-        subprocess.run([sys.executable, *sys.argv, f"--plain={target}"], check=True)
-        plain = json.loads(target.read_text())
-        default = default_recipe(args, Path(folder))
-    name, ratio = result_name(f"train_speed_{args.stage}", args), default["tokens_per_s"] / plain["tokens_per_s"]
-    for recipe, numbers in (("plain", plain), ("default", default)):
-        print(f"{name} {recipe:8} {numbers['tokens_per_s']:9,.0f} useful tokens/s  mfu {numbers['mfu']:4.0%}  "
-              f"{numbers['memory_gb']:.1f} GB")
-    print(f"{name} ratio    {ratio:9.2f}")
-    save_result(name, {"plain": plain, "default": default, "ratio": ratio})
+        for recipe in ("plain", *[args.peer] * bool(args.peer)):
+            target = Path(folder) / f"{recipe}.json"
+            subprocess.run([sys.executable, *sys.argv, "--only", recipe, target], check=True)
+            numbers[recipe] = json.loads(target.read_text())
+        numbers["default"] = default_recipe(args, Path(folder))
+    speed = {recipe: values["tokens_per_s"] for recipe, values in numbers.items()}
+    for recipe, values in numbers.items():
+        print(f"{name} {recipe:8} {speed[recipe]:9,.0f} useful tokens/s  mfu {values['mfu']:4.0%}  "
+              f"{values['memory_gb']:.1f} GB  default is {speed['default'] / speed[recipe]:.2f} times as fast")
+    save_result(name, {**numbers, "ratio": speed["default"] / speed["plain"]})
 
 
 if __name__ == "__main__":
