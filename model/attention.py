@@ -50,23 +50,24 @@ def causal_layout(input_ids: Tensor, attention_mask: Tensor | None = None, cache
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout) -> Tensor:
     """softmax(q·kᵀ/√D)·v with shared key-value heads: q [B, T, heads, D], k, v [B, S, kv_heads, D] → as q."""
-    mask, cu_seqlens = layout.mask, layout.cu_seqlens
+    mask = layout.mask
     # 1. Packed documents, each on its own.
-    if layout.expand_index is not None:
-        return _shared_prefix_varlen(q, k, v, layout)
-    if cu_seqlens is not None:
+    if layout.cu_seqlens is not None:
         if q.device.type == "cpu" or _has_flash(q):
-            return _varlen(q, k, v, cu_seqlens)
-        mask = document_mask(cu_seqlens, *q.shape[:2])
+            return (_varlen if layout.expand_index is None else _shared_prefix_varlen)(q, k, v, layout)
+        mask = document_mask(layout.cu_seqlens, *q.shape[:2], layout.expand_index, layout.gather_index)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # 2. Decoding. The heads that share keys become as many queries, so the keys are read once.
     if q.shape[2] == 1:
         q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
         out = _decode_shared_prefix(q, k, v, mask, layout.shared_prefix_len) if layout.shared_prefix_len else \
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            F.scaled_dot_product_attention(q, k, v, attn_mask=_mask_for_mps(q, mask))
         return out.flatten(1, 2)[:, None]
     # 3. Whole rows.
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    if q.is_cuda and (mask is not None or not _has_flash(q)):
+        return _memory_efficient(q, k, v, mask).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask_for_mps(q, mask), is_causal=mask is None,
+                                         enable_gqa=True)
     return out.transpose(1, 2)
 
 
@@ -82,20 +83,63 @@ def padding_mask(attention_mask: Tensor, num_queries: int) -> Tensor:
     return (same_kind & causal)[:, None]
 
 
-def document_mask(cu_seqlens: Tensor, num_rows: int, length: int) -> Tensor:
-    """The same for packed rows, [num_rows, 1, length, length] bool: a token sees its own document up to itself."""
-    index = torch.arange(num_rows * length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    document = torch.searchsorted(cu_seqlens, index, right=True).view(num_rows, length)
-    same_document = document[:, :, None] == document[:, None, :]
+def document_mask(cu_seqlens: Tensor, num_rows: int, length: int, expand_index: Tensor | None = None,
+                  gather_index: Tensor | None = None) -> Tensor:
+    """The same for packed rows, [num_rows, 1, length, length] bool: a token sees its own document up to itself.
+
+    With the two indices of `BatchLayout`, what precedes a document in its row and belongs to it too is its prefix.
+    """
+    size = num_rows * length if expand_index is None else len(expand_index)
+    index = torch.arange(size, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, index, right=True)
+    if expand_index is None:
+        document = document.view(num_rows, length)
+        same_document = document[:, :, None] == document[:, None, :]
+    else:
+        belongs = cu_seqlens.new_zeros(len(cu_seqlens) + 1, num_rows * length, dtype=torch.bool)
+        belongs = belongs.index_put((document, expand_index), belongs.new_ones(()))
+        row = torch.arange(num_rows, device=cu_seqlens.device)[:, None]
+        same_document = belongs.unflatten(1, (num_rows, length))[document[gather_index].view(num_rows, length), row]
     return (same_document & same_document.new_ones(length, length).tril())[:, None]
 
 
+@torch.compiler.assume_constant_result
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether PyTorch's flash attention runs there: half precision, built in, Ampere or newer, heads up to 256."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim <= 256 and \
+        torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _has_flash(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    return has_flash(q.device, q.dtype, q.shape[-1])
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return (_varlen_flash if _has_flash(q) else _sdpa_per_document)(q, k, v, cu_seqlens)
+def _pad_heads(*tensors: Tensor) -> list[Tensor]:
+    """Append zeros to half-precision heads whose size is no multiple of 8, which CUDA's fused kernels ask for."""
+    padding = -tensors[0].shape[-1] % 8 if tensors[0].dtype != torch.float32 else 0
+    return [F.pad(x, (0, padding)) if padding else x for x in tensors]
+
+
+def _memory_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [B, heads, T, D], k, v [B, kv_heads, S, D] → as q, where CUDA has no flash attention, or not with this mask.
+
+    Its memory-efficient kernel does not share keys and values among heads: so each head gets its copy of them.
+    """
+    D, group_size = q.shape[-1], q.shape[1] // k.shape[1]
+    q, k, v = _pad_heads(q, k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          scale=1 / math.sqrt(D))[..., :D]
+
+
+def _mask_for_mps(q: Tensor, mask: Tensor | None) -> Tensor | None:
+    """MPS reads a shared mask wrongly where there are up to 8 queries: github.com/pytorch/pytorch/pull/184180."""
+    if q.device.type != "mps" or mask is None or q.shape[2] > 8:
+        return mask
+    return mask.expand(*q.shape[:3], -1).contiguous()
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout) -> Tensor:
+    return (_sdpa_per_document if q.device.type == "cpu" else _varlen_flash)(q, k, v, layout.cu_seqlens)
 
 
 def _varlen_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -108,8 +152,9 @@ def _varlen_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor
     else:  # torch 2.11
         options, group_size = {}, heads // k.shape[2]
         k, v = k.repeat_interleave(group_size, dim=2), v.repeat_interleave(group_size, dim=2)
-    flat = (x.reshape(B * T, -1, D) for x in (q, k, v))
-    return varlen_attn(*flat, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0), **options).view(B, T, heads, D)
+    flat = _pad_heads(*(x.reshape(B * T, -1, D) for x in (q, k, v)))
+    out = varlen_attn(*flat, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0), scale=1 / math.sqrt(D), **options)
+    return out[..., :D].view(B, T, heads, D)
 
 
 @torch.compiler.disable  # the documents' lengths change every step
@@ -128,7 +173,7 @@ def _sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> T
 def _shared_prefix_varlen(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout) -> Tensor:
     """The same where documents share a prefix, which is repeated for each of them here and nowhere else."""
     expanded = [x.flatten(0, 1).index_select(0, layout.expand_index)[None] for x in (q, k, v)]
-    out = _varlen(*expanded, layout.cu_seqlens)
+    out = _varlen(*expanded, layout)
     return out[0].index_select(0, layout.gather_index).view(q.shape)
 
 
