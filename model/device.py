@@ -1,26 +1,43 @@
 """Which device a program runs on, in which precision it is fast, and how much memory was used."""
 
 import ctypes
+import os
+import shutil
 import sys
 
 import torch
 
-from model.cli import UserError, first_line
+from model.cli import UserError, first_line, notice
+from model.moe import has_grouped_mm
 
+CUDA_ADVICE = ("PyTorch's build must fit the card and its driver: pip install torch --index-url "
+               "https://download.pytorch.org/whl/cu130; for a driver before 580, or a card before Turing such as V100, "
+               "'torch<2.15' and whl/cu126")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `name`; `auto`: CUDA, else MPS, else CPU. Raises UserError when the machine lacks it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device called `name`, made the current one; `auto`: CUDA, else MPS, else CPU.
+
+    Raises UserError when the machine lacks it or this PyTorch cannot compute on it, which only a kernel shows.
+    """
+    if name == "auto" and torch.backends.mps.is_available():
+        return torch.device("mps")
     try:
-        device = torch.device(name)
+        device = torch.device("cuda" if name == "auto" else name)
         if device.type == "cuda":
             device = torch.device("cuda", device.index if device.index is not None else local_rank)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).add(1).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the one whose random numbers and pinned memory are meant
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for 0.4 s whenever a shape is new
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {first_line(error)}") from None
+        if name != "auto":
+            is_build = name.startswith("cuda") and "ordinal" not in str(error)
+            raise UserError(f"--device {name}: {first_line(error)}{f'. {CUDA_ADVICE}' if is_build else ''}") from None
+        if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            notice(f"--device auto takes the CPU, not the NVIDIA card: {first_line(error)}. {CUDA_ADVICE}")
+        device = torch.device("cpu")
     return device
 
 
@@ -34,13 +51,20 @@ def cpu_has_amx() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
+def training_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it in hardware; else fp16 on a GPU (with loss scaling) and fp32 on a CPU."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.float32 if device.type == "cpu" and not cpu_has_bfloat16() else torch.bfloat16
+
+
 def inference_dtype(device: str | torch.device, use_moe: bool = False) -> torch.dtype:
     """Half precision where the device multiplies it in hardware: decoding waits for the weights to be read."""
     kind = torch.device(device).type
     if kind == "cpu":
         return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-    if use_moe and kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16  # in which one kernel takes all experts, and the host reads no counts
+    if use_moe and kind == "cuda" and has_grouped_mm():
+        return torch.bfloat16  # in which one kernel takes all experts
     return torch.float16 if kind == "cuda" else torch.float32
 
 

@@ -76,10 +76,7 @@ def init_distributed(device_name: str) -> Iterator[tuple[World, torch.device]]:
         yield World(), choose_device(device_name)
         return
     rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = choose_device(device_name, local_rank)
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    device = choose_device(device_name.partition(":")[0], local_rank)  # cuda:1 would be one device for all ranks
     # The others wait while the first rank tokenises: for more than the default ten minutes when the file is large.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
     _control = dist.new_group(backend="gloo", timeout=timedelta(hours=4)) if device.type == "cuda" else None

@@ -47,7 +47,8 @@ def next_token_loss(model: nn.Module, batch: dict[str, Tensor], tag_weight: floa
     logits, targets = output.logits.float(), batch["targets"]
     loss = F.cross_entropy(logits, targets, reduction="sum")
     if tag_weight != 1:
-        tags = targets.where(torch.isin(targets, targets.new_tensor(TAG_TOKENS)), -100)
+        is_tag = torch.stack([targets == token for token in TAG_TOKENS]).any(0)  # isin would wait for the device
+        tags = targets.where(is_tag, -100)
         loss = loss + (tag_weight - 1) * F.cross_entropy(logits, tags, reduction="sum")
     return Loss(loss, aux_loss_term(model, output.aux_loss))
 

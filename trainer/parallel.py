@@ -187,6 +187,10 @@ def optimizer_params(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Recompute each block's activations in the backward pass instead of keeping them (Chen et al. 2016)."""
+    """Recompute each block's activations in the backward pass instead of keeping them (Chen et al. 2016).
+
+    Blocks are compiled before: a compiler that meets `checkpoint` inside leaves the block as it is.
+    """
     for block in decoder_blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        name = "forward" if block._compiled_call_impl is None else "_compiled_call_impl"
+        setattr(block, name, partial(checkpoint, getattr(block, name), use_reentrant=False))

@@ -16,7 +16,7 @@ from dataset.prompts import PromptDataset
 from dataset.token_cache import TokenDataset
 from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import Failure, UserError, first_line
-from model.device import cpu_has_bfloat16, keep_freed_memory
+from model.device import keep_freed_memory, training_dtype
 from model.loading import MODEL_SIZES, check_sizes
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.weights import find_weight, read_weight, tokenizer_of
@@ -43,6 +43,8 @@ class Run:
             self.world, self.device = stack.enter_context(init_distributed(args.device))
             stack.enter_context(self._handle_signals())
             self.dtype = self._choose_dtype()
+            if args.use_compile is None:  # eager, a small model waits for the host to start its many kernels
+                args.use_compile = int(self.device.type == "cuda")
             random.seed(args.seed)
             torch.manual_seed(args.seed)
             torch.set_float32_matmul_precision("high")  # TF32 where there is one
@@ -168,6 +170,7 @@ class Run:
         except Exception as error:
             self.print_main("compile: not possible here, going on without "
                             f"({type(error).__name__}: is a C++ compiler installed?)")
+            self.args.use_compile = 0
             return
         for layer in model.model.layers:  # of one shape: compiled once for all
             layer.compile(dynamic=False)
@@ -188,9 +191,10 @@ class Run:
         dtype = getattr(torch, self.args.dtype)
         if self.device.type == "cpu" and dtype == torch.float16:
             raise UserError("--dtype float16 needs a GPU; use bfloat16 or float32 on a CPU")
-        if self.device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_bfloat16():
-            return torch.float32
-        return dtype
+        if dtype != torch.bfloat16:
+            return dtype
+        dtype = training_dtype(self.device)
+        return torch.float32 if dtype == torch.float16 and self.args.parallel != "ddp" else dtype  # shards do not scale
 
     @contextmanager
     def _handle_signals(self) -> Iterator[None]:

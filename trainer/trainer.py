@@ -73,9 +73,9 @@ class Trainer:
                          **sizes}
         self.inputs = {name: str(getattr(args, name)) for name in INPUTS if name in self.settings}
         state = self._load_weights() if args.from_resume else None
+        run.compile(model)
         if args.activation_checkpointing:
             checkpoint_blocks(model)
-        run.compile(model)
         self.strategy = run.strategy = STRATEGIES[args.parallel](run, model, partial(
             make_optimizers, name=args.optimizer, lr=args.learning_rate, weight_decay=args.weight_decay,
             muon_dtype=run.dtype, lr_scales=lr_scales))

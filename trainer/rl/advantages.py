@@ -168,8 +168,10 @@ class GAE(AdvantageEstimator):
 
 def whiten(batches: list[Batch], world: World) -> None:
     """A ← (A - mean) / std over the tokens of all batches and ranks."""
-    sums = torch.zeros(3, dtype=torch.float64, device=batches[0]["advantage"].device)
-    for advantages in (batch["advantage"].double() for batch in batches):
+    device = batches[0]["advantage"].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
+    sums = torch.zeros(3, dtype=dtype, device=device)
+    for advantages in (batch["advantage"].to(dtype) for batch in batches):
         sums += torch.stack((advantages.new_tensor(len(advantages)), advantages.sum(), advantages.square().sum()))
     count, total, squares = world.sum(sums).tolist()
     mean = total / count
