@@ -30,7 +30,8 @@ def pad_to_multiple(x: Tensor, multiple: int = 32) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, prepacked: Tensor | None = None) -> Tensor:
-    """x [..., in] · weight [out, in]ᵀ → [..., out]. `prepacked` is the weight in oneDNN's blocked order.
+    """x [..., in] · weight [out, in]ᵀ → [..., out]. `prepacked`: the weight as an engine keeps it, see
+    `model.inference.prepacked`.
 
     A CPU reads the left operand as it lies in memory and reorders the right one. F.linear has the weight on the right,
     and reordering it takes longer than the product with a few tokens; so inference multiplies by a weight reordered
@@ -38,7 +39,9 @@ def linear(x: Tensor, weight: Tensor, prepacked: Tensor | None = None) -> Tensor
     """
     x2d, is_half = x.flatten(0, -2), x.dtype == torch.bfloat16
     num_tokens = len(x2d)
-    # 1. A prepacked weight. With one or two fp32 tokens the plain weight is as fast.
+    # 1. A prepacked weight. On a CPU, with one or two fp32 tokens the plain weight is as fast.
+    if prepacked is not None and x.is_cuda:
+        return F.linear(x, prepacked)
     if prepacked is not None and (prepacked.dtype == torch.bfloat16 or num_tokens > 2):
         bucket = bucket_size(num_tokens, 16 if num_tokens < SMALL_BATCH else 32)
         padded = F.pad(x2d.to(prepacked.dtype), (0, 0, 0, bucket - num_tokens))

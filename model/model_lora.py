@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.chat import ChatTokenizer
 from model.cli import UserError
 from model.linear import Linear
-from model.moe import EXPERT_WEIGHTS, Experts, grouped_linear
+from model.moe import EXPERT_WEIGHTS, Experts, TokenGroups, grouped_linear
 from model.weights import OUT_DIR, find_weight, read_state, save_weight, weight_kind, weight_name, weights_hash
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -69,13 +69,13 @@ class LoRAExperts(Experts):
             if name in lora.targets:
                 self.lora_A[name], self.lora_B[name] = init_lora_AB(getattr(base, name), lora.rank)
 
-    def project(self, name: str, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        y = super().project(name, x, tokens_per_expert)
+    def project(self, name: str, x: Tensor, groups: TokenGroups | None) -> Tensor:
+        y = super().project(name, x, groups)
         if name not in self.lora_A:
             return y
         x = F.dropout(x, self.dropout, self.training)
-        low_rank = grouped_linear(x, self.lora_A[name], tokens_per_expert)
-        return y + grouped_linear(low_rank, self.lora_B[name], tokens_per_expert) * self.scale
+        low_rank = grouped_linear(x, self.lora_A[name], groups)
+        return y + grouped_linear(low_rank, self.lora_B[name], groups) * self.scale
 
 
 def find_target_modules(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:

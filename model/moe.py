@@ -3,6 +3,8 @@
 Shapes: N tokens, K experts per token, E experts, H hidden. A suffix names them: `expert_NK` is [N, K].
 """
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,12 +12,25 @@ from torch import Tensor, nn
 from .linear import linear, pad_to_multiple
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # of `Experts`
+MAX_DENSE_TOKENS = 256  # on a GPU: up to so many go to all experts, whose weights take longer to read than to multiply
+
+
+class TokenGroups:
+    """How many tokens each expert has: `sizes` [E] on the device, `counts` on the host."""
+
+    def __init__(self, sizes: Tensor):
+        self.sizes = sizes
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Read once for all products of a layer: free on a CPU, a wait for the device elsewhere."""
+        return self.sizes.tolist()
 
 
 class Experts(nn.Module):
     """E SwiGLU networks as stacked weights: every expert has its slice of one gradient, used or not, on every rank."""
 
-    prepacked: dict[str, list[Tensor]] = {}  # set by model.inference.prepacked while an engine runs
+    prepacked: dict[str, list[Tensor] | Tensor] = {}  # set by model.inference.prepacked while an engine runs
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, device: str | None = None):
         super().__init__()
@@ -24,32 +39,68 @@ class Experts(nn.Module):
 
     def forward(self, x_NH: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
         """Σ_k weight_k · expert_k(x) → [N, H]. Tokens are sorted by expert; none is dropped."""
-        order = expert_NK.flatten().argsort(stable=True)
-        tokens_per_expert = F.one_hot(expert_NK.flatten(), len(self.gate_up_proj)).sum(0)
-        x_sorted = x_NH[order // expert_NK.shape[1]]
-        gate, up = self.project("gate_up_proj", x_sorted, tokens_per_expert).chunk(2, dim=-1)
-        y_sorted = self.project("down_proj", F.silu(gate) * up, tokens_per_expert)
-        y_NKH = y_sorted[order.argsort()].unflatten(0, expert_NK.shape)
+        N, E = len(x_NH), len(self.gate_up_proj)
+        if use_dense_experts(x_NH, N, *self.gate_up_proj.shape[1:]):
+            y_ENH = self.swiglu(x_NH.expand(E, -1, -1), None)
+            y_NKH = y_ENH[expert_NK, torch.arange(N, device=x_NH.device)[:, None]]
+        else:
+            order = expert_NK.flatten().argsort(stable=True)
+            groups = TokenGroups(F.one_hot(expert_NK.flatten(), E).sum(0))
+            y_sorted = self.swiglu(x_NH[order // expert_NK.shape[1]], groups)
+            y_NKH = y_sorted[order.argsort()].unflatten(0, expert_NK.shape)
         return (y_NKH * weight_NK[..., None].to(y_NKH.dtype)).sum(1)
 
-    def project(self, name: str, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Tokens [N, in], sorted by expert, times the weight `name` of their experts → [N, out]."""
-        return grouped_linear(x, getattr(self, name), tokens_per_expert, self.prepacked.get(name))
+    def swiglu(self, x: Tensor, groups: TokenGroups | None) -> Tensor:
+        """down(silu(gate(x)) · up(x)) of tokens grouped as in `grouped_linear`."""
+        gate, up = self.project("gate_up_proj", x, groups).chunk(2, dim=-1)
+        return self.project("down_proj", F.silu(gate) * up, groups)
+
+    def project(self, name: str, x: Tensor, groups: TokenGroups | None) -> Tensor:
+        """Tokens, grouped as in `grouped_linear`, times the weight `name` of their experts."""
+        return grouped_linear(x, getattr(self, name), groups, self.prepacked.get(name))
 
 
-def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor,
-                   prepacked: list[Tensor] | None = None) -> Tensor:
-    """x [N, in] · weight [E, out, in]ᵀ → [N, out]: the first tokens_per_expert[0] rows of x by weight[0], and so on."""
+def grouped_linear(x: Tensor, weight: Tensor, groups: TokenGroups | None,
+                   prepacked: list[Tensor] | Tensor | None = None) -> Tensor:
+    """Tokens x [N, in], sorted into `groups` by expert, times weight [E, out, in]ᵀ of their expert → [N, out].
+
+    Without groups each expert has tokens of its own: x [E, N, in] → [E, N, out].
+    """
+    dtype = matmul_dtype(x)
+    x = x.to(dtype)
+    if isinstance(prepacked, Tensor):  # on a GPU: the weight in half precision
+        weight, prepacked = prepacked, None
+    if groups is not None and not can_use_grouped_mm(x.device.type, dtype, *weight.shape[1:]):
+        return _linear_per_expert(x, weight if prepacked else weight.to(dtype), groups, prepacked)
+    weight = weight.to(dtype)
+    return x @ weight.mT if groups is None else _grouped_mm(x, weight, groups.sizes)
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """In which `x` is multiplied."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if can_use_grouped_mm(device, dtype, *weight.shape[1:]):
-        return _grouped_mm(x.to(dtype), weight.to(dtype), tokens_per_expert)
-    return _linear_per_expert(x.to(dtype), weight if prepacked else weight.to(dtype), tokens_per_expert, prepacked)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def use_dense_experts(x: Tensor, num_tokens: int, *widths: int) -> bool:
+    """Whether all experts take all tokens: few of them on a GPU, where one kernel for sorted tokens is not fast.
+
+    Nothing then waits for the host, so that a CUDA graph can hold a decoding step.
+    """
+    return x.device.type != "cpu" and num_tokens <= MAX_DENSE_TOKENS and \
+        not can_use_grouped_mm(x.device.type, matmul_dtype(x), *widths)
 
 
 def can_use_grouped_mm(device: str, dtype: torch.dtype, *widths: int) -> bool:
     """Whether one kernel takes all experts: CUDA's, for bf16, with rows of whole 16 bytes."""
-    return device == "cuda" and dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+    return device == "cuda" and dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths) and \
+        has_grouped_mm()
+
+
+@torch.compiler.assume_constant_result
+def has_grouped_mm() -> bool:
+    """Whether PyTorch has that kernel for the current CUDA device; on others it asks the device for each expert."""
+    return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
@@ -58,11 +109,10 @@ def _grouped_mm(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # the sizes change every step
-def _linear_per_expert(x: Tensor, weight: Tensor, tokens_per_expert: Tensor,
-                       prepacked: list[Tensor] | None = None) -> Tensor:
-    """One product per expert. The sizes are read on the host: free on a CPU, one short wait elsewhere."""
-    groups = zip(x.split(tokens_per_expert.tolist()), weight.unbind(), prepacked or [None] * len(weight), strict=True)
-    return torch.cat([linear(pad_to_multiple(tokens), *matrices)[:len(tokens)] for tokens, *matrices in groups])
+def _linear_per_expert(x: Tensor, weight: Tensor, groups: TokenGroups, prepacked: list[Tensor] | None = None) -> Tensor:
+    """One product per expert."""
+    parts = zip(x.split(groups.counts), weight.unbind(), prepacked or [None] * len(weight), strict=True)
+    return torch.cat([linear(pad_to_multiple(tokens), *matrices)[:len(tokens)] for tokens, *matrices in parts])
 
 
 def router_stats(prob_NE: Tensor, expert_NK: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -295,7 +295,7 @@ def captured(request, monkeypatch) -> tuple[str, list, list]:
     monkeypatch.setattr(cuda_graphs, "WARMUP_STEPS", 2)
     monkeypatch.setattr(kv_cache, "MIN_SLOT_LEN", 16)  # the cache grows on the way
     if request.param == "recorded":  # as on a GPU: experts are not counted on the host, no weight is packed
-        monkeypatch.setattr(moe, "can_use_grouped_mm", lambda *_: True)
+        monkeypatch.setattr(moe, "use_dense_experts", lambda *_: True)
         monkeypatch.setattr(model_runner, "prepack", lambda *_: [])
     return "cpu" if request.param == "recorded" else "cuda", captures, replays
 
@@ -348,16 +348,17 @@ def test_graphs_are_for_what_is_all_on_a_gpu():
     model = lively_model("moe").to("meta")
     with mock.patch.object(type(model), "device", torch.device("cuda")), \
             mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)) as capability:
-        assert can_capture(model, torch.bfloat16) and not can_capture(model, torch.float16)
-        capability.return_value = (8, 6)  # there grouped_mm is a loop that asks the device
-        assert not can_capture(model, torch.bfloat16) and can_capture(lively_model().to("meta"), torch.float16)
-        capability.return_value = (9, 0)
+        assert can_capture(model, torch.bfloat16, 999) and not can_capture(model, torch.float16, 999)
+        for capability.return_value in ((8, 6), (12, 0)):  # there grouped_mm is a loop that asks the device
+            assert not can_capture(model, torch.bfloat16, 999)
+            assert can_capture(model, torch.bfloat16, 256)  # all experts take all tokens
+            assert can_capture(lively_model().to("meta"), torch.float16, 999)
         model.model.register_forward_pre_hook(lambda *_: None)  # as FSDP does
-        assert not can_capture(model, torch.bfloat16)
-    assert not can_capture(lively_model(), torch.bfloat16) and Engine(lively_model()).runner.graphs is None
+        assert not can_capture(model, torch.bfloat16, 1)
+    assert not can_capture(lively_model(), torch.bfloat16, 1) and Engine(lively_model()).runner.graphs is None
     with torch.device("meta"), mock.patch.object(Qwen3ForCausalLM, "device", torch.device("cuda")):
         theirs = Qwen3ForCausalLM(Qwen3Config(vocab_size=97, hidden_size=64, num_hidden_layers=1))
-        assert not can_capture(theirs, torch.bfloat16)
+        assert not can_capture(theirs, torch.bfloat16, 1)
 
 
 def test_a_device_that_refuses_a_capture_is_told_once_and_decoded_on_without(captured, monkeypatch):
@@ -374,11 +375,9 @@ def test_a_device_that_refuses_a_capture_is_told_once_and_decoded_on_without(cap
 
 
 def test_experts_are_used_in_the_precision_that_one_kernel_takes():
-    with mock.patch.object(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation):
-        assert inference_dtype("cuda", use_moe=True) == torch.bfloat16
-        assert inference_dtype("cuda") == torch.float16
-    with mock.patch.object(torch.cuda, "is_bf16_supported", lambda including_emulation: False):
-        assert inference_dtype("cuda", use_moe=True) == torch.float16
+    for capability, dtype in (((9, 0), torch.bfloat16), ((8, 6), torch.float16)):
+        with mock.patch.object(torch.cuda, "get_device_capability", return_value=capability):
+            assert inference_dtype("cuda", use_moe=True) == dtype and inference_dtype("cuda") == torch.float16
 
 
 def test_after_the_weights_changed_nothing_cached_is_used():

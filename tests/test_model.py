@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -17,11 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dataset.prefix_sharing import pack_shared_prefix
+from model import attention as attention_module
 from model import model_minimind as mm
-from model.attention import BatchLayout, attention, document_mask
+from model import moe
+from model.attention import BatchLayout, attention, document_mask, has_flash
+from model.model_lora import LoRA, apply_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_reward import MiniMindForSequenceClassification
-from model.moe import _grouped_mm, _linear_per_expert
+from model.moe import EXPERT_WEIGHTS, TokenGroups, _grouped_mm, _linear_per_expert
 from model.transformers_io import register
 from trainer.losses import inputs
 
@@ -307,6 +312,41 @@ def test_attention_within_bounds_equals_attention_under_the_document_mask(name, 
     assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
+def test_attention_to_shared_prompts_equals_attention_under_the_document_mask():
+    batch = pack_shared_prefix(prompt_groups(), 48)
+    bounds = [batch[name] for name in ("cu_seqlens", "expand_index", "gather_index")]
+    q, k, v = (torch.randn(1, 48, n, 16) for n in (4, 2, 2))
+    by_mask = attention(q, k, v, BatchLayout(document_mask(bounds[0], 1, 48, *bounds[1:])))
+    same(attention(q, k, v, BatchLayout(None, None, *bounds)), by_mask)
+
+
+@pytest.mark.parametrize("head_dim", [12, 16])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
+def test_repeated_and_padded_heads_change_nothing(dtype, tolerance, head_dim):
+    q, k, v = (torch.randn(2, n, 9, head_dim, dtype=dtype) for n in (4, 2, 2))
+    mask = document_mask(torch.tensor([0, 4, 9, 18], dtype=torch.int32), 2, 9)
+    for attn_mask in (mask, None):
+        with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as kernel:
+            out = attention_module._memory_efficient(q, k, v, attn_mask)
+        assert [x.shape[1] for x in kernel.call_args.args] == [4, 4, 4]  # what its CUDA kernel asks for
+        assert dtype == torch.float32 or all(x.shape[-1] % 8 == 0 for x in kernel.call_args.args)
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None, enable_gqa=True)
+        assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_flash_attention_is_for_cards_and_builds_that_have_it(monkeypatch):
+    def fits(capability: tuple[int, int] = (8, 0), built: bool = True, dtype=torch.bfloat16, head_dim: int = 96,
+             device: str = "cuda") -> bool:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+        return has_flash(torch.device(device), dtype, head_dim)
+
+    assert fits() and fits((12, 0), dtype=torch.float16, head_dim=256)
+    assert not fits((7, 5), dtype=torch.float16)  # T4, 2080 Ti
+    assert not fits(built=False)  # Windows
+    assert not fits(dtype=torch.float32) and not fits(head_dim=264) and not fits(device="cpu")
+
+
 def test_empty_documents_change_nothing(device):
     model, batch = minimind(device=device), packed(device)
     repeated = model(**batch).logits
@@ -425,10 +465,38 @@ def test_stacked_experts_equal_a_plain_loop(device):
     same(experts(x_ND, expert_NK, weight_NK), torch.stack(plain))
 
 
+def test_few_tokens_that_go_to_all_experts_get_the_results_of_theirs(device, monkeypatch):
+    experts, x_ND, expert_NK, weight_NK = routed(device)
+    expected = experts(x_ND, expert_NK, weight_NK)
+    experts.gate_up_proj.data[3] = torch.inf  # nobody chooses it, so it must spoil nothing
+    monkeypatch.setattr(moe, "use_dense_experts", lambda *_: True)
+    monkeypatch.setattr(moe, "TokenGroups", lambda *_: pytest.fail("the host counted"))
+    same(experts(x_ND, expert_NK, weight_NK), expected)
+
+
+def test_which_experts_take_all_tokens(monkeypatch):
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert not moe.use_dense_experts(torch.zeros(1), 1, 8)
+    for capability, one_kernel in (((9, 0), True), ((10, 0), True), ((8, 6), False), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, capability=capability: capability)
+        assert moe.can_use_grouped_mm("cuda", torch.bfloat16, 8) == one_kernel
+        assert not moe.can_use_grouped_mm("cuda", torch.float16, 8)
+        assert moe.use_dense_experts(x, 256, 8) != one_kernel and not moe.use_dense_experts(x, 257, 8)
+
+
+def test_the_host_counts_tokens_once_per_layer(monkeypatch):
+    counted, model = [], minimind("moe-top2")
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: counted.append(x.shape) or tolist(x))
+    apply_lora(model, LoRA(rank=4, targets=EXPERT_WEIGHTS))
+    model(tokens(2, 9)).logits.sum().backward()
+    assert counted == [torch.Size([4])] * 2
+
+
 def test_grouped_product_equals_the_loop_over_experts(device):
     experts, x_ND, *_ = routed(device, torch.bfloat16)
     load, weight = torch.tensor([4, 9, 7, 0], device=device), experts.gate_up_proj
-    grouped, loop = (kernel(x_ND, weight, load) for kernel in (_grouped_mm, _linear_per_expert))
+    grouped, loop = _grouped_mm(x_ND, weight, load), _linear_per_expert(x_ND, weight, TokenGroups(load))
     close, direction = partial(assert_close, atol=2e-2, rtol=2e-2), torch.randn_like(loop)
     close(grouped, loop)
     close(*(torch.autograd.grad(y, weight, direction) for y in (grouped, loop)))

@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from model.cli import first_line
 from model.inference.prepacked import has_no_hooks
 from model.model_minimind import MiniMindPreTrainedModel
-from model.moe import can_use_grouped_mm
+from model.moe import MAX_DENSE_TOKENS, can_use_grouped_mm
 
 WARMUP_STEPS = 16  # of a shape, before it is captured; they also load the kernels, which a capture cannot
 ForwardFn = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def can_capture(model: nn.Module, dtype: torch.dtype) -> bool:
+def can_capture(model: nn.Module, dtype: torch.dtype, max_batch: int) -> bool:
     """Whether a step in `dtype` is all on a CUDA device: a model of ours, no hook, no experts counted by the host."""
     config, device = model.config, model.device.type
     if device != "cuda" or not isinstance(model, MiniMindPreTrainedModel) or not has_no_hooks(model):
         return False
-    one_kernel = can_use_grouped_mm(device, dtype, config.hidden_size, config.moe_intermediate_size)
-    # before Hopper, PyTorch itself takes the experts one by one and asks the device for their bounds
-    return not config.use_moe or one_kernel and torch.cuda.get_device_capability(model.device) >= (9, 0)
+    return not config.use_moe or max_batch <= MAX_DENSE_TOKENS or \
+        can_use_grouped_mm(device, dtype, config.hidden_size, config.moe_intermediate_size)
 
 
 class DecodeGraphs:
@@ -71,7 +70,7 @@ class DecodeGraphs:
     def _capture(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
         """Record the kernels of `work`, which does not run yet. → its future result, and what computes it, any time"""
         half, graph = torch.get_autocast_dtype("cuda"), torch.cuda.CUDAGraph()
-        # weights are cast in the graph: a cast kept from before would be of the weights as they were
+        # what autocast still casts is cast in the graph: a cast kept from before would be of the weights as they were
         with torch.cuda.device(device), \
                 torch.autocast("cuda", half, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False), \
                 torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -24,13 +24,15 @@ class ModelRunner:
         # Blocks compiled for training know one shape. Others would be compiled too, and soon training's no longer.
         has_compiled_blocks = any(module._compiled_call_impl is not None for module in model.modules())
         self._eager_stance = "force_eager" if has_compiled_blocks else None
-        use_graphs = can_capture(model, self.cache.keys[0].dtype) if graphs is None else graphs
+        use_graphs = can_capture(model, self.cache.keys[0].dtype, slots.max_batch) if graphs is None else graphs
         self.graphs = DecodeGraphs() if use_graphs else None
         self.prepack()
 
     def prepack(self) -> None:
         """Prepack the weights as they are now. A compiler has its own order for them."""
         self.prepacked = prepack(self.model, self.cache.keys[0].dtype) if self.compiled is None else []
+        if self.prepacked and self.graphs is not None:
+            self.graphs.reset(self.cache.num_resizes)  # they read the weights that were packed before
 
     def run(self, batches: list[Batch]) -> Tensor:
         """Compute the tokens of all batches, into the cache. → logits [n, V] of the sampled rows of each, in order"""

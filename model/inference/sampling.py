@@ -93,22 +93,27 @@ def sample(logits: Tensor, params: list[SamplingParams], u: list[float],
     likeliest (token, log-probability) pairs that could have been sampled (empty where not requested). Temperature 0
     takes the likeliest; its log-probability is that at temperature 1.
     """
-    greedy = [p.greedy for p in params]
-    temperature = [1.0 if p.greedy else p.temperature for p in params]
+    greedy, V = [p.greedy for p in params], logits.shape[1]
+    # fp32 columns [B, 1], in one copy to the device
+    u, is_greedy, temperature, top_k, top_p, min_p = torch.tensor([
+        u, greedy, [1.0 if p.greedy else p.temperature for p in params],
+        [V if p.greedy or not p.top_k else min(p.top_k, V) for p in params],
+        [2.0 if p.greedy or p.top_p == 1 else max(p.top_p, 1e-6) for p in params],
+        [0.0 if p.greedy else p.min_p for p in params]], dtype=torch.float32).to(logits.device)[..., None]
     finite = logits.float().nan_to_num(0.0, 1e30, -1e30)  # a request with wild penalties, or a diverged model
     if allowed is not None:
         finite = finite.masked_fill(~allowed.to(finite.device), -math.inf)
-    log_p = (finite / as_column(temperature, logits)).log_softmax(-1)
+    log_p = (finite / temperature).log_softmax(-1)
     log_mass = log_p.new_zeros(len(log_p), 1)  # of what truncation leaves
     if not all(greedy):
         probs = log_p.exp()
         if any(p.truncates for p in params):
-            probs = top_k_top_p_min_p(probs, params)
+            probs = top_k_top_p_min_p(probs, top_k if any(p.top_k for p in params) else None, top_p, min_p)
             log_mass = probs.sum(-1, keepdim=True).log()
-        tokens = inverse_cdf(probs, as_column(u, logits))
+        tokens = inverse_cdf(probs, u)
     if any(greedy):
         likeliest = log_p.argmax(-1, keepdim=True)
-        tokens = likeliest if all(greedy) else torch.where(as_column(greedy, logits).bool(), likeliest, tokens)
+        tokens = likeliest if all(greedy) else torch.where(is_greedy.bool(), likeliest, tokens)
     logprobs = (log_p.gather(1, tokens) - log_mass)[:, 0].tolist()
     top_logprobs: list[list[tuple[int, float]]] = [[] for _ in params]
     for row, p in enumerate(params):
@@ -121,24 +126,21 @@ def sample(logits: Tensor, params: list[SamplingParams], u: list[float],
     return tokens[:, 0].tolist(), logprobs, top_logprobs
 
 
-def top_k_top_p_min_p(probs: Tensor, params: list[SamplingParams]) -> Tensor:
+def top_k_top_p_min_p(probs: Tensor, top_k: Tensor | None, top_p: Tensor, min_p: Tensor) -> Tensor:
     """probs [B, V] with zeros where top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024)
     cut off.
 
     Top-p is a share of what top-k leaves, min-p one of the likeliest. Equally probable tokens stay or go together.
+    `top_k`, `top_p`, `min_p` [B, 1]: V, 2 and 0 cut nothing off.
     """
-    V = probs.shape[1]
-    top_k = [V if p.greedy or not p.top_k else min(p.top_k, V) for p in params]
-    top_p = [2.0 if p.greedy or p.top_p == 1 else max(p.top_p, 1e-6) for p in params]
-    min_p = [0.0 if p.greedy else p.min_p for p in params]
-    ordered = sort_descending(probs)
-    threshold = ordered.gather(1, as_column(top_k, probs).long() - 1)
-    if any(p.top_k for p in params):
+    ordered, threshold = sort_descending(probs), probs.new_zeros(())
+    if top_k is not None:
+        threshold = ordered.gather(1, top_k.long() - 1)
         ordered = ordered.where(ordered >= threshold, 0)
     mass = ordered.cumsum(-1)
-    nucleus_end = torch.searchsorted(mass, as_column(top_p, probs) * mass[:, -1:]).clamp_max(V - 1)
+    nucleus_end = torch.searchsorted(mass, top_p * mass[:, -1:]).clamp_max(probs.shape[1] - 1)
     threshold = torch.maximum(threshold, ordered.gather(1, nucleus_end))
-    return probs.where(probs >= torch.maximum(threshold, as_column(min_p, probs) * ordered[:, :1]), 0)
+    return probs.where(probs >= torch.maximum(threshold, min_p * ordered[:, :1]), 0)
 
 
 def sort_descending(probs: Tensor) -> Tensor:
@@ -157,8 +159,3 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     total = cdf[:, -1:].contiguous()
     token = torch.searchsorted(cdf, u * total, right=True)
     return torch.minimum(token, torch.searchsorted(cdf, total))  # rounding leads no further than the last token
-
-
-def as_column(values: list, like: Tensor) -> Tensor:
-    """[B] numbers → fp32 [B, 1] on the device of `like`."""
-    return torch.tensor(values, device=like.device, dtype=torch.float32)[:, None]
