@@ -1,0 +1,151 @@
+"""What is chosen for a device, by pretending to have it: precision, compiler, and what to say when it does not work."""
+
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from lab import small_model
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+from model import device as devices
+from model.attention import _mask_for_mps
+from model.cli import UserError
+from model.device import choose_device, training_dtype
+from model.inference import model_runner
+from model.inference.engine import Engine
+from model.inference.prepacked import prepack
+from model.linear import Linear
+from model.moe import Experts
+from trainer.distributed import World
+from trainer.rl.advantages import whiten
+from trainer.run import Run
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def broken_card(monkeypatch):
+    """A card that is there, for which this PyTorch has no kernels."""
+    def launch(*_, device, **__):
+        if torch.device(device).type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch, "ones", launch)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_card_without_kernels_is_refused_with_the_build_to_install(broken_card):
+    with pytest.raises(UserError, match="^--device cuda: CUDA error: no kernel image .*whl/cu126") as error:
+        choose_device("cuda")
+    assert "\n" not in str(error.value)
+
+
+def test_auto_says_why_it_takes_the_cpu(broken_card, capsys):
+    assert choose_device("auto") == torch.device("cpu")
+    said, = capsys.readouterr().err.splitlines()
+    assert "no kernel image" in said and "whl/cu126" in said
+
+
+def test_auto_is_silent_where_there_is_no_card(broken_card, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose_device("auto") == torch.device("cpu")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
+    assert choose_device("auto") == torch.device("cpu") and capsys.readouterr().err == ""
+
+
+def test_the_chosen_card_becomes_the_current_one_without_cudnn_attention(monkeypatch):
+    current, cudnn = [], []
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn.append)
+    assert choose_device("cuda:1") == torch.device("cuda:1") and choose_device("cuda", 3) == torch.device("cuda:3")
+    assert current == [torch.device("cuda:1"), torch.device("cuda:3")] and cudnn == [False, False]
+
+
+def test_cards_without_bf16_units_train_in_fp16_with_scaling(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert training_dtype(CUDA) == torch.float16
+    run = SimpleNamespace(device=CUDA, args=SimpleNamespace(dtype="bfloat16", parallel="ddp"))
+    assert Run._choose_dtype(run) == torch.float16
+    run.args.parallel = "fsdp"  # which does not scale the loss
+    assert Run._choose_dtype(run) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert Run._choose_dtype(run) == torch.bfloat16
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1])
+def test_checkpointed_blocks_are_compiled_too(lab, monkeypatch, checkpointing):
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # without a C++ compiler
+    lab("compiled").train(use_compile=1, activation_checkpointing=checkpointing, max_steps=2)
+    assert counters["stats"]["unique_graphs"] > 0
+    lab("eager").train(max_steps=2)
+    assert_close(lab("compiled").losses(), lab("eager").losses(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", 0), ("cuda", 1)])
+def test_compiling_is_the_default_on_cuda_only(lab, monkeypatch, device, expected):
+    class Chosen(Exception):
+        pass
+
+    def load_model(run):
+        raise Chosen(run.args.use_compile)
+
+    monkeypatch.setattr("trainer.run.init_distributed", lambda _: nullcontext((World(), torch.device(device))))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(Run, "load_model", load_model)
+    with pytest.raises(Chosen, match=f"^{expected}$"):
+        lab().train()
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_a_rollout_on_a_gpu_casts_each_weight_once(use_moe):
+    model = small_model(use_moe=use_moe)
+    with mock.patch.object(type(model), "device", CUDA):
+        packed = dict(prepack(model, torch.bfloat16))
+        assert not prepack(model, torch.float32)
+    layers = [module for module in model.modules() if isinstance(module, (Linear, Experts))]
+    assert list(packed) == layers
+    for layer in layers:
+        for name, weight in layer.named_parameters():
+            half = packed[layer][name] if isinstance(layer, Experts) else packed[layer]
+            assert_close(half, weight.detach().to(torch.bfloat16), rtol=0, atol=0)
+
+
+def test_graphs_do_not_outlive_the_copies_that_they_read(monkeypatch):
+    monkeypatch.setattr(model_runner, "prepack", lambda *_: [(nn.Identity(), torch.zeros(1))])
+    runner = Engine(small_model(), graphs=True).runner
+    runner.graphs._graphs[1, 256] = None
+    runner.prepack()
+    assert not runner.graphs._graphs
+
+
+class OnMPS(torch.Tensor):
+    device = torch.device("mps")
+
+
+def test_advantages_are_whitened_on_mps_without_float64(monkeypatch):
+    zeros, dtypes = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: dtypes.append(dtype) or zeros(size, dtype=dtype))
+    values = torch.randn(9)
+    for advantage in (values.as_subclass(OnMPS), values):
+        whiten([batch := {"advantage": advantage}], World())
+        assert_close(torch.Tensor(batch["advantage"]), (values - values.mean()) / values.std(correction=0))
+    assert dtypes == [torch.float32, torch.float64]
+
+
+def test_a_mask_of_few_queries_is_given_whole_to_mps():
+    mask = torch.ones(2, 1, 2, 7, dtype=torch.bool)
+    q = torch.zeros(2, 4, 2, 8)
+    assert _mask_for_mps(q, mask) is mask
+    assert _mask_for_mps(q.as_subclass(OnMPS), mask).stride() == (56, 14, 7, 1)
+    assert _mask_for_mps(torch.zeros(2, 4, 9, 8).as_subclass(OnMPS), mask) is mask
