@@ -19,6 +19,7 @@ from model.cli import Failure, UserError, first_line
 from model.device import keep_freed_memory, training_dtype
 from model.loading import MODEL_SIZES, check_sizes
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
+from model.threads import ThreadTuner
 from model.weights import find_weight, read_weight, tokenizer_of
 from trainer.batches import MIN_STEPS, adapt_batch, global_batch_size
 from trainer.checkpoint import read_resume, resume_name
@@ -48,8 +49,11 @@ class Run:
             random.seed(args.seed)
             torch.manual_seed(args.seed)
             torch.set_float32_matmul_precision("high")  # TF32 where there is one
-            if self.device.type == "cpu":
+            on_cpu = self.device.type == "cpu"
+            if on_cpu:
                 keep_freed_memory()
+            self.threads = ThreadTuner(bool(args.adapt_threads) and on_cpu and self.world.size == 1)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
             folder = args.tokenizer
             if args.from_weight != "none":
                 self.sources.append(find_weight(args.from_weight, args.save_dir, args.hidden_size, args.use_moe))
@@ -172,6 +176,9 @@ class Run:
                             f"({type(error).__name__}: is a C++ compiler installed?)")
             self.args.use_compile = 0
             return
+        from torch._inductor import config
+
+        config.cpp.dynamic_threads = self.threads.enabled  # else another number of threads compiles anew
         for layer in model.model.layers:  # of one shape: compiled once for all
             layer.compile(dynamic=False)
 

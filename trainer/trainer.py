@@ -96,6 +96,7 @@ class Trainer:
         done = stopping = save_due = False
         while not done:
             # 1. Next batch: this rank's micro-batches of the global batch.
+            run.threads.begin()
             batch = stream.next_batch(self.step)
             lr = learning_rate(self.step, stream.steps, args.learning_rate, self.warmup_steps)
             set_learning_rate(strategy.optimizers, lr)
@@ -117,6 +118,7 @@ class Trainer:
             self.step += 1
             self.tokens += batch.num_tokens
             self.interval.add_step(batch, lr, strategy.grad_norm, strategy.scaler.is_enabled())
+            run.threads.end(batch.num_tokens)
 
             stopping |= self.world.any(run.stop_signal is not None)
             done = stream.can_checkpoint and (stopping or self.step >= self.last_step)
