@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from model.chat import BOS, AssistantMessage, ChatTokenizer, MessageParser
-from model.cli import SWITCH, Parser, UserError, add_sampling_args, nonneg_int, run_main
+from model.cli import SWITCH, Parser, UserError, add_sampling_args, nonneg_int, run_main, whole_number
 from model.inference.engine import Engine, SamplingParams
 from model.loading import add_loading_args, continues_text, load_from_args
 from scripts.lib.terminal import interact, print_event
@@ -30,7 +30,8 @@ def parse_arguments() -> argparse.Namespace:
     add_sampling_args(parser, open_thinking=0, max_new_tokens=8192, temperature=0.85, top_p=0.95, top_k=0,
                       repetition_penalty=1.0, seed=None)
     parser.add_aliases(max_seq_len="max_new_tokens")
-    parser.add_argument("--model_mode", dest="weight", type=lambda mode: MODES[int(mode)], default=argparse.SUPPRESS,
+    mode = whole_number(0, len(MODES) - 1)
+    parser.add_argument("--model_mode", dest="weight", type=lambda text: MODES[mode(text)], default=argparse.SUPPRESS,
                         help=argparse.SUPPRESS)  # MiniMind2's
     return parser.parse_args()
 

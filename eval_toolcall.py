@@ -23,7 +23,7 @@ from pathlib import Path
 from dataset.prompts import Prompt
 from eval_llm import Chat, add_chat_args
 from model.chat import TOKENIZER_DIR, AssistantMessage, ChatTokenizer
-from model.cli import Parser, UserError, add_sampling_args, positive_int, run_main
+from model.cli import Parser, UserError, add_sampling_args, num_positions, run_main, whole_number
 from model.files import write_atomically
 from model.inference.engine import Engine, SamplingParams
 from model.loading import add_loading_args, load_from_args
@@ -178,10 +178,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tools", nargs="+", choices=tuple(SCHEMAS), default=list(SCHEMAS), metavar="TOOL",
                         help=f"to offer in a conversation (all: {' '.join(SCHEMAS)})")
     parser.add_argument("--prompt", help="answer this and exit")
-    parser.add_argument("--benchmark", type=positive_int, metavar="N", help="score N sums and N tasks of other tools")
+    parser.add_argument("--benchmark", type=whole_number(1, 100_000), metavar="N",
+                        help="score N sums and N tasks of other tools")
     parser.add_argument("--cases", type=Path, help="score the cases of a file")
     parser.add_argument("--json", type=Path, help="write the scores there, with every turn")
-    parser.add_argument("--max_total_len", type=positive_int, default=2048, help="tokens of an episode (%(default)s)")
+    parser.add_argument("--max_total_len", type=num_positions, default=2048, help="tokens of an episode (%(default)s)")
     add_sampling_args(parser, open_thinking=0, max_new_tokens=512, temperature=0.0, top_p=0.95, seed=42)
     add_chat_args(parser)
     parser.add_aliases(api_model="model", stream=None)

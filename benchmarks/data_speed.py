@@ -23,7 +23,7 @@ from benchmarks.machine import save_result
 from dataset.lm_dataset import PretrainDataset
 from dataset.reader import read_rows
 from model.chat import ChatTokenizer
-from model.cli import Parser, nonneg_float, positive_int, run_main
+from model.cli import Parser, nonneg_float, num_positions, run_main
 from model.device import peak_memory
 from model.weights import ROOT
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=nonneg_float, default=1.0, help="10^9 bytes of the file (default: 1)")
     parser.add_argument("--data_path", type=Path, default=ROOT.parent / "shared/data/pretrain.jsonl.gz",
                         help="pretraining rows to repeat (default: %(default)s)")
-    parser.add_argument("--max_seq_len", type=positive_int, default=340, help="tokens in a row (default: 340)")
+    parser.add_argument("--max_seq_len", type=num_positions, default=340, help="tokens in a row (default: 340)")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)  # read this file here and print the numbers
     args = parser.parse_args()
     if args.start:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.machine import save_result, train
-from model.cli import Parser, UserError, fraction, nonneg_float, positive_int, run_main
+from model.cli import Parser, UserError, fraction, nonneg_float, num_positions, positive_int, run_main
 from model.loading import add_model_args
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT
@@ -194,7 +194,7 @@ def main() -> None:
     add_model_args(parser)
     parser.add_argument("--ranks", type=positive_int, default=8, help="processes, one GPU each (default: 8)")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per rank and step (default: 8)")
-    parser.add_argument("--max_seq_len", type=positive_int, default=340, help="tokens in a row (default: 340)")
+    parser.add_argument("--max_seq_len", type=num_positions, default=340, help="tokens in a row (default: 340)")
     parser.add_argument("--tflops", type=nonneg_float, default=71, help="of a rank in bf16 (default: a 3090's 71)")
     parser.add_argument("--mfu", type=fraction, default=0.4, help="share of them that training reaches (assumed: 0.4)")
     parser.add_argument("--link", type=nonneg_float, default=300, help="GB/s between ranks (default: NVLink's 300)")

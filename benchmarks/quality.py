@@ -23,7 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from benchmarks.machine import model_parser, save_result, train
 from dataset.reader import read_lines
-from model.cli import UserError, nonneg_float, positive_int, run_main
+from model.cli import UserError, nonneg_float, nonneg_int, positive_int, run_main
 from model.weights import ROOT
 
 # the recipe as published: padded rows, AdamW, 256 rows per step, eager
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per step")
     parser.add_argument("--epochs", type=positive_int, default=1)
-    parser.add_argument("--max_steps", type=int, default=0, help="stop after so many steps (0: all epochs)")
+    parser.add_argument("--max_steps", type=nonneg_int, default=0, help="stop after so many steps (0: all epochs)")
     args = parser.parse_args()
     if args.choices == "levers" and not args.seconds:
         parser.error("--choices levers are compared in the same time: give --seconds")

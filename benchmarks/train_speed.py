@@ -34,7 +34,7 @@ from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset, TokenDat
 from dataset.packing import IGNORE
 from dataset.reader import read_rows
 from model.chat import ChatTokenizer
-from model.cli import Parser, positive_int, run_main
+from model.cli import Parser, nonneg_int, positive_int, run_main
 from model.device import choose_device, cpu_has_bfloat16, peak_memory, synchronise
 from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules
 from model.model_minimind import MiniMindForCausalLM
@@ -191,7 +191,7 @@ def training_parser(description: str) -> Parser:
     parser.add_argument("--stage", choices=STAGES, default="pretrain", help="row format and length")
     parser.add_argument("--data_path", type=Path, required=True, help="rows to train on")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per step")
-    parser.add_argument("--warmup", type=int, default=1, help="steps that are not measured")
+    parser.add_argument("--warmup", type=nonneg_int, default=1, help="steps that are not measured")
     parser.add_argument("--steps", type=positive_int, default=4, help="steps that are")
     return parser
 

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 from dataset import sample_texts as texts
 from dataset.sample_texts import LANGS, Attribute, Text
 from model.chat import parse_tool_calls
-from model.cli import Parser, UserError, run_main
+from model.cli import Parser, UserError, nonneg_float, run_main, seed_int
 from model.files import write_atomically
 
 Message = dict[str, Any]
@@ -497,8 +497,8 @@ def is_correct(expected: Message, answer: Message) -> bool:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another world")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of rows, above 0")
+    parser.add_argument("--seed", type=seed_int, default=0, help="another seed, another world")
+    parser.add_argument("--scale", type=nonneg_float, default=1.0, help="factor on the number of rows, above 0")
     args = parser.parse_args()
     if not 0 < args.scale <= 100:
         raise UserError(f"--scale {args.scale}: choose a number above 0 and at most 100")

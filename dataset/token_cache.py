@@ -235,7 +235,7 @@ def encode(tokenizer: ChatTokenizer, documents: list[list[Segment]]) -> tuple[np
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map`, with the next items computed by a thread per core meanwhile. At most two per thread are held."""
-    num_threads = os.cpu_count() or 1
+    num_threads = int(os.environ.get("RAYON_NUM_THREADS", 0)) or os.cpu_count() or 1  # --num_workers sets it
     with ThreadPoolExecutor(num_threads) as pool:
         running: deque = deque()
         for item in items:

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 SWITCH = {"type": int, "choices": (0, 1)}  # keyword arguments of `add_argument` for a flag that is 0 or 1
 SURROGATE = re.compile("[\ud800-\udfff]")  # U+DC80 to U+DCFF stand for bytes that could not be decoded
+OUTPUTS = ("out", "json", "picture")  # flags of files that are written
 CHINESE = re.compile("[\u3000-\u303f\u3400-\u9fff\uff00-\uffef]")
 
 
@@ -52,6 +53,10 @@ def run_main(main: Callable[[], None]) -> None:
         if error.filename is None and error.errno in (errno.EPIPE, *[errno.EINVAL] * (os.name == "nt")):
             exit_with(141)
         exit_with(1, f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch on a CPU
+            raise
+        exit_with(1, f"error: this machine has too little memory for these sizes ({first_line(error)})")
     except KeyboardInterrupt:
         exit_with(130)
     finally:
@@ -116,7 +121,14 @@ class Parser(argparse.ArgumentParser):
         broken = next(filter(SURROGATE.search, sys.argv[1:] if args is None else args), None)
         if broken is not None:
             self.error(f"argument {broken!a}: not text in {sys.getfilesystemencoding()}, the terminal's encoding")
-        return super().parse_known_args(args, namespace)
+        args, unknown = super().parse_known_args(args, namespace)
+        for name in OUTPUTS:
+            for other, values in vars(args).items():
+                for value in values if isinstance(values, list) else [values]:
+                    with suppress(OSError, TypeError, ValueError):  # not files
+                        if other != name and os.path.samefile(getattr(args, name, None), value):
+                            self.error(f"--{name} {value} is what --{other} reads, and would be lost; name another")
+        return args, unknown
 
     def error(self, message: str) -> None:
         exit_with(2, f"error: {message} (--help lists the flags)")
@@ -133,21 +145,24 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(f"--{alias}", nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of a flag that is a whole number between two bounds, both included."""
+    def parse(text: str) -> int:
+        with suppress(ValueError):
+            if least <= int(text) <= most:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from {least:,} to {most:,}")
+    return parse
 
 
-def nonneg_int(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
+nonneg_int, positive_int = whole_number(0), whole_number(1)
+seed_int, port_number = whole_number(0, 2**64 - 1), whole_number(0, 65_535)
+num_positions = whole_number(1, 2**20)  # of a row: tables of so many entries are made
 
 
 def nonneg_float(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    if not 0 <= float(text) <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1e9")
     return float(text)
 
 
@@ -174,7 +189,7 @@ SAMPLING_ARGS = {
     "top_p": {"type": fraction, "help": "sample from the likeliest tokens of this total probability"},
     "top_k": {"type": nonneg_int, "help": "sample from this many of the likeliest tokens; 0: off"},
     "repetition_penalty": {"type": nonneg_float, "help": "above 1: repeat less; 1: off"},
-    "seed": {"type": nonneg_int, "help": "of sampling"},
+    "seed": {"type": seed_int, "help": "of sampling"},
 }
 
 

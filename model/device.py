@@ -86,6 +86,14 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def machine_memory() -> int | None:
+    """Bytes of memory that this machine has, None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that a step frees for the next step: the kernel clears every page it hands out anew.
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.cli import SWITCH, Parser, UserError, boolean, nonneg_int, optional_name, positive_int
+from model.cli import SWITCH, Parser, UserError, boolean, optional_name, whole_number
 from model.device import choose_device, inference_dtype
 from model.model_lora import load_lora, merge_lora
 from model.transformers_io import from_hf_model, load_folder, open_tokenizer
@@ -21,16 +21,18 @@ MODEL_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_k
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """Flags for the sizes of a model."""
     group = parser.add_argument_group("model (needed only to create one, or to choose between weights of one name)")
-    group.add_argument("--hidden_size", type=positive_int, help="width (768 for a new model)")
-    group.add_argument("--num_hidden_layers", type=positive_int, help="blocks (8 for a new model)")
-    group.add_argument("--num_attention_heads", type=positive_int, help="query heads (8 for a new model)")
-    group.add_argument("--num_key_value_heads", type=positive_int, help="key-value heads (4 for a new model)")
-    group.add_argument("--intermediate_size", type=positive_int, help="width of the feed-forward (pi x hidden_size)")
+    count, width = whole_number(1, 1024), whole_number(1, 2**20)
+    group.add_argument("--hidden_size", type=width, help="width (768 for a new model)")
+    group.add_argument("--num_hidden_layers", type=count, help="blocks (8 for a new model)")
+    group.add_argument("--num_attention_heads", type=count, help="query heads (8 for a new model)")
+    group.add_argument("--num_key_value_heads", type=count, help="key-value heads (4 for a new model)")
+    group.add_argument("--intermediate_size", type=width, help="width of the feed-forward (pi x hidden_size)")
     group.add_argument("--use_moe", **SWITCH, help="mixture of 4 experts instead of dense")
-    group.add_argument("--num_experts", "--n_routed_experts", type=positive_int,
+    group.add_argument("--num_experts", "--n_routed_experts", type=count,
                        help="MoE: experts (4 for a new model)")
-    group.add_argument("--num_experts_per_tok", type=positive_int, help="MoE: experts per token (1 for a new model)")
-    group.add_argument("--n_shared_experts", type=nonneg_int, help="MoE: experts of all tokens (0 for a new model)")
+    group.add_argument("--num_experts_per_tok", type=count, help="MoE: experts per token (1 for a new model)")
+    group.add_argument("--n_shared_experts", type=whole_number(0, 1024),
+                       help="MoE: experts of all tokens (0 for a new model)")
     group.add_argument("--norm_topk_prob", **SWITCH,
                        help="MoE: weights of the chosen experts sum to 1 (0 for a new model, 1 in the published ones)")
 

@@ -261,8 +261,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.target is None and args.format not in ("transformers", "minimind"):
         raise UserError(f"--format {args.format} writes no folder like minimind-3; name the --target")
     args.target = args.target or ROOT / "minimind-3"
-    if args.target.exists():
-        raise UserError(f"--target {args.target} is already there; remove it or name another")
+    beside = {"gguf": [".Modelfile"], "torch": [".json"], "lora": [".json"]}.get(args.format, [])
+    for path in [args.target, *map(args.target.with_suffix, beside)]:
+        if path.exists():
+            raise UserError(f"--target {args.target}: {path} is already there; remove it or name another")
     if args.dtype != "f16" and args.format in ("torch", "lora"):
         raise UserError(f"--dtype {args.dtype}: a .pth holds f16; leave the flag out")
     if DTYPES[args.dtype] is None and args.format != "gguf":

@@ -24,7 +24,7 @@ from torch import nn
 
 from dataset.reader import read_rows, read_text
 from model.chat import BOS, ChatTokenizer
-from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
+from model.cli import Parser, UserError, nonneg_int, num_positions, run_main
 from model.files import write_atomically
 from model.inference.likelihood import ScoringRequest, log_likelihoods
 from model.loading import add_loading_args, load_from_args
@@ -153,14 +153,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
     add_loading_args(parser)
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, or .gz of them")
-    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="tokens in a row of --text (%(default)s)")
+    parser.add_argument("--max_seq_len", type=num_positions, default=512,
+                        help="tokens in a row of --text (%(default)s)")
     parser.add_argument("--benchmark", nargs=2, action="append", default=[], metavar=("NAME", "FILE"),
                         help=f"{', '.join(FORMATS)}, and its file or folder (.csv, .jsonl, .jsonl.gz)")
     parser.add_argument("--fewshot", type=nonneg_int, default=0, help="examples before a question (%(default)s)")
     parser.add_argument("--fewshot_path", type=Path, help="file or folder of the examples, of the benchmark's format")
     parser.add_argument("--long_text", type=Path, metavar="FILE",
                         help="a text to predict with ever more context, with and without YaRN")
-    parser.add_argument("--lengths", type=positive_int, nargs="+", default=[512, 1024, 2048, 4096, 8192],
+    parser.add_argument("--lengths", type=num_positions, nargs="+", default=[512, 1024, 2048, 4096, 8192],
                         help="of --long_text: tokens of its windows (%(default)s)")
     parser.add_argument("--picture", type=Path, help="of --long_text: the curves, as a PNG")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")

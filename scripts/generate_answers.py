@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dataset.reader import read_rows
 from model.chat import parse_tool_calls
-from model.cli import Failure, Parser, UserError, add_sampling_args, first_line, nonneg_int, positive_int, run_main
+from model.cli import Failure, Parser, UserError, add_sampling_args, first_line, nonneg_int, run_main, whole_number
 from scripts.lib.openai_client import ChatClient, RequestRefused, add_endpoint_args
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="file that the answered conversations are appended to")
     add_endpoint_args(parser, "OPENAI_API_KEY")
     add_sampling_args(parser, temperature=0.7, max_new_tokens=1024)
-    parser.add_argument("--concurrency", type=positive_int, default=8, help="requests at a time")
+    parser.add_argument("--concurrency", type=whole_number(1, 1024), default=8, help="requests at a time")
     parser.add_argument("--limit", type=nonneg_int, default=0, help="answer at most this many prompts (0: all)")
     args = parser.parse_args()
     done = resume(args.out)

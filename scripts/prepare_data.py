@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
+from model.cli import Parser, UserError, nonneg_int, num_positions, positive_int, run_main, seed_int
 from scripts.lib.clean_data import clean
 from scripts.lib.inspect_data import DATASETS, DEFAULT_LENGTHS, inspect
 from trainer.arguments import add_sft_args, sft_options
@@ -35,10 +35,11 @@ def main() -> None:
                         help="drop broken, repetitive and (nearly) equal rows, see scripts/lib/clean_data.py")
     parser.add_argument("--min_chars", type=nonneg_int, default=10, help="--clean: shortest text")
     parser.add_argument("--max_chars", type=positive_int, default=200_000, help="--clean: longest text")
-    parser.add_argument("--max_seq_len", type=positive_int, help="also pack rows of this length (others: on first use)")
+    parser.add_argument("--max_seq_len", type=num_positions,
+                        help="also pack rows of this length (others: on first use)")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer")
     parser.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0, help="1 leaves bad rows out")
-    parser.add_argument("--seed", type=nonneg_int, default=42, help="sft: as of the stage (default: %(default)s)")
+    parser.add_argument("--seed", type=seed_int, default=42, help="sft: as of the stage (default: %(default)s)")
     add_sft_args(parser)
     args = parser.parse_args()
     if args.inspect:

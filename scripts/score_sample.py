@@ -11,7 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 from dataset.reader import read_rows
 from dataset.sample_world import is_correct
 from model.chat import parse_message
-from model.cli import Parser, positive_int, run_main
+from model.cli import Parser, nonneg_int, positive_int, run_main
 from model.inference.engine import SamplingParams, generate
 from model.loading import add_loading_args, load_from_args
 from model.weights import ROOT
@@ -47,7 +47,7 @@ def main() -> None:
     add_loading_args(parser)
     parser.add_argument("--max_new_tokens", type=positive_int, default=128, help="longest answer, in tokens")
     parser.add_argument("--json", type=Path, help="write the scores there")
-    parser.add_argument("--show_wrong", type=int, default=0, help="print so many wrong answers a skill")
+    parser.add_argument("--show_wrong", type=nonneg_int, default=0, help="print so many wrong answers a skill")
     args = parser.parse_args()
     model, tokenizer = load_from_args(args, args.weight)
     cases = [{"skill": path.stem} | row for path in args.data_path for _, row in read_rows(path)]

@@ -32,7 +32,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from model.chat import ChatTokenizer
-from model.cli import Parser, UserError, add_sampling_args, nonneg_int, positive_int, run_main
+from model.cli import (
+    Parser,
+    UserError,
+    add_sampling_args,
+    nonneg_int,
+    port_number,
+    positive_int,
+    run_main,
+    whole_number,
+)
 from model.inference.engine import Engine
 from model.loading import add_loading_args, load_from_args
 from scripts.server.engine_thread import EngineThread, QueueFull, Stopping, metrics_text
@@ -236,11 +245,12 @@ def parse_arguments() -> argparse.Namespace:
                       max_new_tokens=1024, temperature=0.85, top_p=0.95)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (%(default)s)")
-    group.add_argument("--port", type=nonneg_int, default=8998, help="0 takes a free one (%(default)s)")
+    group.add_argument("--port", type=port_number, default=8998, help="0 takes a free one (%(default)s)")
     group.add_argument("--model_name", default=Defaults.model, help="what clients call the model (%(default)s)")
     group.add_argument("--api_key", help=f"what clients must send (default: ${KEY_VARIABLE}; without one, nothing)")
     group.add_argument("--cors", nargs="+", metavar="ORIGIN", help="web pages that may ask, or '*' for all")
-    group.add_argument("--max_batch", type=positive_int, default=32, help="answers written together (%(default)s)")
+    group.add_argument("--max_batch", type=whole_number(1, 65_536), default=32,
+                       help="answers written together (%(default)s)")
     group.add_argument("--max_cache_tokens", type=positive_int, help="bound of the key-value cache (2,048 an answer)")
     parser.add_aliases(max_seq_len=None)  # the model's own length holds
     group.add_argument("--max_tools", type=nonneg_int, help="tools of a request that reach the model (all); the header "

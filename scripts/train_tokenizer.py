@@ -8,7 +8,7 @@ small model learns arithmetic only if a number is always spelt the same way.
 The tokenizer in model/ was made in 80 s and 2.6 GiB of memory (every row instead: 250 s, 6.9 GiB, the same ratios) by
 
     python scripts/train_tokenizer.py --data_path ../shared/data/pretrain.jsonl.gz ../shared/data/sft.jsonl.gz \
-        --every 3 --val_data_path ../shared/data/pretrain_val.jsonl.gz --tokenizer_dir model
+        --every 3 --val_data_path ../shared/data/pretrain_val.jsonl.gz --tokenizer_dir FOLDER
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from dataset.formats import ALIASES, ANSWER_KEYS, FORMATS, list_keys
 from dataset.reader import parse_row, read_lines
 from model.chat import TOKENIZER_DIR
-from model.cli import Parser, UserError, positive_int, run_main
+from model.cli import Parser, UserError, positive_int, run_main, whole_number
 from model.files import write_atomically
 from model.weights import ROOT
 
@@ -136,12 +136,17 @@ def main() -> None:
     parser.add_argument("--val_data_path", type=Path, help="held-out rows to measure compression on")
     parser.add_argument("--tokenizer_dir", type=Path, default=ROOT / "model_learn_tokenizer",
                         help="folder to write (default: %(default)s)")
-    parser.add_argument("--vocab_size", type=positive_int, default=6400,
+    parser.add_argument("--vocab_size", type=whole_number(1, 65_536), default=6400,
                         help="entries, added tokens and bytes included")
     parser.add_argument("--every", type=positive_int, default=1, help="take every N-th row of each training file")
     args = parser.parse_args()
     if args.vocab_size < (minimum := len(ADDED_TOKENS) + 256):
         raise UserError(f"--vocab_size must be at least {minimum}: the added tokens and the bytes")
+    folder = args.tokenizer_dir
+    is_needed = folder.resolve() == TOKENIZER_DIR or (folder / "config.json").exists()  # by weights
+    if is_needed and (folder / "tokenizer.json").exists():
+        raise UserError(f"--tokenizer_dir {folder}: weights need the tokenizer.json in it; move it away first, "
+                        "or name another folder")
     for path in [*args.data_path, *([args.val_data_path] if args.val_data_path else [])]:
         if not path.is_file():  # checked now rather than after minutes of training
             raise UserError(f"{path}: no such file")

@@ -283,13 +283,17 @@ def test_without_arguments_it_writes_a_folder_of_its_own(tmp_path, monkeypatch):
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
-BAD_FLAGS = [("vocab_size", 291, 2), ("every", 0, 2), ("val_data_path", "absent", 2), ("tokenizer_dir", "a_file", 1)]
+BAD_FLAGS = [("vocab_size", 291, 2), ("vocab_size", 65_537, 2), ("every", 0, 2), ("val_data_path", "absent", 2),
+             ("tokenizer_dir", "a_file", 1), ("tokenizer_dir", TOKENIZER_DIR, 2), ("tokenizer_dir", "a_model", 2)]
 
 
 @pytest.mark.parametrize("flag, value, status", BAD_FLAGS)
 def test_bad_flags_are_said_before_training(tmp_path, run_script, monkeypatch, flag, value, status):
     data = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}])
     (tmp_path / "a_file").touch()
+    (tmp_path / "a_model").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "a_model" / name).touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_tokenizer, "train", lambda *_: pytest.fail("trained"))
     stopped, _, complaint = run_script("--data_path", data, "--tokenizer_dir", "t", f"--{flag}", value)

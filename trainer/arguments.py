@@ -5,9 +5,21 @@ from pathlib import Path
 
 from dataset.token_cache import CACHE_DIR
 from model.chat import TOKENIZER_DIR
-from model.cli import SWITCH, Parser, fraction, nonneg_float, nonneg_int, positive_int
+from model.cli import (
+    SWITCH,
+    Parser,
+    fraction,
+    nonneg_float,
+    nonneg_int,
+    num_positions,
+    positive_int,
+    seed_int,
+    whole_number,
+)
 from model.loading import add_model_args
 from model.weights import CHECKPOINT_DIR, OUT_DIR, check_name
+
+num_rows = whole_number(1, 2**20)
 
 
 def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
@@ -19,10 +31,11 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", help="training rows: .jsonl, .json, .csv, .parquet; formats: dataset/formats.py")
     group.add_argument("--val_data_path", help="rows to validate on; the best weights are kept as {save_weight}_best")
-    group.add_argument("--max_seq_len", type=positive_int, help="tokens per row")
+    group.add_argument("--max_seq_len", type=num_positions, help="tokens per row")
     if packs:
         group.add_argument("--packing", **SWITCH, default=1, help="fill rows with several documents (else pad)")
-        group.add_argument("--num_workers", type=nonneg_int, default=0, help="threads that tokenise (0: one per core)")
+        group.add_argument("--num_workers", type=whole_number(0, 1024), default=0,
+                           help="threads that tokenise (0: one per core)")
         group.add_argument("--cache_dir", default=str(CACHE_DIR), help="folder of tokenised data")
     group.add_argument("--skip_bad_rows", **SWITCH, default=0, help="leave bad rows out instead of stopping")
     group.add_argument("--tokenizer", help="folder of the tokenizer (that of --from_weight; model/ for a new model)")
@@ -39,11 +52,11 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
     group.add_argument("--max_steps", type=nonneg_int, default=0,
                        help="stop after so many steps (0: never); the schedule still spans all epochs")
-    group.add_argument("--batch_size", type=positive_int,
+    group.add_argument("--batch_size", type=num_rows,
                        help="rows (online RL: prompts) per device and micro-step (default: less for a small file)")
-    group.add_argument("--accumulation_steps", type=positive_int, default=1,
+    group.add_argument("--accumulation_steps", type=num_rows, default=1,
                        help="micro-steps per step: batch_size x accumulation_steps rows on each device")
-    group.add_argument("--global_batch_size", type=positive_int,
+    group.add_argument("--global_batch_size", type=num_rows,
                        help="rows per step of all devices together; the number of micro-steps follows, of at most "
                             "--batch_size rows per device")
     group.add_argument("--learning_rate", type=nonneg_float, help="peak; linear warm-up, then a cosine to a tenth")
@@ -52,7 +65,7 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--grad_clip", type=nonneg_float, default=1.0, help="largest gradient norm (0: no limit)")
     group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
                        help="muon: for the hidden matrices, AdamW for the rest")
-    group.add_argument("--seed", type=nonneg_int, default=42, help="of weights, data order and sampling")
+    group.add_argument("--seed", type=seed_int, default=42, help="of weights, data order and sampling")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best available")
@@ -98,8 +111,8 @@ def rl_parser(description: str, **defaults) -> Parser:
     """The flags of an online RL stage."""
     parser = stage_parser(description, packs=False, **defaults)
     group = parser.add_argument_group("rollouts (batch_size x accumulation_steps prompts on each device)")
-    group.add_argument("--max_gen_len", type=positive_int, default=1024, help="longest answer, in tokens")
-    group.add_argument("--num_generations", type=positive_int, default=6, help="answers per prompt")
+    group.add_argument("--max_gen_len", type=num_positions, default=1024, help="longest answer, in tokens")
+    group.add_argument("--num_generations", type=num_rows, default=6, help="answers per prompt")
     group.add_argument("--temperature", type=nonneg_float, default=1.0,
                        help="of sampling, and of every log-probability")
     group.add_argument("--thinking_ratio", type=fraction, default=0.9,

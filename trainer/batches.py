@@ -12,6 +12,7 @@ from dataset.token_cache import TokenDataset
 from model.cli import UserError
 from trainer.distributed import World
 
+MAX_ROWS = 2**20  # of a step
 MIN_STEPS = 20  # in an epoch of a small file, unless --batch_size or --accumulation_steps is given
 
 
@@ -33,8 +34,9 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 def sampler_indices(start: int, count: int, seed: int, size: int) -> np.ndarray:
     """Elements start … start + count of an endless stream of indices below `size`: one permutation after the other."""
-    epochs, positions = np.divmod(np.arange(start, start + count), size)
-    return np.concatenate([permutation(seed, epoch, size)[positions[epochs == epoch]] for epoch in np.unique(epochs)])
+    first, last = start // size, (start + count - 1) // size
+    stream = np.concatenate([permutation(seed, epoch, size) for epoch in range(first, last + 1)])
+    return stream[start - first * size:][:count]
 
 
 def adapt_batch(num_rows: int, batch_size: int, accumulation_steps: int, world_size: int = 1) -> tuple[int, int]:
@@ -49,9 +51,12 @@ def adapt_batch(num_rows: int, batch_size: int, accumulation_steps: int, world_s
 def global_batch_size(args, world: World) -> int:
     """Rows (prompts) of one step, of all ranks: --global_batch_size, or batch_size × accumulation_steps per rank.
 
-    Raises UserError when the ranks cannot share them evenly.
+    Raises UserError when they are too many, or when the ranks cannot share them evenly.
     """
     size = args.global_batch_size or args.batch_size * args.accumulation_steps * world.size
+    if size > MAX_ROWS:
+        raise UserError(f"--batch_size {args.batch_size:,} x --accumulation_steps {args.accumulation_steps:,} on "
+                        f"{world.size} ranks are more than {MAX_ROWS:,} rows per step; give less")
     if size % world.size:
         raise UserError(f"--global_batch_size {size} cannot be shared evenly by {world.size} ranks; "
                         f"{size // world.size * world.size or world.size} can")

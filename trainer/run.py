@@ -16,7 +16,7 @@ from dataset.prompts import PromptDataset
 from dataset.token_cache import TokenDataset
 from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import Failure, UserError, first_line
-from model.device import keep_freed_memory, training_dtype
+from model.device import keep_freed_memory, machine_memory, training_dtype
 from model.loading import MODEL_SIZES, check_sizes
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.threads import ThreadTuner
@@ -24,6 +24,8 @@ from model.weights import find_weight, read_weight, tokenizer_of
 from trainer.batches import MIN_STEPS, adapt_batch, global_batch_size
 from trainer.checkpoint import read_resume, resume_name
 from trainer.distributed import init_distributed
+
+LENGTHS = ("max_seq_len", "max_gen_len", "max_total_len")
 
 
 class Run:
@@ -126,7 +128,11 @@ class Run:
 
     def load_model(self) -> MiniMindForCausalLM:
         """The weights `--from_weight`, or a new model of the sizes in the flags, the same on every rank."""
-        model = self._load_model()
+        model, args = self._load_model(), self.args
+        length = getattr(args, "max_total_len", args.max_seq_len + getattr(args, "max_gen_len", 0))
+        if length > (most := model.config.max_position_embeddings):
+            raise UserError(f"the model has {most:,} positions, and these flags ask for {length:,}: lower "
+                            f"{' and '.join(f'--{name}' for name in LENGTHS if hasattr(args, name))}")
         if self.args.from_resume and not self.args.global_batch_size:
             self._keep_global_batch_size(self.args.checkpoint_dir / resume_name(self.args.save_weight, model.config))
         return model
@@ -148,9 +154,15 @@ class Run:
         if args.from_weight == "none":
             sizes = {name: value for name in MODEL_SIZES if (value := getattr(args, name)) is not None}
             try:
-                return MiniMindForCausalLM(MiniMindConfig(vocab_size=self.tokenizer.vocab_size, **sizes))
+                config = MiniMindConfig(vocab_size=self.tokenizer.vocab_size, **sizes)
             except ValueError as error:
                 raise UserError(str(error)) from None
+            with torch.device("meta"):
+                num_bytes = 4 * sum(p.numel() for p in MiniMindForCausalLM(config).parameters())
+            if num_bytes > (memory := machine_memory() or math.inf):
+                raise UserError(f"a model of these sizes takes {num_bytes / 1e9:,.0f} GB in fp32, and this machine has "
+                                f"{memory / 1e9:,.0f} GB of memory; lower --hidden_size or --num_hidden_layers")
+            return MiniMindForCausalLM(config)
         model, _ = read_weight(self.sources[0], self.tokenizer)
         check_sizes(args, model.config, f"weight {args.from_weight}")
         return model

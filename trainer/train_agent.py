@@ -8,7 +8,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from model.cli import positive_int, run_main
+from model.cli import num_positions, positive_int, run_main
 from model.weights import ROOT
 from trainer.arguments import parse_policy_args, policy_parser, policy_settings
 from trainer.losses import policy_loss
@@ -28,7 +28,7 @@ def main() -> None:
         max_seq_len=1024, max_gen_len=768, batch_size=2, num_generations=4, learning_rate=3e-7,
         epochs=1, thinking_ratio=0.1, log_interval=1, save_interval=10,
         wandb_project="MiniMind-Agent-RL")
-    parser.add_argument("--max_total_len", type=positive_int, default=2500, help="longest episode, in tokens")
+    parser.add_argument("--max_total_len", type=num_positions, default=2500, help="longest episode, in tokens")
     parser.add_argument("--max_turns", type=positive_int, default=3, help="times the model may speak in an episode")
     add_reward_args(parser)
     add_rollout_engine_args(parser)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from model.cli import Failure, Parser
+from model.cli import Failure, Parser, port_number
 from model.device import choose_device
 from model.inference.engine import SamplingParams
 from model.loading import add_folder_args, continues_text, load_for_inference
@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_folder_args(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
-    parser.add_argument("--port", type=int, default=8501, help="port to listen on")
+    parser.add_argument("--port", type=port_number, default=8501, help="port to listen on")
     return parser.parse_args(argv)
 
 
