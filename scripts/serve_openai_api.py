@@ -137,6 +137,8 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
         HTTPException: lambda request, error: error_response(
             ApiError(error.status_code, absent(request.url.path) if error.status_code == 404 else error.detail),
             getattr(error, "headers", None)),
+        UnicodeEncodeError: lambda *_: error_response(  # pydantic cannot quote it in an error
+            ApiError(400, "the body is not text: half a surrogate pair (\\ud800 to \\udfff) in it")),
         Exception: lambda _, error: error_response(internal_error(error)),
     }
     app.add_middleware(AuthMiddleware, service=service, api_key=api_key)

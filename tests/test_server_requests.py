@@ -138,6 +138,10 @@ def test_no_more_tools_are_read_than_the_server_allows(client):
     assert none.prompts[0] == TOKENIZER.prompt(USER) and none.headers["X-Tools-Left-Out"].startswith("2 of 2")
     one = GenerationRequest.from_chat_body(ChatBody.model_validate(body), TOKENIZER, Defaults(max_tools=1))
     assert one.prompts[0] == TOKENIZER.prompt(USER, TOOLS[:1]) and not request_of(**body).headers
+    body["tool_choice"] = {"type": "function", "function": {"name": TOOLS[1]["function"]["name"]}}  # must be called
+    named = GenerationRequest.from_chat_body(ChatBody.model_validate(body), TOKENIZER, Defaults(max_tools=0))
+    assert named.prompts[0] == TOKENIZER.prompt(USER, TOOLS[1:])
+    assert named.headers["X-Tools-Left-Out"].startswith("1 of 2")
 
 
 def test_a_logit_bias_is_of_token_ids():

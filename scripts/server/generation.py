@@ -61,7 +61,10 @@ class GenerationRequest:
         thinking = bool(first_given(body.open_thinking, template.open_thinking, template.enable_thinking, effort,
                                     defaults.open_thinking))
         tools = [tool.to_dict() for tool in body.tools or []] if body.tool_choice != "none" else []
-        num_tools, tools = len(tools), tools[:defaults.max_tools]
+        num_tools = len(tools)
+        if defaults.max_tools is not None:
+            tools = [tool for number, tool in enumerate(tools)
+                     if number < defaults.max_tools or tool["function"]["name"] == body.named_tool]
         messages = [message.to_dict() for message in body.messages]
         continued = messages[-1]["content"] if body.continue_final_message else None
         try:

@@ -70,8 +70,27 @@ class ResponseTool(StrictModel):
         return self
 
 
+class TextFormat(StrictModel):
+    type: str
+    name: str | None = None
+    value: dict[str, Any] | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def has_schema(self) -> "TextFormat":
+        if self.type == "json_schema" and (self.name is None or self.value is None):
+            raise ValueError("a json_schema has a name and a schema")
+        return self
+
+    def to_dict(self) -> dict:
+        """As OpenAI writes it."""
+        fields = self.model_dump(by_alias=True)
+        return fields if self.type == "json_schema" else {"type": self.type}
+
+
 class ResponseText(StrictModel):
-    format: dict[str, Any] | None = None
+    format: TextFormat | None = None
 
 
 class Reasoning(StrictModel):
@@ -112,10 +131,9 @@ class ResponsesBody(GenerationBody):
         tool_choice = self.tool_choice
         if isinstance(tool_choice, dict) and "name" in tool_choice:
             tool_choice = {"type": tool_choice.get("type"), "function": {"name": tool_choice["name"]}}
-        response_format = self.text and self.text.format
-        if response_format and response_format.get("type") == "json_schema":
-            schema = {key: value for key, value in response_format.items() if key != "type"}
-            response_format = {"type": "json_schema", "json_schema": schema}
+        response_format = self.text and self.text.format and self.text.format.to_dict()
+        if response_format and response_format["type"] == "json_schema":
+            response_format = {"type": "json_schema", "json_schema": response_format}
         has_logprobs = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
         return ChatBody.model_validate(body | {
             "messages": self._messages(recent), "logit_bias": self.logit_bias, "max_tokens": self.max_output_tokens,
@@ -303,7 +321,7 @@ class ResponsesRequest(GenerationRequest):
             "tools": [tool.model_dump() for tool in body.tools or []],
             "tool_choice": first_given(body.tool_choice, "auto"), "background": False, "truncation": "disabled",
             "parallel_tool_calls": first_given(body.parallel_tool_calls, True), "previous_response_id": None,
-            "text": {"format": body.text and body.text.format or {"type": "text"}},
+            "text": {"format": body.text.format.to_dict() if body.text and body.text.format else {"type": "text"}},
             "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
             "top_logprobs": body.top_logprobs or 0}
 
