@@ -48,7 +48,8 @@ from scripts.server.engine_thread import EngineThread, QueueFull, Stopping, metr
 from scripts.server.generation import Defaults, GenerationRequest
 from scripts.server.middleware import AuthMiddleware, error_response
 from scripts.server.protocol import ApiError, ChatBody, CompletionBody, validation_error
-from scripts.server.responses import RecentItems, ResponsesBody, ResponsesRequest
+from scripts.server.responses import RecentItems, ResponsesRequest
+from scripts.server.responses_body import ResponsesBody
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 

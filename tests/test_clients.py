@@ -6,6 +6,7 @@ Those that are large, or want other versions of what we have, are tested where t
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -149,3 +150,13 @@ def test_instructor(served, mode):
     answer = client.chat.completions.create(model="minimind", response_model=Verdict, max_retries=0, temperature=0,
                                             max_tokens=99, messages=[{"role": "user", "content": "hello"}])
     assert isinstance(answer, Verdict)
+
+
+def test_the_page_names_tests_and_versions_that_are_there():
+    page, pinned = ((ROOT / name).read_text("utf-8") for name in ("docs/clients.md", "constraints.txt"))
+    for path, _, test in re.findall(r"`(tests/[\w.]+)(::(\w+))?`", page):
+        assert not test or f"def {test}(" in (ROOT / path).read_text("utf-8"), test
+        assert (ROOT / path).is_file(), path
+    for package in ("openai", "openai-agents", "langchain-openai", "llm", "smolagents", "peft", "trl", "schemathesis"):
+        version = re.search(rf"^{package}==([\d.]+)", pinned, re.M)[1]
+        assert re.search(rf"^\| {package} [^|]*\| {re.escape(version)} \|", page, re.M | re.I), package

@@ -236,6 +236,17 @@ def test_tool_choice_none_hides_the_tools(served):
     assert hidden.choices[0].message.tool_calls is None
 
 
+def test_a_client_of_functions_calls_one(served):
+    choice = served.chat(TASK[:1], functions=[tool["function"] for tool in TOOLS]).choices[0]
+    assert choice.finish_reason == "function_call" and choice.message.tool_calls is None
+    assert (choice.message.function_call.name, json.loads(choice.message.function_call.arguments)) == tuple(
+        CALL.values())
+    history = [*TASK[:1], choice.message.model_dump(exclude_none=True),
+               {"role": "function", "name": CALL["name"], "content": TASK[2]["content"]}]
+    again = served.chat(history, functions=[tool["function"] for tool in TOOLS])
+    assert again.choices[0].message.content == TASK[3]["content"]
+
+
 def choice_of(text: str, finish_reason: str = "stop", has_tools: bool = True) -> tuple[list[dict], dict]:
     """What an answer becomes that is sampled token by token: its chunks, and the whole."""
     choice = ChatChoice(0, TOKENIZER, MessageParser(TOKENIZER), has_tools=has_tools, has_logprobs=False)
