@@ -94,12 +94,13 @@ def sample(logits: Tensor, params: list[SamplingParams], u: list[float],
     takes the likeliest; its log-probability is that at temperature 1.
     """
     greedy, V = [p.greedy for p in params], logits.shape[1]
-    # fp32 columns [B, 1], in one copy to the device
-    u, is_greedy, temperature, top_k, top_p, min_p = torch.tensor([
+    columns = torch.tensor([
         u, greedy, [1.0 if p.greedy else p.temperature for p in params],
         [V if p.greedy or not p.top_k else min(p.top_k, V) for p in params],
         [2.0 if p.greedy or p.top_p == 1 else max(p.top_p, 1e-6) for p in params],
-        [0.0 if p.greedy else p.min_p for p in params]], dtype=torch.float32).to(logits.device)[..., None]
+        [0.0 if p.greedy else p.min_p for p in params]], dtype=torch.float32, pin_memory=logits.is_cuda)
+    # one copy to the device, which does not wait for the logits
+    u, is_greedy, temperature, top_k, top_p, min_p = columns.to(logits.device, non_blocking=True)[..., None]
     finite = logits.float().nan_to_num(0.0, 1e30, -1e30)  # a request with wild penalties, or a diverged model
     if allowed is not None:
         finite = finite.masked_fill(~allowed.to(finite.device), -math.inf)
@@ -114,7 +115,7 @@ def sample(logits: Tensor, params: list[SamplingParams], u: list[float],
     if any(greedy):
         likeliest = log_p.argmax(-1, keepdim=True)
         tokens = likeliest if all(greedy) else torch.where(is_greedy.bool(), likeliest, tokens)
-    logprobs = (log_p.gather(1, tokens) - log_mass)[:, 0].tolist()
+    logprobs = log_p.gather(1, tokens) - log_mass
     top_logprobs: list[list[tuple[int, float]]] = [[] for _ in params]
     for row, p in enumerate(params):
         if p.top_logprobs:
@@ -123,7 +124,8 @@ def sample(logits: Tensor, params: list[SamplingParams], u: list[float],
             top = row_log_p.topk(min(p.top_logprobs, len(row_log_p)))
             pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
             top_logprobs[row] = [(token, value) for token, value in pairs if value > -math.inf]
-    return tokens[:, 0].tolist(), logprobs, top_logprobs
+    tokens, logprobs = torch.cat((tokens, logprobs), 1).T.tolist()  # one copy back; fp32 is exact for ids below 2²⁴
+    return list(map(int, tokens)), logprobs, top_logprobs
 
 
 def top_k_top_p_min_p(probs: Tensor, top_k: Tensor | None, top_p: Tensor, min_p: Tensor) -> Tensor:
