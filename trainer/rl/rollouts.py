@@ -155,7 +155,7 @@ class RolloutStream:
         own = range(self.world.rank, len(order), self.world.size)
         prompts = [self.prompts[order[i]] for i in own for _ in range(n)]
         # a seed of its own for each position of the stream and each answer, on any number of ranks
-        seeds = [(args.seed * 1_000_003 + begin + i) * n + k for i in own for k in range(n)]
+        seeds = [((args.seed * 1_000_003 + begin + i) * n + k) % 2**63 for i in own for k in range(n)]
         samplings = [policy_sampling_params(args.max_gen_len, args.temperature, seed) for seed in seeds]
         trajectories = self.engine.generate(prompts, samplings)
         scores = self.rewards.score(prompts, trajectories)
