@@ -87,7 +87,7 @@ def test_checkpointed_blocks_are_compiled_too(lab, monkeypatch, checkpointing):
     counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # without a C++ compiler
     lab("compiled").train(use_compile=1, activation_checkpointing=checkpointing, max_steps=2)
-    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["stats"]["unique_graphs"] > 1  # the first is the trial of the compiler
     lab("eager").train(max_steps=2)
     assert_close(lab("compiled").losses(), lab("eager").losses(), rtol=0, atol=1e-5)
 

@@ -313,11 +313,14 @@ def test_attention_within_bounds_equals_attention_under_the_document_mask(name, 
 
 
 def test_attention_to_shared_prompts_equals_attention_under_the_document_mask():
-    batch = pack_shared_prefix(prompt_groups(), 48)
-    bounds = [batch[name] for name in ("cu_seqlens", "expand_index", "gather_index")]
-    q, k, v = (torch.randn(1, 48, n, 16) for n in (4, 2, 2))
-    by_mask = attention(q, k, v, BatchLayout(document_mask(bounds[0], 1, 48, *bounds[1:])))
-    same(attention(q, k, v, BatchLayout(None, None, *bounds)), by_mask)
+    rows = [pack_shared_prefix(prompt_groups(), 48) for _ in range(2)]
+    num_tokens = len(rows[0]["expand_index"])
+    cu_seqlens = torch.cat((rows[0]["cu_seqlens"], rows[1]["cu_seqlens"][1:] + num_tokens))
+    expand_index, gather_index = (torch.cat((rows[0][name], rows[1][name] + offset)) for name, offset in (
+        ("expand_index", 48), ("gather_index", num_tokens)))
+    q, k, v = (torch.randn(2, 48, n, 16) for n in (4, 2, 2))
+    by_mask = attention(q, k, v, BatchLayout(document_mask(cu_seqlens, 2, 48, expand_index, gather_index)))
+    same(attention(q, k, v, BatchLayout(None, None, cu_seqlens, expand_index, gather_index)), by_mask)
 
 
 @pytest.mark.parametrize("head_dim", [12, 16])
