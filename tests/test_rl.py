@@ -228,7 +228,7 @@ def make_stream(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: 
                 "--max_gen_len": 24, "--loss_type": "grpo", "--beta": 0, "--device": "cpu"}
     flags = [str(part) for pair in defaults.items() for part in pair] + [str(flag) for flag in flags]
     parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
-    parser.set_defaults(reward_mix="")
+    parser.set_defaults(reward_mix="", rollout_engine="local")
     args = parse_policy_args(parser, flags)
     rng = np.random.default_rng(0)
     prompts = object.__new__(PromptDataset)

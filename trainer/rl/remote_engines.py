@@ -78,7 +78,8 @@ class RemoteRolloutEngine:
         """Write the weights, let the server load them, delete the folder it served before."""
         previous, self.served_folder = self.served_folder, self.folder / self.version  # a name no cache has seen
         temporary = self.folder / f".{self.version}.tmp"
-        save_folder(self.model, temporary, self.tokenizer)
+        # a head of its own, for servers that tie the embedding to it once, when they start (vLLM)
+        save_folder(self.model, temporary, self.tokenizer, tie_word_embeddings=False)
         shutil.rmtree(self.served_folder, ignore_errors=True)  # left by an earlier run
         temporary.rename(self.served_folder)
         self._load_weights(str(self.served_folder))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.prompts import PromptDataset
-from model.cli import UserError
+from model.cli import Failure, UserError
 from model.inference.sampling import SamplingParams
 from model.weights import weights_hash
 from trainer.batches import GlobalBatch, global_batch_size, sampler_indices
@@ -25,6 +25,10 @@ from trainer.rl.packing import colorize_advantages, pack_mini_batch
 from trainer.rl.trajectory import RolloutGroup, Trajectory
 from trainer.rollout_engine import policy_sampling_params
 
+# Nats per sampled token, on average, that rounding puts between a server's log-probabilities and the policy's. Measured
+# here: fp32 1e-6, fp16 1e-3, bf16 1e-2, a MoE in bf16 5e-2 (docs/training.md).
+MAX_FIRST_MISMATCH = 0.1
+MAX_GROWTH, MIN_BOUND = 5, 1e-4  # later rollouts: this many times the first one's, but at least that
 MAX_RESAMPLES = 4  # times that prompts are drawn for one rollout, to replace groups without a difference
 SETTINGS = ("batch_size", "num_generations", "update_epochs", "mini_batches", "temperature",
             "max_gen_len", "thinking_ratio", "aggregation", "resample", "reward_mix")
@@ -59,6 +63,7 @@ class RolloutStream:
         self._pending: list[GlobalBatch] = []  # and what of that is still to come
         self._metrics: dict[str, float] = {}
         self._approx_kl, self._num_items = torch.zeros((), device=run.device), 1  # of the last update
+        self._first_mismatch: float | None = None  # a server's rounding, as measured before the first update
 
     def __str__(self) -> str:
         return f"{self.prompts_per_rollout} prompts x {self.args.num_generations} answers a rollout"
@@ -108,7 +113,8 @@ class RolloutStream:
         """Prepare what the next update_epochs × mini_batches steps learn from.
 
         1. Sample answers from the policy and reward them. 2. Pack them into mini-batches. 3. Compute old and reference
-        log-probabilities. 4. Estimate advantages: last, because GAE needs the KL and the value of each token.
+        log-probabilities; a server that sampled from other weights ends the run here. 4. Estimate advantages: last,
+        because GAE needs the KL and the value of each token.
         """
         args, start = self.args, time.perf_counter()
         self.estimator.before_rollout(self.measure_policy_kl)
@@ -125,6 +131,8 @@ class RolloutStream:
 
         batches = [batch for mini_batch in self._mini_batches for batch in mini_batch.micro_batches]
         self.compute_old_and_ref_logprobs(batches)
+        if args.rollout_engine != "local":
+            self.check_mismatch(batches)
         self.estimator.compute_advantages(groups, batches, self.world)
 
         self._pending = [self._mini_batches[i] for _ in range(args.update_epochs)
@@ -176,12 +184,30 @@ class RolloutStream:
         """
         for batch in batches:
             with self.run.autocast():
-                if self.steps_per_rollout > 1 or self.estimator.needs_old_logprobs:
+                if (self.steps_per_rollout > 1 or self.estimator.needs_old_logprobs
+                        or self.args.rollout_engine != "local"):
                     batch["old_logprobs"], value = self._evaluate(self.model, batch)
                     if value is not None:
                         batch["value"] = value
                 if self.reference is not None:
                     batch["ref_logprobs"], _ = self._evaluate(self.reference, batch)
+
+    def check_mismatch(self, batches: list[dict]) -> None:
+        """Raise Failure if a server's log-probabilities of what it sampled are further from the policy's than rounding
+        explains: then it has not loaded all weights, or damaged them, whatever version it reports."""
+        errors = torch.cat([(batch["old_logprobs"] - batch["rollout_logprobs"]).abs() for batch in batches])
+        total, count = self.world.sum(torch.stack((errors.sum(), errors.new_tensor(float(len(errors)))))).tolist()
+        mismatch, bound = total / count, self.args.max_mismatch
+        if bound is None:
+            is_first = self._first_mismatch is None
+            bound = MAX_FIRST_MISMATCH if is_first else max(MAX_GROWTH * self._first_mismatch, MIN_BOUND)
+        if not mismatch <= bound:
+            raise Failure(f"{self.args.rollout_url}: its log-probabilities are {mismatch:.2g} nats per token from the "
+                          f"policy's, more than the {bound:.2g} that rounding explains: it does not serve the weights "
+                          "that it was given. Try another version of the server, or --rollout_engine local; "
+                          "--max_mismatch sets the bound")
+        if self._first_mismatch is None:
+            self._first_mismatch = mismatch
 
     def _evaluate(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [M] of the sampled tokens, and their values [M] where `model` has a critic."""
