@@ -148,13 +148,20 @@ class DPODataset(TokenDataset):
         pairs = np.flatnonzero(prompt <= truncated.reshape(-1, 2).min(1))  # with something left of both answers
         if not len(pairs):
             raise UserError(f"{self.path}: every prompt fills --max_seq_len {self.max_seq_len}, no answer is left")
+        tokens, num_answered = np.asarray(self.tokens), len(pairs)
+        sides = [[tokens[start[i]:start[i] + truncated[i] + 1] for i in (2 * pair, 2 * pair + 1)] for pair in pairs]
+        pairs = pairs[[not np.array_equal(chosen, rejected) for chosen, rejected in sides]]
+        if not len(pairs):
+            raise UserError(f"{self.path}: chosen and rejected are equal up to --max_seq_len {self.max_seq_len}")
         packed = pack(pairs, (truncated.reshape(-1, 2).sum(1) - prompt)[pairs], self.row_length, packing)
         documents = (2 * packed.start[:, None] + [0, 1]).ravel()
         rows = Rows(start[documents], truncated[documents].astype(np.int32), 2 * packed.row_offsets)
         num_cut, total = int((truncated < length).reshape(-1, 2).any(1)[pairs].sum()), len(start) // 2
         return rows, packed.sum_per_row(packed.length), [
             f"{num_cut:,} of {total:,} pairs have a side of more than {self.max_seq_len} tokens, which is cut; "
-            f"{total - len(pairs):,} more, whose prompt is that long, are left out"
+            f"{total - num_answered:,} more, whose prompt is that long, are left out"
+            + f"; {num_answered - len(pairs):,} more, whose sides are then equal, are left out" * (
+                len(pairs) < num_answered)
         ] * bool(num_cut or len(pairs) < total)
 
     @property

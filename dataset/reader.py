@@ -187,8 +187,9 @@ def file_format(file: BinaryIO, path: Path) -> str:
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(file, 1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip():
-            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            yield number, line
 
 
 def _json_rows(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

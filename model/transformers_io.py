@@ -244,15 +244,15 @@ def load_folder(folder: str | Path, flag: str = "--load_from") -> tuple[nn.Modul
         raise UserError(f"{flag} {folder}: not a transformers folder (no config.json){hint}")
     register()
     overrides = {}
-    settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    if settings.get("model_type") == "minimind" and "n_routed_experts" in settings:  # MiniMind2's class
-        overrides["config"] = MiniMindConfig(**settings | {
-            "qk_norm": False, "num_experts": settings["n_routed_experts"],
-            "n_shared_experts": settings["use_moe"] * settings["n_shared_experts"]})
     try:
+        settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+        if settings.get("model_type") == "minimind" and "n_routed_experts" in settings:  # MiniMind2's class
+            overrides["config"] = MiniMindConfig(**settings | {
+                "qk_norm": False, "num_experts": settings["n_routed_experts"],
+                "n_shared_experts": settings["use_moe"] * settings["n_shared_experts"]})
         model, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
                                                              trust_remote_code=False, **overrides)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{flag} {folder}: {first_line(error)}") from None
     if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random, behind a warning
         raise UserError(f"{flag} {folder}: its weights lack {missing[0]} and {len(missing) - 1} others")

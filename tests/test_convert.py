@@ -239,6 +239,10 @@ def test_mistakes_are_told_in_one_line(tmp_path, source, capsys):
     refused(capsys, 2, "write PATH or PATH=WEIGHT", path, tmp_path / "x", "gguf", "--lora", "a=b")
     refused(capsys, 2, "not a LoRA file", path, tmp_path / "x", "gguf", "--lora", path)
     refused(capsys, 2, "--source", tmp_path, tmp_path / "x", "gguf")
+    (tmp_path / "broken").mkdir()
+    for content in ("{", "[]", '{"model_type": "minimind", "n_routed_experts": 4}'):
+        (tmp_path / "broken/config.json").write_text(content)
+        refused(capsys, 2, "--source", tmp_path / "broken", tmp_path / "x", "gguf")
     model = filled()
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = 1e6
     save_folder(model, tmp_path / "large", TOKENIZER)

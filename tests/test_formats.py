@@ -55,6 +55,7 @@ def as_parquet() -> bytes:
 
 FILES = {
     "lines": LINES, "byte order mark": codecs.BOM_UTF8 + LINES, "CRLF": LINES.replace(b"\n", b"\r\n"),
+    "byte order mark, blank line": codecs.BOM_UTF8 + b"\n" + LINES,
     "blank lines": b"\n \n" + LINES.replace(b"\n", b"\n\t\n\n"), "no newline at the end": LINES[:-1],
     "array": json.dumps(ROWS).encode(), "array, laid out": codecs.BOM_UTF8 + json.dumps(ROWS, indent=4).encode(),
     "objects, laid out": "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from dataset.lm_dataset import DPODataset
 from model.model_reward import MiniMindForSequenceClassification, score_conversations
+from model.transformers_io import save_folder
 from model.weights import load_weight
 from trainer import train_dpo, train_reward
 from trainer.losses import answer_log_probs, dpo_loss, num_wins, preference_losses, reward_loss
@@ -97,6 +98,17 @@ def test_long_sides_are_cut_and_a_pair_without_an_answer_left_is_left_out(tmp_pa
                            "that long, are left out"]
     with pytest.raises(Exception, match="every prompt fills --max_seq_len 64"):
         dataset(tmp_path, rows[1:])
+    alike = [{"chosen": [USER, says(long)], "rejected": [USER, says(long + "not")]}]
+    assert dataset(tmp_path, alike + random_pairs(3)).warnings[0].endswith("; 1 more, whose sides are then equal, are "
+                                                                         "left out")
+    with pytest.raises(Exception, match="chosen and rejected are equal up to --max_seq_len 64"):
+        dataset(tmp_path, alike)
+
+
+def test_a_reward_model_does_not_replace_another_folder(lab, capsys):
+    lab = lab().with_base()
+    save_folder(small_model(), lab.out / "reward_64", TOKENIZER)
+    lab.fails(capsys, 2, "reward_64 holds another model", stage=train_reward, from_weight="full_sft")
 
 
 @pytest.mark.parametrize("row, words", [

@@ -616,6 +616,27 @@ def test_validation_is_the_plain_mean_over_tokens_and_bits_over_bytes(lab, data,
     assert row["val_bpb"] == pytest.approx(text_nats / math.log(2) / size, rel=1e-5)
 
 
+def test_steps_that_learn_nothing_are_counted(lab, monkeypatch, capsys):
+    lab, calls = lab(), itertools.count()
+
+    def sometimes_zero(model, batch):
+        return Loss(next_token_loss(model, batch).loss_sum * (next(calls) // 2 % 2))  # in every other step of two
+
+    monkeypatch.setattr(train_pretrain, "next_token_loss", sometimes_zero)
+    monkeypatch.setattr(BatchStream, "next_batch", lambda stream, step, original=BatchStream.next_batch: (
+        batch := original(stream, step))._replace(num_items=batch.num_items * (step != 3)))
+    lab.train(max_steps=4, log_interval=4)
+    assert "no supervised token in 1 of 4 steps · a gradient of exactly 0 in 2 of 4 steps" in capsys.readouterr().out
+    assert (lab.log()[-1]["empty_steps"], lab.log()[-1]["zero_grad_steps"]) == (1, 2)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_training(lab, capsys):
+    lab = lab()
+    lab.checkpoints.parent.mkdir(parents=True)
+    lab.checkpoints.touch()
+    lab.fails(capsys, 1, "checkpoints", "exists", max_steps=1)
+
+
 def test_the_best_weights_are_those_of_the_lowest_val_loss_saved_or_not(lab, data, monkeypatch):
     lab, val_losses = lab(), iter([3.0, 1.0, 2.0, 1.5])
     monkeypatch.setattr(loop.Trainer, "evaluate", lambda _: {"val_loss": next(val_losses), "val_bpb": 0.0})

@@ -26,6 +26,7 @@ class IntervalMetrics:
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient so far
         self.item_sums: dict[str, Tensor] = {}  # metrics of the loss, as summed over items as the loss is
         self.step_values: dict[str, list[float]] = {}  # metrics of the batches, which are averaged over steps
+        self.empty_steps, self.zero_grad_steps = 0, torch.zeros((), dtype=torch.int64, device=device)
 
     def add_loss(self, loss: Loss) -> None:
         self.loss_sum += loss.loss_sum.detach()
@@ -39,6 +40,8 @@ class IntervalMetrics:
         if not overflows:
             self.is_finite &= torch.isfinite(grad_norm)
         self.steps += 1
+        self.empty_steps += batch.num_items == 0
+        self.zero_grad_steps += grad_norm == 0
         self.num_items += batch.num_items
         self.num_tokens += batch.num_tokens
         for name, value in batch.metrics.items():
@@ -52,8 +55,9 @@ class IntervalMetrics:
         seconds = time.perf_counter() - self.start
         self.seconds_per_step = seconds / max(self.steps, 1)
         means |= {name: sum(values) / len(values) for name, values in self.step_values.items()}
+        idle = {"empty_steps": self.empty_steps, "zero_grad_steps": int(self.zero_grad_steps)}
         return {"loss": loss, **means, "lr": self.lr, "grad_norm": float(self.grad_norm),
-                "tokens_per_s": self.num_tokens / seconds}
+                "tokens_per_s": self.num_tokens / seconds, **{name: count for name, count in idle.items() if count}}
 
 
 class MetricsLog:

@@ -122,6 +122,10 @@ class Run:
         self.print_main(f"data: {path.name}: {len(prompts):,} prompts")
         for warning in prompts.warnings:
             self.print_main(f"data: {warning}")
+        rollouts = math.ceil(args.epochs * len(prompts) / (per_rollout := global_batch_size(args, self.world)))
+        if path == args.data_path and rollouts < MIN_STEPS:
+            self.print_main(f"data: {len(prompts):,} prompts are enough for {rollouts:,} rollouts only; "
+                            f"{'lower --batch_size or ' * (per_rollout > 1)}raise --epochs")
         return prompts
 
     # -- models --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from dataset.lm_dataset import DPODataset
-from model.cli import nonneg_float, nonneg_int, run_main
+from model.cli import UserError, nonneg_float, nonneg_int, run_main
 from model.model_reward import MiniMindForSequenceClassification
 from model.transformers_io import save_folder
 from model.weights import ROOT, file_stem, weights_hash
@@ -31,6 +31,11 @@ def main() -> None:
     with Run(args) as run:
         decoder = run.load_model()
         model = MiniMindForSequenceClassification.from_decoder(decoder, args.extra_layers)
+        folder = args.save_dir / file_stem(args.save_weight, model.config)
+        config = folder / "config.json"
+        if config.exists() and "SequenceClassification" not in config.read_text("utf-8"):
+            raise UserError(f"--save_weight {args.save_weight}: {folder} holds another model, which the reward model "
+                            "would replace; name another weight to write")
         data, val_data = run.load_datasets(DPODataset)
         # Loss: -log σ(r(chosen) - r(rejected)).
         loss = partial(reward_loss, token_weight=args.token_weight)
@@ -41,7 +46,6 @@ def main() -> None:
         trainer.fit()
         trained = trainer.strategy.gather_full_model()
         if run.world.main:
-            folder = args.save_dir / file_stem(args.save_weight, model.config)
             save_folder(trained, folder, run.tokenizer, "SequenceClassification", num_labels=1)
             run.print_main(f"train: {folder} opens with transformers' AutoModelForSequenceClassification")
 

@@ -67,6 +67,7 @@ class Trainer:
         for name in names:
             check_target(args.save_dir / f"{file_stem(name, model.config)}.pth", model, run.sources)
         self.resume_path = args.checkpoint_dir / resume_name(args.save_weight, model.config)
+        self.resume_path.parent.mkdir(parents=True, exist_ok=True)  # now, rather than after an hour
         fixed = ("max_seq_len", "seed", "optimizer", "learning_rate", "weight_decay")
         sizes = {name: getattr(model.config, name) for name in MODEL_SIZES}
         self.settings = {**stream.settings, **{name: getattr(args, name) for name in fixed}, **(settings or {}),
@@ -195,7 +196,8 @@ class Trainer:
         for names in ([*self.interval.item_sums, *self.interval.step_values],
                       [name for name in row if name.startswith("val_")]):
             parts += [" ".join(f"{name} {row[name]:.4f}" for name in names)] if names else []
-        parts += ["the gradient is exactly 0, so nothing is learned"] * (row["grad_norm"] == 0)
+        for name, reason in (("empty_steps", "no supervised token"), ("zero_grad_steps", "a gradient of exactly 0")):
+            parts += [f"{reason} in {row.get(name)} of {self.interval.steps} steps"] * (name in row)
         print(" · ".join(parts), flush=True)
         self.metrics_log.write(row)
         self.tracker.log(row)
