@@ -747,7 +747,7 @@ def test_metrics_are_read_by_prometheus(wild):
         assert samples["minimind_generated_tokens_total",] == 4
         assert samples["minimind_prompt_tokens_total",] == len(TOKENIZER.prompt(USER))
         assert samples["minimind_time_to_first_token_seconds_bucket", "+Inf"] == 1
-        assert samples["minimind_slots",] == 3 and samples["minimind_sequences_running",] == 0
+        assert samples["minimind_places",] == 3 and samples["minimind_sequences_running",] == 0
 
 
 def test_the_schema_tells_both_shapes_of_an_answer(served):

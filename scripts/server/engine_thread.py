@@ -180,7 +180,7 @@ def metrics_text(service: EngineThread) -> str:
                ("", engine.num_cached_tokens))
     add_metric("sequences_waiting", "gauge", "Sequences without a slot.", ("", engine.num_waiting))
     add_metric("sequences_running", "gauge", "Sequences with a slot.", ("", engine.num_running))
-    add_metric("slots", "gauge", "Sequences that can run at a time.", ("", engine.max_batch))
+    add_metric("places", "gauge", "Sequences that can run at a time.", ("", engine.max_batch))
     count, buckets = 0, []
     for bucket, upper_bound in enumerate((*BUCKETS, "+Inf")):
         count += service.first_token[bucket]
