@@ -53,7 +53,7 @@ from trainer.rl.episodes import TURN_SEED_STRIDE, run_episodes
 from trainer.rl.rewards import add_reward_args
 from trainer.rl.rollouts import RolloutStream
 from trainer.rl.tools import SCHEMAS
-from trainer.rollout_engine import LocalRolloutEngine
+from trainer.rollout_engine import LocalRolloutEngine, add_rollout_engine_args
 
 PLAIN_BATCH, NUM_GENERATIONS, MAX_GEN_LEN, BETA = 12, 6, 192, 0.1
 EPISODES_PER_PROMPT = 8  # of which plain plays one
@@ -127,6 +127,7 @@ def compare_steps(config: MiniMindConfig, num_answers: int, repeats: int, rng: r
     policy, reference = copy.deepcopy(model), copy.deepcopy(model).eval().requires_grad_(False)
     parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
     add_reward_args(parser)
+    add_rollout_engine_args(parser)
     args = parse_policy_args(parser, [
         "--batch_size=4", f"--accumulation_steps={num_answers // NUM_GENERATIONS // 4}", "--max_seq_len=128",
         f"--num_generations={NUM_GENERATIONS}", f"--max_gen_len={MAX_GEN_LEN}", f"--beta={BETA}"])

@@ -46,7 +46,10 @@ def test_what_goes_and_why(tmp_path, capsys):
     assert clean(path, tmp_path / "again.jsonl", "--max_chars", "100000") == [0, 3, 11, 12]
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(UserError, match="exists already"):
+        clean(path, tmp_path / "out.jsonl")
+    with pytest.raises(SystemExit):
         clean(path, path)
+    assert "is what --clean reads" in capsys.readouterr().err
     with pytest.raises(UserError, match="no row of 14 stays, most as too short"):
         clean(path, tmp_path / "none.jsonl", "--min_chars", "200000")
     assert not (tmp_path / "none.jsonl").exists()
