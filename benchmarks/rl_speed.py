@@ -174,7 +174,7 @@ def recite(scripts: list[list[list[int]]]) -> Callable:
     turns = {number + TURN_SEED_STRIDE * turn: iter(tokens) for number, script in enumerate(scripts)
              for turn, tokens in enumerate(script)}
 
-    def sample_script(logits, params, u):
+    def sample_script(logits, params, u, *_):
         _, *rest = sample(logits, params, u)
         return [next(turns[p.seed]) for p in params], *rest
     return sample_script
