@@ -42,7 +42,7 @@ def said(role: str, content: str, **more) -> dict:
 
 HELLO = [said("user", "Who are you?"), said("assistant", "A very small model, 你好!")]
 THOUGHT = [said("user", "Think!"), said("assistant", "Five.", reasoning_content="2 + 3\n= 5")]
-SUM = [said("user", "12 by 12?"), said("assistant", "", tool_calls=CALL), said("tool", '{"result": 144}'),
+SUM = [said("user", "12 by 12?"), said("assistant", "", tool_calls=CALL), said("tool", '{"result": "144"}'),
        said("assistant", "It is 144.")]
 RAIN = [said("user", "Rain?"), said("assistant", "", tool_calls=WEATHER), said("tool", "wet"),
         said("assistant", "Wet.")]
@@ -333,7 +333,7 @@ def test_a_sum_is_worked_out_and_shown_on_a_card(page):
     page.multiselect("tools").set_value(["calculate_math"]).run()
     ask(page, SUM[0]["content"])
     assert talk_of(page) == SUM
-    assert "calculate_math" in texts(page) and "`12 * 12`" in texts(page) and '`{"result": 144}`' in texts(page)
+    assert "calculate_math" in texts(page) and "`12 * 12`" in texts(page) and '`{"result": "144"}`' in texts(page)
     page.button("retry").click().run()
     assert talk_of(healthy(page)) == SUM
 
