@@ -21,7 +21,9 @@ from model.inference.engine import Engine
 from model.inference.prepacked import prepack
 from model.linear import Linear
 from model.moe import Experts
+from trainer import distributed
 from trainer.distributed import World
+from trainer.optimizer import orthogonalise
 from trainer.rl.advantages import whiten
 from trainer.run import Run
 
@@ -79,6 +81,23 @@ def test_cards_without_bf16_units_train_in_fp16_with_scaling(monkeypatch):
     assert Run._choose_dtype(run) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert Run._choose_dtype(run) == torch.bfloat16
+
+
+def test_small_gradients_are_orthogonalised_in_fp16_too():
+    gradient = 1e-7 * torch.randn(2, 16, 32)
+    assert_close(orthogonalise(gradient, torch.float16).float(), orthogonalise(gradient, torch.float32), atol=2e-2,
+                 rtol=0)
+
+
+def test_a_rank_takes_the_device_of_its_own_number(monkeypatch):
+    chosen = []
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "choose_device", lambda *args: chosen.append(args) or CUDA)
+    monkeypatch.setattr(distributed.dist, "init_process_group", mock.Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError), distributed.init_distributed("cuda:0"):
+        pass
+    assert chosen == [("cuda", 1)]
 
 
 @pytest.mark.parametrize("checkpointing", [0, 1])

@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
             for parameter in (p for p in group["params"] if p.grad is not None):
                 momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                nesterov = parameter.grad.lerp(momentum, group["momentum"]).to(self.dtype)
+                nesterov = parameter.grad.lerp(momentum, group["momentum"])
                 nesterov = nesterov.mT if is_tall(nesterov) else nesterov
                 stack = stacks[nesterov.shape[-2:]]
                 stack.append((parameter, nesterov.reshape(-1, *nesterov.shape[-2:])))
@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         if not stack:
             return
         lr, momenta = group["lr"], [matrices for _, matrices in stack]
-        updates = orthogonalise(torch.cat(momenta)).split([len(matrices) for matrices in momenta])
+        updates = orthogonalise(torch.cat(momenta), self.dtype).split([len(matrices) for matrices in momenta])
         for (parameter, _), update in zip(stack, updates, strict=True):
             update = update.mT if is_tall(parameter) else update
             parameter.mul_(1 - lr * group["weight_decay"])
@@ -69,9 +69,9 @@ def is_tall(x: Tensor) -> bool:
     return x.shape[-2] > x.shape[-1]
 
 
-def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """Move the singular values of each wide matrix of `x` [n, rows, columns] near 1: five Newton-Schulz steps."""
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+def orthogonalise(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
+    """Move the singular values of each wide matrix of `x` [n, rows, columns] near 1: Newton-Schulz steps in `dtype`."""
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)  # a gradient may be too small for fp16
     for _ in range(steps):
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
