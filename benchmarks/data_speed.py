@@ -1,12 +1,14 @@
 """How fast and in how much memory a large file becomes tokens, and how soon the second start has them.
 
 The file is real text: the rows of --data_path over and over, each with a number of its own. Each start is a process of
-its own, so that its peak memory is its own.
+its own, so that its peak memory is its own. Before that, tiktoken and the tokenizers library take the same texts on all
+cores, and have to give the same ids.
 
     python benchmarks/data_speed.py --gigabytes 1
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -17,11 +19,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
+import numpy as np
 import torch
 
 from benchmarks.machine import save_result
 from dataset.lm_dataset import PretrainDataset
 from dataset.reader import read_rows
+from dataset.token_cache import encode, map_ahead
 from model.chat import ChatTokenizer
 from model.cli import Parser, nonneg_float, num_positions, run_main
 from model.device import peak_memory
@@ -54,6 +58,26 @@ def start(path: Path, max_seq_len: int) -> dict:
             "tokens": data.meta["tokens"], "rows": len(data), "fill": round(data.utilization, 4)}
 
 
+def compare_libraries(source: Path) -> dict[str, float]:
+    """MB/s of text to ids in memory, by library."""
+    texts = [row["text"] for _, row in itertools.islice(read_rows(source), 20_000)]
+    megabytes, speeds, ids = sum(len(text.encode()) for text in texts) / 1e6, {}, {}
+    chunks = [texts[i:i + 500] for i in range(0, len(texts), 500)]
+    for library in ("tokenizers", "tiktoken"):
+        tokenizer = ChatTokenizer()
+        if library == "tokenizers":
+            tokenizer._tiktoken = None  # as where it is not installed
+        elif tokenizer._tiktoken is None:
+            continue
+        begin = time.perf_counter()
+        arrays = list(map_ahead(lambda chunk, tokenizer=tokenizer: encode(
+            tokenizer, [[(text, True)] for text in chunk])[0], chunks))
+        speeds[library] = round(megabytes / (time.perf_counter() - begin), 2)
+        ids[library] = np.concatenate(arrays)
+    assert all(np.array_equal(other, ids["tokenizers"]) for other in ids.values())
+    return speeds
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=nonneg_float, default=1.0, help="10^9 bytes of the file (default: 1)")
@@ -65,6 +89,8 @@ def main() -> None:
     if args.start:
         print(json.dumps(start(args.start, args.max_seq_len)))
         return
+    libraries = compare_libraries(args.data_path)
+    print("text to ids:", ", ".join(f"{library} {speed} MB/s" for library, speed in libraries.items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.jsonl"
         write_corpus(path, args.data_path, args.gigabytes * 1e9)
@@ -75,7 +101,8 @@ def main() -> None:
     print(f"data_speed: {megabytes:,.0f} MB, {first['tokens']:,} tokens: {first['seconds']:,} s, {speed} MB/s, "
           f"at most {first['memory_gb']:.2f} GB of memory; second start {second['seconds']} s")
     save_result("data_speed", {"megabytes": round(megabytes, 1), "megabytes_per_second": speed, "first_start": first,
-                               "second_start": second})
+                               "second_start": second,
+                               "text_to_ids_megabytes_per_second": libraries})
 
 
 if __name__ == "__main__":

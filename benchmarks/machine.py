@@ -67,6 +67,11 @@ def cpu_name() -> str:
         return platform.processor()
 
 
+def relative(argument: str) -> str:
+    """A path in the repository or beside it, as it is typed in the repository."""
+    return argument.replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "../")
+
+
 def machine() -> dict:
     """What a measurement is worth nothing without."""
     git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
@@ -75,7 +80,7 @@ def machine() -> dict:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(), "bf16_units": cpu_has_bfloat16(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip(),
-        "command": " ".join(["python", *(argument.replace(f"{ROOT}/", "") for argument in sys.argv)]),
+        "command": " ".join(["python", *map(relative, sys.argv)]),
     }
 
 

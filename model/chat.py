@@ -98,7 +98,6 @@ class ChatTokenizer:
             if added.get(token) != expected:
                 raise UserError(f"{path}: token {token} must have id {expected}, found {added.get(token)}")
         self._bpe = Tokenizer.from_str(json.dumps(settings | {"added_tokens": []}))
-        self._tiktoken = None  # set below, where it gives the same ids
         self.vocab_size = self._bpe.get_vocab_size()
         tokens = {i: token for vocabulary in (self._bpe.get_vocab(), added) for token, i in vocabulary.items()}
         byte_of = unicode_to_byte()

@@ -35,7 +35,7 @@ class ThreadTuner:
         self.enabled = enabled and self.all_threads > 1
         self.speed: dict[int, float] = {}  # items per second, by number of threads, in the last window with it
         self.retry_s, self.next_try = RETRY_S, 0.0
-        self.told = False
+        self.announced = False
         self._reset()
 
     def _reset(self) -> None:
@@ -82,10 +82,10 @@ class ThreadTuner:
         if self.threads != previous:
             self.next_try = now + self.retry_s
             self.speed = {previous: self.speed[previous]}  # older figures are of another load
-        if self.threads < self.all_threads and not self.told and previous == self.threads:
+        if self.threads < self.all_threads and not self.announced and previous == self.threads:
             notice(f"other programs use the processor: {self.threads} instead of {self.all_threads} threads are faster "
                    "for now")
-            self.told = True
+            self.announced = True
 
     def _use(self, threads: int) -> None:
         self.threads = threads

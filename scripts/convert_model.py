@@ -50,8 +50,7 @@ from model.weights import OUT_DIR, ROOT, file_stem, read_weight, save_weight, we
 FORMATS = {"transformers": "a folder of Qwen3 or Qwen3-MoE", "minimind": "a folder of MiniMind's own class",
            "torch": "a .pth of ours", "gguf": "a file for llama.cpp, with Ollama's Modelfile",
            "lora": "a .pth of the LoRA named by --lora", "peft": "an adapter folder; then --source is a LoRA of ours"}
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
-          "q8_0": None, "q4_0": None}
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": None, "q4_0": None}
 SAMPLE = [{"role": "system", "content": "You answer briefly. 请简短回答。"},
           {"role": "user", "content": "中国的首都是哪里？ What is 12 × 34?  🙂\n```\nfor i in x:\n\tprint(i)\n```"},
           {"role": "assistant", "reasoning_content": "北京; 12 × 34 = 408.", "content": "北京，408。"}]

@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--inspect", type=Path, metavar="FILE", help="only print what the file holds")
     parser.add_argument("--clean", type=Path, metavar="FILE",
                         help="drop broken, repetitive and (nearly) equal rows, see scripts/lib/clean_data.py")
-    parser.add_argument("--min_chars", type=nonneg_int, default=10, help="--clean: shortest text")
-    parser.add_argument("--max_chars", type=positive_int, default=200_000, help="--clean: longest text")
+    parser.add_argument("--min_chars", type=nonneg_int, default=10, help="--clean: shortest text, in characters")
+    parser.add_argument("--max_chars", type=positive_int, default=200_000, help="--clean: longest text, in characters")
     parser.add_argument("--max_seq_len", type=num_positions,
                         help="also pack rows of this length (others: on first use)")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer")

@@ -89,7 +89,7 @@ def microphone_pieces() -> Iterator[np.ndarray]:
 
 
 def recognise(pieces: Iterator[np.ndarray], recogniser: str) -> Iterator[str]:
-    """The text of each utterance. `recogniser`: a folder of a sherpa-onnx model, or "pocketsphinx"."""
+    """The text of each utterance that has one. `recogniser`: a folder of a sherpa-onnx model, or "pocketsphinx"."""
     utterances = pocketsphinx_texts(pieces) if recogniser == "pocketsphinx" else sherpa_texts(pieces, Path(recogniser))
     return (text for text in map(str.strip, utterances) if text)
 
@@ -137,8 +137,8 @@ def sherpa_texts(pieces: Iterator[np.ndarray], folder: Path) -> Iterator[str]:
 
 def question_in(text: str, wake_word: str) -> str:
     """What follows the wake word, "" where it is not said; all of it where there is none."""
-    found = re.search(re.escape(wake_word), text, re.IGNORECASE)
-    return text[found.end():].strip(" ,.，。") if found else ""
+    match = re.search(re.escape(wake_word), text, re.IGNORECASE)
+    return text[match.end():].strip(" ,.，。") if match else ""
 
 
 # -- speech out --------------------------------------------------------------------------------------------------------
@@ -199,6 +199,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.out and not args.voice:
         raise UserError(f"--out {args.out}: nothing is spoken without --voice DIR")
+    if args.out and args.out.exists():
+        raise UserError(f"--out {args.out}: exists already; remove it or name another file")
     speak, client = make_voice(args.voice, args.out), ChatClient(args.base_url, args.api_key, args.model)
     pieces, messages = wav_pieces(args.wav) if args.wav else microphone_pieces(), []
     for text in recognise(pieces, args.recogniser):

@@ -98,11 +98,11 @@ def test_long_sides_are_cut_and_a_pair_without_an_answer_left_is_left_out(tmp_pa
                            "that long, are left out"]
     with pytest.raises(Exception, match="every prompt fills --max_seq_len 64"):
         dataset(tmp_path, rows[1:])
-    alike = [{"chosen": [USER, says(long)], "rejected": [USER, says(long + "not")]}]
-    assert dataset(tmp_path, alike + random_pairs(3)).warnings[0].endswith("; 1 more, whose sides are then equal, are "
-                                                                         "left out")
+    equal_pairs = [{"chosen": [USER, says(long)], "rejected": [USER, says(long + "not")]}]
+    warning = dataset(tmp_path, equal_pairs + random_pairs(3)).warnings[0]
+    assert warning.endswith("; 1 more, whose sides are then equal, are left out")
     with pytest.raises(Exception, match="chosen and rejected are equal up to --max_seq_len 64"):
-        dataset(tmp_path, alike)
+        dataset(tmp_path, equal_pairs)
 
 
 def test_a_reward_model_does_not_replace_another_folder(lab, capsys):

