@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-all test lint clean
+.PHONY: demo demo-all test lint docs docs-build clean
 
 demo: .venv/users
 	$(BIN)/python scripts/demo.py
@@ -15,6 +15,12 @@ test: .venv/developers
 
 lint: .venv/developers
 	$(BIN)/ruff check .
+
+docs: .venv/docs
+	$(BIN)/mkdocs serve
+
+docs-build: .venv/docs
+	$(BIN)/mkdocs build --strict
 
 .venv/pip: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,5 +37,9 @@ lint: .venv/developers
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt
 	touch $@
 
+.venv/docs: .venv/pip requirements-docs.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf .venv out checkpoints dataset/cache dataset/sample
+	rm -rf .venv site out checkpoints dataset/cache dataset/sample
