@@ -9,6 +9,7 @@ import torch
 
 from model.chat import BOS, AssistantMessage, ChatTokenizer, MessageParser
 from model.cli import SWITCH, Parser, UserError, add_sampling_args, nonneg_int, run_main, whole_number
+from model.inference.constraints import Grammar
 from model.inference.engine import Engine, SamplingParams
 from model.loading import add_loading_args, continues_text, load_from_args
 from scripts.lib.terminal import interact, print_event
@@ -46,6 +47,8 @@ def add_chat_args(parser: Parser) -> None:
 class Chat:
     """A conversation with a model, or, with a pretrained weight, texts it continues one by one."""
 
+    grammar: Grammar | None = None  # that its answers keep to
+
     def __init__(self, model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse.Namespace):
         self.tokenizer, self.args = tokenizer, args
         self.new_engine = partial(Engine, model, tokenizer, max_batch=1)
@@ -71,7 +74,7 @@ class Chat:
         try:
             sequence = self.engine.add(prompt, SamplingParams(
                 args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=seed,
-                repetition_penalty=args.repetition_penalty))
+                repetition_penalty=args.repetition_penalty, grammar=self.grammar))
         except ValueError as error:
             del self.messages[-1:]
             raise UserError(error) from None

@@ -22,17 +22,17 @@ from pathlib import Path
 
 from dataset.prompts import Prompt
 from eval_llm import Chat, add_chat_args
-from model.chat import TOKENIZER_DIR, AssistantMessage, ChatTokenizer
-from model.cli import Parser, UserError, add_sampling_args, num_positions, run_main, whole_number
+from model.chat import TOKENIZER_DIR, AssistantMessage, ChatTokenizer, parse_json
+from model.cli import SWITCH, Parser, UserError, add_sampling_args, num_positions, run_main, whole_number
 from model.files import write_atomically
 from model.inference.engine import Engine, SamplingParams
 from model.loading import add_loading_args, load_from_args
 from scripts.chat_api import ApiChat
-from scripts.lib.openai_client import LOCAL_SERVER, ChatClient
+from scripts.lib.openai_client import LOCAL_SERVER, ChatClient, as_strict
 from scripts.lib.terminal import interact
 from scripts.lib.tool_cases import Case, held_out_tasks, is_accepted, read_cases
 from trainer.rl.agent_rewards import answer_reward
-from trainer.rl.episodes import run_calls, run_episodes
+from trainer.rl.episodes import call_grammar, run_calls, run_episodes
 from trainer.rl.rewards import NUMBER
 from trainer.rl.tools import SCHEMAS, call_tool
 from trainer.rl.trajectory import Trajectory
@@ -52,8 +52,9 @@ def local_rollouts(model, tokenizer: ChatTokenizer, args: argparse.Namespace) ->
 
     def rollout(prompts: list[Prompt], max_turns: int) -> list[Trajectory]:
         fitting = [prompt for prompt in prompts if len(prompt.ids) < max_len]
-        params = [SamplingParams(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed + number)
-                  for number in range(len(fitting))]
+        params = [SamplingParams(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed + number,
+                                 grammar=call_grammar(tokenizer, prompt) if args.constrained else None)
+                  for number, prompt in enumerate(fitting)]
         engine = Engine(model, max_batch=max(1, min(MAX_BATCH, len(fitting))))
         episodes = iter(run_episodes(engine, fitting, params, tokenizer, max_turns, max_len,
                                      partial(call_tool, seed=args.seed)))
@@ -66,10 +67,11 @@ def api_rollouts(client: ChatClient, args: argparse.Namespace) -> RolloutFn:
     """Episodes of a model behind a server, some at a time."""
     def run_episode(prompt: Prompt, max_turns: int, seed: int) -> Trajectory:
         episode, messages = Trajectory(prompt), list(prompt.messages)
+        tools = as_strict(parse_json(prompt.tools, "tools", list)) if args.constrained else None
         while not episode.finish_reason:
             message, finish_reason = client.complete(
-                messages, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens, seed=seed,
-                extra_body={"open_thinking": args.open_thinking})
+                messages, tools, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens,
+                seed=seed, extra_body={"open_thinking": args.open_thinking})
             calls = message.get("tool_calls", [])
             episode.answer = AssistantMessage(
                 message["content"], message.get("reasoning_content", ""),
@@ -155,6 +157,8 @@ class ToolChat(Chat):
         """Print the answer to `text`, every call and every result."""
         self.messages = self.messages or [{"role": "system", "content": "",
                                            "tools": [SCHEMAS[name] for name in self.args.tools]}]
+        if self.args.constrained:
+            self.grammar = call_grammar(self.tokenizer, Prompt([], self.messages, bool(self.args.open_thinking)))
         answer = super().answer(text)
         for _ in range(MAX_TURNS - 1):
             calls = run_calls(answer, self.args.tools, call_tool)
@@ -177,6 +181,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="minimind", help="name of the server's model (%(default)s)")
     parser.add_argument("--tools", nargs="+", choices=tuple(SCHEMAS), default=list(SCHEMAS), metavar="TOOL",
                         help=f"to offer in a conversation (all: {' '.join(SCHEMAS)})")
+    parser.add_argument("--constrained", **SWITCH, default=0, help="keep tool calls valid by a grammar of the tools "
+                        "(a server is sent strict tools)")
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--benchmark", type=whole_number(1, 100_000), metavar="N",
                         help="score N sums and N tasks of other tools")
@@ -199,8 +205,8 @@ def main() -> None:
     if not (args.benchmark or args.cases):
         args.weight, = args.weight
         chat = ToolChat(*load_from_args(args, args.weight), args) if args.backend == "local" else ApiChat(
-            client, args.tools, MAX_TURNS, temperature=args.temperature, max_tokens=args.max_new_tokens,
-            extra_body={"open_thinking": args.open_thinking})
+            client, args.tools, MAX_TURNS, bool(args.constrained), temperature=args.temperature,
+            max_tokens=args.max_new_tokens, extra_body={"open_thinking": args.open_thinking})
         return chat.answer(args.prompt) if args.prompt else interact(chat)
     results = {}
     for name in [args.model] if args.backend == "api" else args.weight:
@@ -223,7 +229,8 @@ def main() -> None:
             print(f"{name} {kind}: {score['right']}/{score['of']} = {score['rate']:.1%} "
                   f"[{score['low']:.1%}, {score['high']:.1%}]")
     if args.json:
-        settings = {key: getattr(args, key) for key in ("seed", "temperature", "top_p", "open_thinking", "backend")}
+        settings = {key: getattr(args, key) for key in ("seed", "temperature", "top_p", "open_thinking", "constrained",
+                                                          "backend")}
         write_atomically(args.json, json.dumps({**settings, "weights": results}, indent=1, ensure_ascii=False))
 
 

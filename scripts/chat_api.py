@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from model.chat import AssistantMessage
 from model.cli import Failure, Parser, add_sampling_args, run_main
-from scripts.lib.openai_client import ChatClient, add_endpoint_args, arguments_text
+from scripts.lib.openai_client import ChatClient, add_endpoint_args, arguments_text, as_strict
 from scripts.lib.terminal import interact, print_event
 from trainer.rl.builtin_tools import MOCKED
 from trainer.rl.tools import SCHEMAS, call_tool
@@ -23,12 +23,14 @@ from trainer.rl.tools import SCHEMAS, call_tool
 class ApiChat:
     """A conversation with a model behind a server; it goes on by itself as long as the model calls tools.
 
-    `options` are those of a request: temperature, max_tokens, …
+    `strict`: the server keeps its tool calls valid. `options` are those of a request: temperature, max_tokens, …
     """
 
-    def __init__(self, client: ChatClient, tools: list[str], max_turns: int = 5, **options):
+    def __init__(self, client: ChatClient, tools: list[str], max_turns: int = 5, strict: bool = False,
+                 **options):
         self.client, self.max_turns, self.options = client, max_turns, options
-        self.tools = [SCHEMAS[name] for name in tools]
+        schemas = [SCHEMAS[name] for name in tools]
+        self.tools = as_strict(schemas) if strict else schemas
         self.messages: list[dict] = []
 
     def answer(self, text: str) -> None:

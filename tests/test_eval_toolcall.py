@@ -18,6 +18,7 @@ import eval_toolcall
 from dataset import sample_world
 from dataset.prompts import Prompt
 from eval_toolcall import wilson_interval
+from model.chat import CALL, END_THINK
 from model.cli import run_main
 from model.weights import ROOT, save_weight
 from scripts.lib.tool_cases import held_out_tasks, is_accepted, read_cases
@@ -113,6 +114,36 @@ def test_rows_of_agent_rl_are_cases(run, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     texts = [TOKENIZER.encode([*row["conversations"][:-1], says(f"= {row['gt'][0]}")])[0] for row in rows[:3]]
     assert "full_sft rows: 3/4" in run(f"--cases={path}", models={"full_sft": Reciter(texts)})
+
+
+DICE = {"name": "random_number", "parameters": {"type": "object", "required": ["min", "max"], "properties": {
+    "min": {"const": 7}, "max": {"const": 7}}}}
+
+
+def test_calls_are_kept_valid_where_they_are_constrained(run, tmp_path):
+    """The model begins a call and ends it at once; the grammar leaves it a single call to finish."""
+    offer, thinking = {"role": "system", "content": "", "tools": [DICE]}, ("--open_thinking=1",)
+    rows, turns = tmp_path / "rows.jsonl", []
+    rows.write_text(json.dumps({"conversations": [offer, user("A number?"), says("")], "gt": ["7"]}), "utf-8")
+    thought = TOKENIZER.encode_text("hm") + [END_THINK, *TOKENIZER.encode_text("\n\n"), CALL]
+    for flags, answer in ((), [CALL]), (thinking, thought):
+        model = Reciter([TOKENIZER.prompt([offer, user("A number?")], open_thinking=bool(flags)) + answer])
+        for constrained in ("0", "1"):
+            run(f"--cases={rows}", f"--json={tmp_path / 'x.json'}", f"--constrained={constrained}", *flags,
+                models={"full_sft": model})
+            saved = json.loads((tmp_path / "x.json").read_text("utf-8"))
+            assert saved["constrained"] == int(constrained)
+            turns += saved["weights"]["full_sft"]["rows"]["cases"][0]["turns"][:1]
+    assert [turn["tool_calls"] for turn in turns] == [
+        [], [{"name": "random_number", "arguments": {"min": 7, "max": 7}}]] * 2
+    assert [turn["reasoning"] for turn in turns] == ["", "", "hm", "hm"]
+    row = TOKENIZER.prompt([OFFER, user("1 + 2?")]) + [CALL]
+    assert '{"name": "c' in run("--constrained=1", "--tools", "calculate_math", "--prompt=1 + 2?",
+                                  "--max_new_tokens=9", models={"full_sft": Reciter([row])})
+    rows.write_text(json.dumps({"conversations": [offer | {"tools": [{"name": "f", "parameters": {"type": "x"}}]},
+                                                  user("?"), says("")]}), "utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        run(f"--cases={rows}", "--constrained=1", models={"full_sft": model})
 
 
 ACCEPTED = {"area": {"base": [10], "unit": ["units", ""], "names": [["A b"]],
@@ -223,8 +254,10 @@ def test_a_server_whose_call_cannot_be_read_is_told_so_and_goes_on(run, tmp_path
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"conversations": [OFFER, user("1 + 2?"), says("")], "gt": ["3"]}) + "\n")
     with lab.serving(Clumsy) as url:
-        assert "minimind rows: 1/1" in run("--backend=api", f"--api_base_url={url}", f"--cases={rows}",
-                                           f"--json={tmp_path / 'x.json'}")
+        api = ("--backend=api", f"--api_base_url={url}")
+        assert "minimind rows: 1/1" in run(*api, f"--cases={rows}", f"--json={tmp_path / 'x.json'}")
+        run(*api, f"--cases={rows}", "--constrained=1")
+        assert Clumsy.requests[2]["tools"][0]["function"] == OFFER["tools"][0]["function"] | {"strict": True}
     _, call, result = Clumsy.requests[1]["messages"]  # the offer goes as tools
     assert Clumsy.requests[1]["tools"] == OFFER["tools"] and call["reasoning_content"] == "Hm."
     assert call["tool_calls"][0]["function"] == {"name": "calculate_math", "arguments": "1 + 2"}

@@ -1,6 +1,7 @@
 """Online RL: losses against trl and by hand, rollouts → batches to the token, and whole stages on tiny models."""
 
 import itertools
+import json
 from collections import defaultdict
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -17,12 +18,13 @@ from dataset.prompts import Prompt, PromptDataset
 from model.chat import EOS
 from model.cli import UserError
 from scripts.draw_curves import draw_curves
-from trainer import losses, train_grpo, train_ppo
+from trainer import losses, train_agent, train_grpo, train_ppo
 from trainer import trainer as loop
 from trainer.arguments import parse_policy_args, policy_parser
 from trainer.distributed import World
 from trainer.losses import kl_k3, policy_losses, policy_objective, value_losses
 from trainer.rl.advantages import GAE, GroupRelative, SPOValueTracker, gae, group_advantages
+from trainer.rl.episodes import EpisodeEngine
 from trainer.rl.packing import colorize_advantages, group_by_prefix
 from trainer.rl.rollouts import RolloutStream
 from trainer.rl.trajectory import RolloutGroup, Trajectory
@@ -488,6 +490,24 @@ def test_sampling_at_another_temperature_is_scored_at_that_temperature(lab):
     place = with_base(lab())
     place.train(train_grpo, **RL, temperature=0.5)
     assert max(row["mismatch"] for row in place.log("grpo_64")) < 1e-5
+
+
+def test_episodes_are_constrained_in_validation_only(lab, tmp_path, monkeypatch, capsys):
+    place, path, sampled, generate = with_base(lab()), tmp_path / "rows.jsonl", set(), EpisodeEngine.generate
+
+    def recorded(engine, prompts, params):
+        sampled.update((p.temperature, p.grammar is not None) for p in params)
+        return generate(engine, prompts, params)
+
+    monkeypatch.setattr(EpisodeEngine, "generate", recorded)
+    offer = {"role": "system", "content": "", "tools": [{"name": "f"}]}
+    rows = [{"conversations": [offer, {"role": "user", "content": "?"}], "gt": ["1"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    flags = {**RL, "stage": train_agent, "data_path": path, "max_seq_len": 128, "max_total_len": 256, "max_steps": 1,
+             "constrained": 1}
+    place.fails(capsys, 2, "--val_data_path", **flags)
+    place.train(**flags, val_data_path=path)
+    assert sampled == {(1.0, False), (0, True)}
 
 
 def test_a_policy_learns_what_is_rewarded():

@@ -8,13 +8,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from model.cli import num_positions, positive_int, run_main
+from model.cli import SWITCH, num_positions, positive_int, run_main
 from model.weights import ROOT
 from trainer.arguments import parse_policy_args, policy_parser, policy_settings
 from trainer.losses import policy_loss
 from trainer.rl.advantages import GroupRelative
 from trainer.rl.agent_rewards import AGENT_REWARD_MIX, AGENT_REWARDS, find_unrewarded
-from trainer.rl.episodes import EpisodeEngine
+from trainer.rl.episodes import EpisodeEngine, call_grammar
 from trainer.rl.rewards import add_reward_args, make_rewards
 from trainer.rl.rollouts import RolloutStream, make_rollout_eval
 from trainer.rollout_engine import add_rollout_engine_args, make_rollout_engine
@@ -30,6 +30,7 @@ def main() -> None:
         wandb_project="MiniMind-Agent-RL")
     parser.add_argument("--max_total_len", type=num_positions, default=2500, help="longest episode, in tokens")
     parser.add_argument("--max_turns", type=positive_int, default=3, help="times the model may speak in an episode")
+    parser.add_argument("--constrained", **SWITCH, default=0, help="validate with tool calls kept valid by a grammar")
     add_reward_args(parser)
     add_rollout_engine_args(parser)
     parser.set_defaults(reward_mix=AGENT_REWARD_MIX)
@@ -37,6 +38,8 @@ def main() -> None:
     if args.loss_type == "spo" or args.max_total_len <= args.max_seq_len:
         parser.error("--loss_type spo is for single answers: use train_grpo.py" if args.loss_type == "spo" else
                      f"--max_total_len {args.max_total_len} leaves no room after --max_seq_len {args.max_seq_len}")
+    if args.constrained and (args.rollout_engine != "local" or not args.val_data_path):
+        parser.error("--constrained 1 is for validating: it needs --val_data_path and --rollout_engine local")
     with Run(args) as run:
         policy = run.prepare(run.load_model())
         prompts, val_prompts = run.load_prompts()
@@ -57,8 +60,9 @@ def main() -> None:
         loss = partial(policy_loss, loss_type=args.loss_type, clip_low=args.epsilon, clip_high=args.epsilon_high,
                        beta=args.beta, tis_cap=args.is_cap, temperature=args.temperature)
         settings = policy_settings(args) | {"max_turns": args.max_turns, "max_total_len": args.max_total_len}
+        grammar_of = partial(call_grammar, run.tokenizer) if args.constrained else None  # of validation's episodes
         Trainer(run, policy, rollouts, rollouts.track_kl(loss), settings=settings,
-                validate=make_rollout_eval(run, val_prompts, engine, rewards)).fit()
+                validate=make_rollout_eval(run, val_prompts, engine, rewards, grammar_of)).fit()
 
 
 if __name__ == "__main__":

@@ -124,6 +124,11 @@ def tool_call(name: str, arguments: str | None) -> dict:
         return {"name": name, "arguments": arguments}
 
 
+def as_strict(tools: list[dict]) -> list[dict]:
+    """Tools that the server is to call with valid arguments only (OpenAI's `strict`)."""
+    return [{"type": "function", "function": tool.get("function", tool) | {"strict": True}} for tool in tools]
+
+
 def reasoning_of(message) -> str:
     """The thinking of an SDK message or delta, under the names that servers give it."""
     return getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""

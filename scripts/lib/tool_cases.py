@@ -79,7 +79,7 @@ def as_json_schema(value: object) -> object:
     """A schema with Python's names of types → with JSON's."""
     if isinstance(value, dict):
         return {key: JSON_TYPES.get(part, part) if key == "type" and isinstance(part, str) else as_json_schema(part)
-                for key, part in value.items()}
+                for key, part in value.items() if (key, part) != ("type", "any")}
     return [as_json_schema(part) for part in value] if isinstance(value, list) else value
 
 

@@ -26,6 +26,8 @@ from functools import partial
 
 from dataset.prompts import Prompt
 from model.chat import EOS, AssistantMessage, ChatTokenizer, parse_json, parse_message
+from model.cli import UserError
+from model.inference.constraints import Grammar, chat_grammar
 from model.inference.engine import Engine, SamplingParams, Sequence
 from trainer.rl.tools import call_tool
 from trainer.rl.trajectory import Trajectory
@@ -113,6 +115,18 @@ def run_calls(answer: AssistantMessage, offered: list[str], call: CallFn) -> lis
 def offered_tools(prompt: Prompt) -> list[str]:
     """Names of the tools on the first message, where they may be flat or nested as OpenAI's are."""
     return [tool.get("function", tool).get("name") for tool in parse_json(prompt.tools, "tools", list)]
+
+
+def call_grammar(tokenizer: ChatTokenizer, prompt: Prompt) -> Grammar | None:
+    """Of each turn of an episode: what it calls is a tool on offer, with valid arguments. None: no tools.
+
+    Raises UserError for tools whose schema cannot be kept to.
+    """
+    tools = parse_json(prompt.tools, "tools", list)
+    try:
+        return chat_grammar(tokenizer, prompt.thinking, tools=tools) if tools else None
+    except ValueError as error:
+        raise UserError(f"--constrained 1: {prompt.source}{': ' * bool(prompt.source)}{error}") from None
 
 
 def observation(tokenizer: ChatTokenizer, results: list[dict], thinking: bool) -> list[int]:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.prompts import PromptDataset
+from dataset.prompts import Prompt, PromptDataset
 from model.cli import Failure, UserError
+from model.inference.constraints import Grammar
 from model.inference.sampling import SamplingParams
 from model.weights import weights_hash
 from trainer.batches import GlobalBatch, global_batch_size, sampler_indices
@@ -248,8 +249,12 @@ class RolloutStream:
                     print(colorize_advantages(self.run.tokenizer, batch, number), flush=True)
 
 
-def make_rollout_eval(run, prompts: PromptDataset | None, engine, rewards) -> Callable[[], dict] | None:
-    """A validation: → {"val_reward", "val_…" of each component}, means over greedy answers to `prompts`."""
+def make_rollout_eval(run, prompts: PromptDataset | None, engine, rewards,
+                      grammar_of: Callable[[Prompt], Grammar | None] | None = None) -> Callable[[], dict] | None:
+    """A validation: → {"val_reward", "val_…" of each component}, means over greedy answers to `prompts`.
+
+    `grammar_of` a prompt: what its answer keeps to.
+    """
     if prompts is None:
         return None
 
@@ -257,8 +262,9 @@ def make_rollout_eval(run, prompts: PromptDataset | None, engine, rewards) -> Ca
         own = prompts.prompts[run.world.rank::run.world.size]
         with run.summon_full_params():
             engine.update()
-            greedy = SamplingParams(run.args.max_gen_len, temperature=0)
-            answers = engine.generate(own, [greedy] * len(own)) if own else []
+            params = [SamplingParams(run.args.max_gen_len, temperature=0, grammar=grammar_of and grammar_of(prompt))
+                      for prompt in own]
+            answers = engine.generate(own, params) if own else []
         scores = rewards.score(own, answers) if own else torch.zeros(0, len(rewards.names))
         scores = torch.cat(run.world.gather(scores))
         means = dict(zip(rewards.names, scores.mean(0).tolist(), strict=True))
