@@ -12,7 +12,7 @@ from model.cli import SWITCH, Parser, UserError, add_sampling_args, nonneg_int, 
 from model.inference.constraints import Grammar
 from model.inference.engine import Engine, SamplingParams
 from model.loading import add_loading_args, continues_text, load_from_args
-from scripts.lib.terminal import interact, print_event
+from scripts.lib.terminal import AnswerPrinter, interact
 
 QUESTIONS = ("你好，你是谁？", "你有什么特长？", "为什么天空是蓝色的？", "请介绍一下北京。", "推荐一些中国的美食。",
              "Who are you?", "What is machine learning?", "Why does it rain?", "Give me tips for learning English.")
@@ -78,7 +78,8 @@ class Chat:
         except ValueError as error:
             del self.messages[-1:]
             raise UserError(error) from None
-        parser, start = MessageParser(self.tokenizer, thinking), time.perf_counter()
+        parser, print_event = MessageParser(self.tokenizer, thinking), AnswerPrinter()
+        start = time.perf_counter()
         try:
             for delta in self.engine.stream(sequence):
                 for event in parser.feed(delta.pieces):

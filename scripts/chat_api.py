@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 from model.chat import AssistantMessage
 from model.cli import Failure, Parser, add_sampling_args, run_main
 from scripts.lib.openai_client import ChatClient, add_endpoint_args, arguments_text, as_strict
-from scripts.lib.terminal import interact, print_event
+from scripts.lib.terminal import AnswerPrinter, interact
 from trainer.rl.builtin_tools import MOCKED
 from trainer.rl.tools import SCHEMAS, call_tool
 
@@ -52,7 +52,7 @@ class ApiChat:
 
     def _reply(self) -> list[dict]:
         """Print the model's next message and append it. → its tool calls"""
-        answer = AssistantMessage()
+        answer, print_event = AssistantMessage(), AnswerPrinter()
         try:
             for kind, value in self.client.stream(self.messages, self.tools, **self.options):
                 if kind == "tool_call":

@@ -27,7 +27,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from model.cli import Parser, UserError, run_main
 from scripts.lib.openai_client import ChatClient, add_endpoint_args
-from scripts.lib.terminal import print_event
+from scripts.lib.terminal import AnswerPrinter
 
 SAMPLE_RATE = 16_000
 PIECE = SAMPLE_RATE // 10  # samples
@@ -172,7 +172,7 @@ def make_voice(folder: Path | None, out: Path | None) -> Speak:
 
 def answer(client: ChatClient, messages: list[dict], speak: Speak) -> str:
     """Print the answer to `messages` while it is written, and speak each sentence when it is complete. → the answer"""
-    text, unspoken = "", ""
+    text, unspoken, print_event = "", "", AnswerPrinter()
     for kind, value in client.stream(messages):
         if kind == "content":
             print_event(kind, value)

@@ -8,6 +8,7 @@ import pytest
 from lab import ROOT
 
 from model.cli import decode
+from scripts.lib.terminal import AnswerPrinter
 
 PROGRAM = """
 from model.cli import Parser, run_main
@@ -71,6 +72,15 @@ def test_a_reader_that_leaves_ends_the_program_in_silence():
         assert run(b"hi\n", stdout=closed) == (141, "", "")
         assert run(b"", "--help", stdout=closed) == (0, "", "")
         assert run(b"", "--nonsense", stderr=closed) == (2, "", "")
+
+
+def test_each_part_of_an_answer_begins_on_a_line_of_its_own(capsys):
+    print_event = AnswerPrinter()
+    for event in (("reasoning", "2 + 2 "), ("reasoning", "= 4"), ("content", "It is "), ("content", "4."),
+                  ("tool_call", {"name": "add"}), ("tool_call", {"name": "sub"}), ("content", "Done.")):
+        print_event(*event)
+    assert capsys.readouterr().out.splitlines() == [
+        "2 + 2 = 4", "It is 4.", "[tool_call] {'name': 'add'}", "[tool_call] {'name': 'sub'}", "Done."]
 
 
 @posix_only

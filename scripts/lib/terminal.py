@@ -7,13 +7,20 @@ from model.cli import Failure, UserError, read_line
 HELP = "/clear forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 
 
-def print_event(kind: str, value: str | dict) -> None:
-    """Print one event of an answer while it is written: thinking dimmed, tool calls on a line of their own."""
-    if kind == "reasoning" and sys.stdout.isatty():
-        value = f"\033[2m{value}\033[0m"
-    if kind in ("tool_call", "malformed"):
-        value = f"\n[{kind}] {value}"
-    print(value, end="", flush=True)
+class AnswerPrinter:
+    """Prints the events of one answer while it is written: thinking dimmed, each part on a line of its own."""
+
+    previous = ""  # kind of the last event
+
+    def __call__(self, kind: str, value: str | dict) -> None:
+        is_call = kind in ("tool_call", "malformed")
+        begins_line = is_call or self.previous not in ("", kind)
+        if is_call:
+            value = f"[{kind}] {value}"
+        if kind == "reasoning" and sys.stdout.isatty():
+            value = f"\033[2m{value}\033[0m"
+        print("\n" * begins_line + value, end="", flush=True)
+        self.previous = kind
 
 
 def interact(chat) -> None:
