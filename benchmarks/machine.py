@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dataset.sample_world import World
 from model.cli import Parser, positive_int
 from model.device import cpu_has_bfloat16, synchronise
 from model.files import write_atomically
@@ -42,6 +43,19 @@ def result_name(name: str, args: argparse.Namespace) -> str:
 def random_prompt(rng: random.Random, length: int) -> list[int]:
     """Ids of our tokenizer, none of them special."""
     return [rng.randrange(36, 6400) for _ in range(length)]
+
+
+def write_full_rows(path: Path, num_rows: int, num_chars: int = 1600) -> Path:
+    """Rows of the synthetic sample world's text, joined until each has more than the 340 tokens of pretraining."""
+    rng, lines = random.Random(0), []
+    texts = [row["text"] for row in World(0).rows("pretrain", 2000)]
+    for _ in range(num_rows):
+        text = ""
+        while len(text) < num_chars:
+            text += f"{rng.choice(texts)}\n"
+        lines.append(json.dumps({"text": text}, ensure_ascii=False))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def clock(device: torch.device) -> float:

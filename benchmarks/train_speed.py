@@ -9,7 +9,8 @@ in turn. Useful tokens are those of documents: padding does not count.
     python benchmarks/train_speed.py --stage pretrain --data_path ../shared/data/pretrain_val.jsonl.gz --use_moe 1
     python benchmarks/train_speed.py --stage lora --data_path ../shared/data/sft_val.jsonl.gz
     python benchmarks/train_speed.py --stage dpo --data_path ../shared/data/dpo_val.jsonl.gz --batch_size 4
-    python benchmarks/train_speed.py --stage sft --data_path ../shared/data/sft_val.jsonl.gz --peer trl    # and TRL
+    python benchmarks/train_speed.py --stage sft --data_path ../shared/data/sft_val.jsonl.gz --peer trl
+    python benchmarks/train_speed.py --data_path ../shared/data/pretrain_val.jsonl.gz --peer transformers
 """
 
 import argparse
@@ -28,6 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import model_config, model_parser, result_name, save_result, train
 from dataset.lm_dataset import DPODataset, PretrainDataset, SFTDataset, TokenDataset
@@ -35,7 +37,7 @@ from dataset.packing import IGNORE
 from dataset.reader import read_rows
 from model.chat import ChatTokenizer
 from model.cli import Parser, nonneg_int, positive_int, run_main
-from model.device import choose_device, cpu_has_bfloat16, peak_memory, synchronise
+from model.device import choose_device, cpu_has_bfloat16, peak_memory, synchronise, training_dtype
 from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules
 from model.model_minimind import MiniMindForCausalLM
 from model.transformers_io import save_folder
@@ -122,7 +124,7 @@ def trl_recipe(args: argparse.Namespace) -> dict:
     Not compiled: the shapes of its packed rows differ from step to step, and each is compiled anew.
     """
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     _, _, length = STAGES[args.stage]
@@ -154,7 +156,44 @@ def trl_recipe(args: argparse.Namespace) -> dict:
             "memory_gb": peak_memory(device)}
 
 
-RECIPES = {"plain": plain_recipe, "trl": trl_recipe}
+def transformers_recipe(args: argparse.Namespace) -> dict:
+    """Train transformers' decoder of the same shape on rows cut from one stream of tokens, compiled. → as above
+
+    In half precision where the machine has it, with the fused AdamW. Documents see each other: it has no mask for them.
+    """
+    dataset, _, length = STAGES[args.stage]
+    device = choose_device(args.device)
+    data = dataset(args.data_path, ChatTokenizer(), length, packing=False)
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(MiniMindForCausalLM(model_config(args)), folder, ChatTokenizer())
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    num_flops = flops_per_token(MiniMindForCausalLM(model_config(args)), length / 2)
+    model.compile()
+    optimizer, dtype = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True), training_dtype(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    row_tokens = args.batch_size * length
+    for step in range(args.warmup + args.steps):
+        if step == args.warmup:
+            synchronise(device)
+            start = time.perf_counter()
+        first = step * row_tokens % (len(data.tokens) - row_tokens)
+        ids = torch.from_numpy(data.tokens[first:first + row_tokens].astype(np.int64)).view(-1, length).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=ids, labels=ids).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    synchronise(device)
+    speed = args.steps * row_tokens / (time.perf_counter() - start)
+    return {"tokens_per_s": speed, "mfu": speed * num_flops / peak_flops(device, dtype),
+            "memory_gb": peak_memory(device)}
+
+
+PEERS = {"trl": "sft", "transformers": "pretrain"}
+RECIPES = {"plain": plain_recipe, "trl": trl_recipe, "transformers": transformers_recipe}
 
 
 def default_flags(args: argparse.Namespace, folder: Path, num_steps: int, log_interval: int) -> dict:
@@ -198,14 +237,15 @@ def training_parser(description: str) -> Parser:
 
 def main() -> None:
     parser = training_parser(__doc__)
-    parser.add_argument("--peer", choices=("trl",), help="with --stage sft: compare with this, too")
+    parser.add_argument("--peer", choices=PEERS, help="compare with this, too: " + ", ".join(
+        f"{peer} with --stage {stage}" for peer, stage in PEERS.items()))
     parser.add_argument("--only", nargs=2, metavar=("RECIPE", "FILE"), help=argparse.SUPPRESS)  # writes its numbers
     args = parser.parse_args()
     if args.only:
         Path(args.only[1]).write_text(json.dumps(RECIPES[args.only[0]](args)))
         return
-    if args.peer and args.stage != "sft":
-        parser.error(f"--peer {args.peer} trains --stage sft, not {args.stage}")
+    if args.peer and args.stage != PEERS[args.peer]:
+        parser.error(f"--peer {args.peer} trains --stage {PEERS[args.peer]}, not {args.stage}")
     name, numbers = result_name(f"train_speed_{args.stage}", args), {}
     with tempfile.TemporaryDirectory() as folder:
         for recipe in ("plain", *[args.peer] * bool(args.peer)):
