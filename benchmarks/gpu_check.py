@@ -390,9 +390,9 @@ def main() -> None:
     report.check("card", name, lambda: about)
     for check in args.only:
         CHECKS[check](report, args, device)
+        save_result(f"gpu_check_{re.sub(r'[^a-z0-9]+', '_', name.lower())}",  # whatever becomes of the next one
+                    {"tables": report.tables, "markdown": report.markdown()})
     print(f"\n{report.markdown()}")
-    save_result(f"gpu_check_{re.sub(r'[^a-z0-9]+', '_', name.lower())}",
-                {"tables": report.tables, "markdown": report.markdown()})
     if report.num_failures:
         raise Failure(f"{report.num_failures} checks failed, marked **NO** above")
 

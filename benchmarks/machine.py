@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -88,12 +89,13 @@ def relative(argument: str) -> str:
 
 def machine() -> dict:
     """What a measurement is worth nothing without."""
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {
         "date": date.today().isoformat(), "cpu": cpu_name(), "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(), "bf16_units": cpu_has_bfloat16(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip(),
+        "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
         "command": " ".join(["python", *map(relative, sys.argv)]),
     }
 
