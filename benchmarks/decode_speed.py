@@ -3,7 +3,7 @@
 Plain: benchmarks/plain.py, fp32 on a CPU, fp16 on CUDA. Engine: with its defaults, in the dtype of inference. Cases:
 one request alone, 32 at once, 256 at once, and 32 different requests that arrive while others are answered (the plain
 loop takes them one by one). Weights are random: speed does not depend on them. The two take turns, and the median of
-the repeats counts.
+the repeats counts. "constrained" instead compares the engine with itself: 32 at once, free and kept to a JSON schema.
 
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --use_moe 1
@@ -11,6 +11,7 @@ the repeats counts.
 """
 
 import argparse
+import operator
 import random
 import statistics
 import sys
@@ -28,8 +29,10 @@ from torch import Tensor, nn
 from benchmarks.machine import clock, model_config, model_parser, random_prompt, result_name, save_result
 from benchmarks.plain import TEMPERATURE, TOP_P, plain_loop
 from model.attention import attention
+from model.chat import ChatTokenizer
 from model.cli import positive_int, run_main
 from model.device import choose_device, inference_dtype
+from model.inference.constraints import Grammar, json_rule, text_grammar
 from model.inference.engine import Engine, SamplingParams
 from model.inference.prepacked import use_prepacked
 from model.inference.sampling import sample
@@ -41,13 +44,20 @@ from trainer.flops import peak_flops
 Request = tuple[list[int], int]  # a prompt, and the tokens of its answer
 
 
-def engine_run(engine: Engine, requests: list[Request], interval: int = 0) -> None:
+# a list of records that never ends
+RECORDS = {"type": "array", "minItems": 10_000, "items": {
+    "type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"], "additionalProperties": False}}
+
+
+def engine_run(engine: Engine, requests: list[Request], interval: int = 0, grammar: Grammar | None = None) -> None:
     """Answer requests, all at once or a new one every `interval` steps."""
     waiting, num_steps = list(requests), 0
     while waiting or engine.busy:
         while waiting and num_steps >= interval * (len(requests) - len(waiting)):
             prompt, num_tokens = waiting.pop(0)
-            engine.add(prompt, SamplingParams(num_tokens, TEMPERATURE, TOP_P, seed=len(waiting), stop_ids=()))
+            engine.add(prompt, SamplingParams(num_tokens, TEMPERATURE, TOP_P, seed=len(waiting), stop_ids=(),
+                                              grammar=grammar))
         engine.step()
         num_steps += 1
 
@@ -85,6 +95,26 @@ def compare(name: str, requests: list[Request], plain: nn.Module, fast: nn.Modul
         line += f"   {result['bandwidth_share']:.0%} of the speed at which memory is read"
     print(line, flush=True)
     return result | {"all": speeds}
+
+
+def compare_constrained(requests: list[Request], model: nn.Module, args: argparse.Namespace) -> dict:
+    """Tokens/s of the same requests at once, free and kept to a schema, in turn, `args.repeats` times after a warm-up.
+    """
+    grammars = {"free": None, "constrained": text_grammar(ChatTokenizer(), json_rule(RECORDS))}
+    speeds: dict[str, list[float]] = {kind: [] for kind in grammars}
+    engine = Engine(model, max_batch=len(requests), compile=bool(args.compile), graphs=None if args.graphs else False)
+    for repeat in range(args.repeats + 1):
+        for kind, grammar in grammars.items():
+            engine.reset_prefix_cache()
+            start = clock(model.device)
+            engine_run(engine, requests, grammar=grammar)
+            if repeat:
+                speeds[kind].append(sum(num for _, num in requests) / (clock(model.device) - start))
+    result = {kind: statistics.median(values) for kind, values in speeds.items()}
+    ratio = statistics.median(map(operator.truediv, speeds["constrained"], speeds["free"]))
+    print(f"constrained  free {result['free']:8,.1f}   constrained {result['constrained']:8,.1f} tokens/s   "
+          f"ratio {ratio:5.2f}", flush=True)
+    return result | {"ratio": ratio, "all": speeds}
 
 
 def bytes_per_token(model: nn.Module, requests: list[Request]) -> float:
@@ -239,12 +269,18 @@ def main() -> None:
                 for part in dict.fromkeys(part for times in results[name].values() for part in times):
                     print(f"{part:20}", *(f"{times[part]:12,.2f}" for times in results[name].values()))
         return save_result(result_name(f"decode_profile{compiled}", args), results)
-    names = args.cases or [name for name in cases if device.type == "cuda" or "256" not in name]
-    if unknown := [name for name in names if name not in cases]:
-        parser.error(f"--cases {unknown[0]}: there are {', '.join(cases)}")
+    names = args.cases or [*(name for name in cases if device.type == "cuda" or "256" not in name), "constrained"]
+    if unknown := [name for name in names if name not in {*cases, "constrained"}]:
+        parser.error(f"--cases {unknown[0]}: there are {', '.join(cases)}, constrained")
+    dtype = {"dtype": str(fast.dtype).removeprefix("torch.")}
+    if "constrained" in names:
+        names.remove("constrained")
+        save_result(result_name(f"decode_constrained{compiled}", args),
+                    dtype | compare_constrained(cases["at once"][0], fast, args))
+    if not names:
+        return
     results = {name: compare(name, cases[name][0], plain, fast, args, cases[name][1]) for name in names}
-    save_result(result_name(f"decode_speed{compiled}", args),
-                {"dtype": str(fast.dtype).removeprefix("torch."), **results})
+    save_result(result_name(f"decode_speed{compiled}", args), dtype | results)
 
 
 if __name__ == "__main__":

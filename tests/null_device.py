@@ -19,11 +19,12 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import real
 import torch
-from lab import Lab, write_rows
+from lab import TOKENIZER, Lab, write_rows
 from torch._dynamo.utils import counters
 
 from dataset.packing import Rows, collate
 from model.device import choose_device, peak_memory, training_dtype
+from model.inference.constraints import regex_rule, text_grammar
 from model.inference.engine import Engine, SamplingParams, Sequence
 from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -107,7 +108,9 @@ def serve(model: MiniMindForCausalLM, graphs: bool) -> tuple[Engine, list[Sequen
     rng, syncs, sequences = random.Random(1), [], []
     engine = Engine(model, max_batch=4, graphs=graphs)
     waiting = [([rng.randrange(36, 6400) for _ in range(rng.randrange(3, 40))],
-                SamplingParams(rng.randrange(5, 70), rng.choice([0, 1.0]), 0.9, seed=i, stop_ids=())) for i in range(9)]
+                SamplingParams(rng.randrange(5, 70), rng.choice([0, 1.0]), 0.9, seed=i, stop_ids=(),
+                               grammar=text_grammar(TOKENIZER, regex_rule("[a-z ]+")) if i % 3 else None))
+               for i in range(9)]
     while waiting or engine.busy:
         num_requests = len(sequences)
         if waiting and rng.random() < 0.2:

@@ -76,11 +76,13 @@ TINY = ("--hidden_size=64", "--num_hidden_layers=1", "--repeats=1", "--device=cp
 
 def test_decoding_is_timed_against_the_plain_loop(saved, one_thread):
     with mock.patch.object(sys, "argv", ["decode_speed.py", *TINY, "--prompt=4", "--tokens=3", "--cases", "alone",
-                                         "256 at once"]):
+                                         "constrained", "256 at once"]):
         decode_speed.main()
     found = saved["decode_speed_64x1"]
     for case in (found["alone"], found["256 at once"]):
         assert case["ratio"] == case["engine"] / case["plain"] > 0 and case["bandwidth_share"] > 0
+    constrained = saved["decode_constrained_64x1"]
+    assert constrained["ratio"] == constrained["constrained"] / constrained["free"] > 0
 
 
 def test_bytes_a_token_are_its_share_of_the_weights_and_the_keys_it_looks_at():

@@ -129,8 +129,11 @@ def function_rule(function: dict) -> str:
     return f'{json.dumps(start, ensure_ascii=False)} {json_rule(parameters)} "}}"'
 
 
-def allowed_tokens(grammars: list[Grammar | None], vocab_size: int) -> Tensor | None:
-    """Which tokens each completion may go on with: [B, V] bool, all of them where it has no grammar. None: no mask."""
+def allowed_tokens(grammars: list[Grammar | None], vocab_size: int, pin_memory: bool = False) -> Tensor | None:
+    """Which tokens each completion may go on with: [B, V] bool, all of them where it has no grammar. None: no mask.
+
+    Always in the CPU's memory: a GPU may still be computing the logits. `pin_memory`: as a copy to it should be.
+    """
     rows = [(grammar.matcher, row) for row, grammar in enumerate(grammars) if grammar is not None]
     if not rows:
         return None
@@ -139,7 +142,7 @@ def allowed_tokens(grammars: list[Grammar | None], vocab_size: int) -> Tensor | 
     num_tokens = grammars[rows[0][1]].vocab_size  # the model may embed more, which no text has
     words = np.full((len(grammars), -(-num_tokens // 32)), -1, np.int32)
     fill_next_token_bitmask_par(mask_executor(), rows, words)
-    allowed = torch.ones(len(grammars), vocab_size, dtype=torch.bool)
+    allowed = torch.ones(len(grammars), vocab_size, dtype=torch.bool, pin_memory=pin_memory)
     bits = np.unpackbits(words.view(np.uint8), axis=1, count=num_tokens, bitorder="little")
     allowed[:, :num_tokens] = torch.from_numpy(bits).bool()
     allowed[[row for _, row in rows], num_tokens:] = False

@@ -126,7 +126,7 @@ class Engine:
                               for ids in (s.prompt_ids, s.completion_ids)]
                     s.token_counts = torch.stack(counts).to(logits.device)
                 logits[row] = apply_penalties(logits[row], s.params, *s.token_counts)
-        allowed = allowed_tokens([s.grammar for s in sequences], logits.shape[1])
+        allowed = allowed_tokens([s.grammar for s in sequences], logits.shape[1], logits.is_cuda)
         return sample(logits, params, [s.rng.random() for s in sequences], allowed)
 
     def _finish(self, sequences: list[Sequence], tokens: list[int], logprobs: list[float], top_logprobs: list) -> None:

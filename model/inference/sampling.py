@@ -103,7 +103,7 @@ def sample(logits: Tensor, params: list[SamplingParams], u: list[float],
     u, is_greedy, temperature, top_k, top_p, min_p = columns.to(logits.device, non_blocking=True)[..., None]
     finite = logits.float().nan_to_num(0.0, 1e30, -1e30)  # a request with wild penalties, or a diverged model
     if allowed is not None:
-        finite = finite.masked_fill(~allowed.to(finite.device), -math.inf)
+        finite = finite.masked_fill(~allowed.to(finite.device, non_blocking=True), -math.inf)
     log_p = (finite / temperature).log_softmax(-1)
     log_mass = log_p.new_zeros(len(log_p), 1)  # of what truncation leaves
     if not all(greedy):
