@@ -15,9 +15,13 @@ def run(arguments: list[str], root: Path, log: Path) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(root)
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than the tiny run
-    sys.argv, sys.path = arguments, [str((root / arguments[0]).parent), *sys.path[1:]]
+    sys.path[0] = str((root / arguments[0]).parent)
+    sys.argv = arguments
     try:
-        runpy.run_path(arguments[0], run_name="__main__")
+        if arguments[0] == "-c":
+            exec(arguments[1], {"__name__": "__main__"})
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit:
         raise
     except BaseException:

@@ -105,20 +105,33 @@ def processes():
     return context
 
 
+def split_commands(text: str) -> list[list[str]]:
+    """The words of each command; a quoted word may span lines."""
+    commands, pending = [], ""
+    for line in text.replace("\\\n", " ").splitlines():
+        pending += f"{line}\n"
+        try:
+            words = shlex.split(pending, comments=True)
+        except ValueError:  # inside quotes
+            continue
+        commands += [words] if words else []
+        pending = ""
+    assert not pending, f"quotes that are not closed: {pending}"
+    return commands
+
+
 @pytest.mark.parametrize("flags, commands", blocks(), ids=[f"{name}-{i}" for i, name in enumerate(blocks().values())])
 def test_a_marked_block_runs(copy, tmp_path, monkeypatch, flags, commands):
     """At tiny size; the blocks of a chapter run in their order, so that one may use what another wrote."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for command in commands.replace("\\\n", " ").splitlines():
-        program, *arguments = shlex.split(command, comments=True) or ["python"]
-        assert program == "python", f"a runnable block holds python commands only: {command}"
-        if arguments:
-            log = tmp_path / "log"
-            process = processes().Process(target=book_block.run, args=([*arguments, *shlex.split(flags)], copy, log))
-            process.start()
-            process.join(DEADLINE)
-            process.kill()
-            assert process.exitcode == 0, log.read_text("utf-8")[-3000:]
+    log = tmp_path / "log"
+    for program, *arguments in split_commands(commands):
+        assert program == "python", f"a runnable block holds python commands only, not {program}"
+        process = processes().Process(target=book_block.run, args=([*arguments, *shlex.split(flags)], copy, log))
+        process.start()
+        process.join(DEADLINE)
+        process.kill()
+        assert process.exitcode == 0, log.read_text("utf-8")[-3000:]
 
 
 @pytest.fixture(scope="session")
