@@ -34,7 +34,8 @@ def static_steps() -> list[list[int]]:
 
 def draw() -> Figure:
     figure, axes = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True)
-    for axis, steps, title in zip(axes, (static_steps(), engine_steps()), ("static batches", "continuous"), strict=True):
+    panels = (("static batches", static_steps()), ("continuous", engine_steps()))
+    for axis, (title, steps) in zip(axes, panels, strict=True):
         rows = [-1] * SLOTS  # which request has which row
         for time, running in enumerate(steps):
             rows = [row if row in running else -1 for row in rows]
