@@ -44,7 +44,7 @@ def qwen3_config(config: MiniMindConfig, **options) -> PretrainedConfig:
         raise UserError("transformers' Qwen3-MoE has QK-norm and no shared experts, unlike MiniMind2's MoE; "
                         "--format minimind and torch keep it as it is")
     omitted = {"model_type", "architectures", "auto_map", "use_moe", "inference_rope_scaling", "qk_norm",
-               "n_shared_experts"}
+               "n_shared_experts", "id2label", "label2id"}
     if not config.use_moe:  # engines take every model whose config names experts for a MoE
         omitted |= {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
                     "router_aux_loss_coef"}

@@ -1,6 +1,7 @@
 """Rewards: each rule on cases worked by hand and on the sample's answers, models against transformers, the judge."""
 
 import json
+import logging
 import random
 import re
 
@@ -9,6 +10,7 @@ import torch
 from lab import SMALL, TOKENIZER, JsonHandler, serving, small_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -23,7 +25,7 @@ from model.chat import EOS, PAD, parse_message
 from model.cli import Failure, Parser, UserError
 from model.model_minimind import MiniMindConfig
 from model.model_reward import MiniMindForSequenceClassification
-from model.transformers_io import save_folder
+from model.transformers_io import qwen3_config, save_folder
 from model.weights import save_weight
 from trainer.rl import reward_models
 from trainer.rl.reward_models import classify, grade_of
@@ -165,6 +167,12 @@ def own(tmp_path_factory):
 
 def batch(**options) -> tuple[list, list]:
     return tuple(map(list, zip(*(sample(text, question="Is it?", **options) for text in ANSWERS), strict=True)))
+
+
+def test_the_folder_has_one_label_and_transformers_does_not_complain(own, monkeypatch):
+    monkeypatch.setattr(logging.Logger, "warning", lambda self, text, *_: pytest.fail(text))
+    config = qwen3_config(small_reward().config, num_labels=1)
+    assert config.num_labels == AutoConfig.from_pretrained(own / "reward").num_labels == 1
 
 
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
