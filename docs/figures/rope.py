@@ -14,11 +14,11 @@ def draw() -> Figure:
     frequency = rope_frequencies(config)  # [D/2]
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(1, 2), figsize=(8, 3))
     for position in range(6):
-        angle = position * frequency[0].item() * 0.4
+        angle = position * frequency[3].item()
         left.annotate("", xytext=(0, 0), xy=(np.cos(angle), np.sin(angle)),
                       arrowprops={"arrowstyle": "-|>", "color": plt.cm.viridis(0.15 + position / 7), "lw": 2})
         left.text(1.15 * np.cos(angle), 1.15 * np.sin(angle), str(position), ha="center", va="center")
-    left.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", title="one pair, positions 0–5")
+    left.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", title="pair 3 at positions 0–5")
     left.axis("off")
     distance = torch.arange(0, 400)
     angle = (distance[:, None].float() * frequency)[None, :, None]
