@@ -1,6 +1,7 @@
 """What a full run took and gained, from the logs of its stages: docs/report/{name}.md, .json and pictures."""
 
 import json
+import math
 from pathlib import Path
 
 from benchmarks.machine import machine
@@ -80,14 +81,36 @@ def write_report(name: str, run_folder: Path, records: dict, folder: Path, price
                   f"| weight | {' | '.join(skills)} |", "|---" * (len(skills) + 1) + "|"]
         lines += [f"| {weight} | " + " | ".join(f"{shares[skill]:.0%}" for skill in skills) + " |"
                   for weight, shares in exam.items()]
+    if bits := evaluation.get("bits_per_byte"):
+        languages = list(next(iter(bits.values())))
+        lines += ["", "## Held-out text, bits per byte", "", f"| weight | {' | '.join(languages)} |",
+                  "|---" * (len(languages) + 1) + "|"]
+        lines += [f"| {weight} | " + " | ".join(f"{value:.4f}" for value in values.values()) + " |"
+                  for weight, values in bits.items()]
+    if (benchmarks := evaluation.get("benchmarks")) and (names := list(next(iter(benchmarks.values())))):
+        guesses = next(iter(benchmarks.values()))
+        lines += ["", "## Benchmarks, no examples: acc ± one standard error (acc_norm)", "",
+                  f"| weight | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        lines += [f"| {weight} | " + " | ".join(
+            f"{row['acc']:.1%} ± {row['acc_stderr'] or math.nan:.1%} ({row['acc_norm']:.1%})" for row in rows.values())
+            + " |" for weight, rows in benchmarks.items()]
+        lines += ["| guessing | " + " | ".join(f"{row['random']:.1%}" for row in guesses.values()) + " |"]
+    if context := evaluation.get("context"):
+        curves = {"as trained": context["plain"], "with YaRN": context["yarn"]}
+        lines += ["", "## Perplexity of the same tokens of a novel, with ever more context (full_sft)", "",
+                  f"| tokens of the window | {' | '.join(f'{length:,}' for length in context['lengths'])} |",
+                  "|---" * (len(context["lengths"]) + 1) + "|"]
+        lines += [f"| {name} | " + " | ".join(f"{value:,.1f}" for value in values) + " |"
+                  for name, values in curves.items()]
     if tools := evaluation.get("tools"):
         lines += ["", "Tasks that need tools, right: " + "; ".join(f"{weight} " + ", ".join(
             f"{kind} {right}" for kind, right in kinds.items()) for weight, kinds in tools.items())]
-    if answers := evaluation.get("answers"):
-        lines += ["", "## Sample answers (greedy)"]
-        for question in next(iter(answers.values())):
-            lines += ["", f"**{question}**", ""]
-            lines += [f"* {weight}: {' '.join(texts[question].split())}" for weight, texts in answers.items()]
+    for kind, title in (("answers", "greedy"), ("sampled", "temperature 0.85, top-p 0.95")):
+        if answers := evaluation.get(kind):
+            lines += ["", f"## Answers ({title})"]
+            for question in next(iter(answers.values())):
+                lines += ["", f"**{question}**", ""]
+                lines += [f"* {weight}: {' '.join(texts[question].split())}" for weight, texts in answers.items()]
     for number in range(0, len(logs), NUM_PANELS):
         picture = folder / f"{name}_{number // NUM_PANELS + 1}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)

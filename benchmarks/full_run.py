@@ -1,6 +1,7 @@
 """Every stage in one command: data, pretraining, SFT, LoRA, DPO, reward model, GRPO, agent, evaluation, report.
 
     python benchmarks/full_run.py --preset tiny                   # a toy on the sample world, minutes on two CPU cores
+    python benchmarks/full_run.py --preset cpu                    # real text, a small model, hours on two CPU cores
     python benchmarks/full_run.py --preset zero --stages data     # only tokenise: out/zero can be carried elsewhere
     python benchmarks/full_run.py --preset zero [--moe]           # 64 M (198 M), the mini files
     python benchmarks/full_run.py --preset full                   # 64 M, the long files
@@ -18,6 +19,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +30,14 @@ from benchmarks.full_report import write_report
 from dataset.reader import read_lines, read_rows
 from dataset.sample_world import write as write_sample
 from model.chat import ChatTokenizer
-from model.cli import Failure, Parser, UserError, nonneg_float, positive_int, run_main
+from model.cli import CHINESE, Failure, Parser, UserError, nonneg_float, positive_int, run_main
 from model.device import choose_device
 from model.inference.engine import SamplingParams, generate
 from model.loading import load_for_inference
 from model.weights import OUT_DIR, ROOT
+from scripts.eval_benchmark import answer, measure_context, measure_texts, read_texts, summarise
 from scripts.lib import stages
+from scripts.lib.benchmark_formats import read_questions
 from scripts.lib.stages import CHAT, Pipeline, run
 from scripts.score_sample import score, share_per_skill
 
@@ -49,16 +53,38 @@ TINY = {"all": {"hidden_size": 64, "use_compile": 0, "save_interval": 100},
         "reward": {"max_steps": 40}, "grpo": {"max_steps": 5}, "cispo": {"max_steps": 5}, "agent": {"max_steps": 3}}
 ROLLOUTS = {"batch_size": 8, "accumulation_steps": 4, "max_gen_len": 256, "max_steps": 200, "beta": 0.02,
             "learning_rate": 1e-6, "eval_interval": 20, "use_compile": 0}
+ONLINE = {"optimizer": "adamw", "learning_rate": 3e-5, "num_generations": 8, "max_gen_len": 96, "use_compile": 0,
+          "accumulation_steps": 4, "max_steps": 30, "eval_interval": 10, "loss_type": "grpo"}
 PUBLISHED = {"all": {"use_compile": 1, "eval_interval": 500},  # the stages' defaults are the published recipe
              "grpo": {**ROLLOUTS, "loss_type": "grpo"}, "cispo": {**ROLLOUTS, "loss_type": "cispo"}, "agent": ROLLOUTS}
-PRESETS = {"tiny": TINY, "zero": PUBLISHED, "full": PUBLISHED}
+# about two and a half hours on two cores with bf16 units: one pass over ../shared/data
+CPU = {"all": {"hidden_size": 256, "use_compile": 1, "optimizer": "muon", "weight_decay": 0.1, "epochs": 1,
+               "batch_size": 8, "accumulation_steps": 1, "eval_interval": 500, "save_interval": 200},
+       "pretrain": {"num_hidden_layers": 8, "max_seq_len": 512, "learning_rate": 2e-3},
+       "full_sft": {"max_seq_len": 512, "learning_rate": 1e-3},
+       "lora_identity": {"optimizer": "adamw", "learning_rate": 1e-3, "epochs": 4},
+       "dpo": {"optimizer": "adamw", "learning_rate": 1e-5, "batch_size": 2, "accumulation_steps": 4, "max_steps": 300},
+       "reward": {"optimizer": "adamw", "learning_rate": 1e-4, "batch_size": 2, "accumulation_steps": 4,
+                  "max_steps": 300},
+       "grpo": ONLINE, "cispo": {**ONLINE, "loss_type": "cispo"}, "agent": {**ONLINE, "num_generations": 4}}
+PRESETS = {"tiny": TINY, "cpu": CPU, "zero": PUBLISHED, "full": PUBLISHED}
 
 # the published file of each kind of rows, and what serves instead in other --data folders, beside the sample world
 MINI = {"pretrain": "pretrain_t2t_mini", "sft": "sft_t2t_mini", "dpo": "dpo", "lora_identity": "lora_identity",
         "rlaif": "rlaif", "agent_rl": "agent_rl"}
-FILES = {"tiny": MINI, "zero": MINI, "full": {**MINI, "pretrain": "pretrain_t2t", "sft": "sft_t2t"}}
+FILES = {"tiny": MINI, "cpu": MINI, "zero": MINI, "full": {**MINI, "pretrain": "pretrain_t2t", "sft": "sft_t2t"}}
 SUBSTITUTES = {"pretrain": ("pretrain",), "sft": ("sft", "sft_toolcall"), "dpo": ("dpo",)}
 TOKENISED = ("pretrain", "sft")  # ahead, because they are large
+BENCHMARKS = {"cmmlu": "cmmlu_test_subset.jsonl", "arc": "arc_easy.jsonl", "piqa": "piqa.jsonl",
+              "openbookqa": "openbook_qa.jsonl"}  # in the folder eval of --data
+LENGTHS = [512, 1024, 2048, 4096, 8192]  # of the windows of a long text
+PROMPTS = (
+    *CHAT, "请介绍一下你自己。", "为什么天空是蓝色的？", "怎样才能睡得更好？",
+    "请写一首关于秋天的短诗。", "把下面的句子翻译成英文：今天天气很好。", "我最近压力很大，应该怎么办？", "推荐三种健康的早餐。",
+    "中国的首都是哪里？", "What is the capital of France?", "Explain in one sentence what a computer program is.",
+    "Write a short story about a fox and a river.", "How do I make a cup of tea?",
+    "Give me three tips for learning a language.", "Tom has 3 apples and buys 5 more. How many does he have?",
+    "What is the difference between a list and a tuple in Python?", "Tell me something about the moon.")
 MAX_HELD_OUT = 200  # rows, where a file has no {name}_val beside it
 
 
@@ -84,22 +110,24 @@ def recipe(args: argparse.Namespace, folder: Path) -> dict[str, dict]:
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
+def find(folders: list[Path], *names: str) -> Path | None:
+    """The first of `names` that there is in the first of `folders` that has one."""
+    return next((path for folder in folders for name in names if (path := folder / name).is_file()), None)
+
+
 def sources(rows: str, args: argparse.Namespace, sample: Path) -> list[Path]:
     """The files that rows of a kind are taken from: the published one, or what there is and the sample world."""
-    def find(name: str) -> Path | None:
-        return next((path for folder in args.data for suffix in (".jsonl", ".jsonl.gz")
-                     if (path := folder / f"{name}{suffix}").is_file()), None)
-
     if args.preset == "tiny":
         return [sample / f"{rows}.jsonl"]
     name = FILES[args.preset][rows]
-    published = find(name)
+    published = find(args.data, f"{name}.jsonl", f"{name}.jsonl.gz")
     if published and published.suffix != ".gz":  # the published files come unpacked
         return [published]
     if args.preset == "full" and rows in TOKENISED:
         raise UserError(f"--preset full: no {name}.jsonl in {', '.join(map(str, args.data))}; "
                         f"python scripts/download_data.py {name}.jsonl")
-    return [*filter(None, map(find, SUBSTITUTES.get(rows, ()))), sample / f"{rows}.jsonl"]
+    substitutes = (find(args.data, f"{name}.jsonl", f"{name}.jsonl.gz") for name in SUBSTITUTES.get(rows, ()))
+    return [*filter(None, substitutes), sample / f"{rows}.jsonl"]
 
 
 def token_flags(flags: dict) -> dict:
@@ -163,24 +191,47 @@ def discard_checkpoints(folder: Path, name: str) -> None:
 
 
 def evaluate(args: argparse.Namespace, folder: Path, finished: dict[str, float], flags: dict[str, dict]) -> dict:
-    """What every weight that chats answers: the sample world's held-out cases, a few questions, tasks for tools."""
+    """What every weight knows and answers: held-out text, benchmarks, the sample world's held-out cases, PROMPTS."""
     cases = [row for _, row in read_rows(folder / "data/sample/heldout.jsonl")]
-    device, result = choose_device(flags["full_sft"].get("device", "auto")), {"exam": {}, "answers": {}}
-    for name in (name for name, stage in STAGES.items() if name in finished and stage.answers):
+    texts = [row["text"] for _, row in read_rows(folder / "data/pretrain_val.jsonl")]
+    languages = {"zh": [text for text in texts if CHINESE.search(text)],
+                 "en": [text for text in texts if not CHINESE.search(text)]}
+    benchmarks = {name: read_questions(name, path)[::args.every] for name, file in BENCHMARKS.items()
+                  if (path := find(args.data, f"eval/{file}"))}
+    device, result = choose_device(flags["full_sft"].get("device", "auto")), {
+        "bits_per_byte": {}, "benchmarks": {}, "exam": {}, "answers": {}, "sampled": {}}
+    for name in (name for name, stage in STAGES.items() if name in finished and name != "reward"):
         weight, lora = ("full_sft", name) if name == "lora_identity" else (name, None)
         model, tokenizer = load_for_inference("model", weight, folder, None, device, lora_weight=lora)
-        result["exam"][name] = share_per_skill(score(model, tokenizer, cases[::args.every]))
-        prompts = [tokenizer.prompt([{"role": "user", "content": question}]) for question in CHAT]
-        sequences = generate(model, prompts, SamplingParams(96, temperature=0))
-        result["answers"][name] = {question: tokenizer.decode(sequence.completion_ids)
-                                   for question, sequence in zip(CHAT, sequences, strict=True)}
-        print(f"evaluation: {name}", *(f"{skill} {right:.0%}" for skill, right in result["exam"][name].items()))
-    run("eval_toolcall.py", {
-        "save_dir": folder, "device": device, "benchmark": max(1, 48 // args.every), "json": folder / "tools.json",
-        "weight": tuple(name for name in ("full_sft", "agent") if name in finished)}, show=False)
-    tools = json.loads((folder / "tools.json").read_text("utf-8"))["weights"]
-    result["tools"] = {name: {kind: f"{counts['right']}/{counts['of']}" for kind, counts in kinds.items()}
-                       for name, kinds in tools.items()}
+        result["bits_per_byte"][name] = {
+            language: measure_texts(model, tokenizer, documents[::args.every], 512)["bits_per_byte"]
+            for language, documents in languages.items() if documents[::args.every]}
+        result["benchmarks"][name] = {benchmark: summarise(answer(model, tokenizer, questions))
+                                      for benchmark, questions in benchmarks.items()}
+        if STAGES[name].answers:
+            result["exam"][name] = share_per_skill(score(model, tokenizer, cases[::args.every]))
+            prompts = [tokenizer.prompt([{"role": "user", "content": question}]) for question in PROMPTS]
+            for kind, temperature in (("answers", 0), ("sampled", 0.85)):
+                sequences = generate(model, prompts, SamplingParams(128, temperature, top_p=0.95, seed=0))
+                result[kind][name] = {question: tokenizer.decode(sequence.completion_ids)
+                                      for question, sequence in zip(PROMPTS, sequences, strict=True)}
+        print(f"evaluation: {name}", *(f"{language} {value:.3f}" for language, value in
+                                       result["bits_per_byte"][name].items()),
+              *(f"{skill} {right:.0%}" for skill, right in result["exam"].get(name, {}).items()), flush=True)
+        if name == "full_sft" and (path := find(args.data, "long_zh.txt.gz")):
+            ids = tokenizer.encode_text("\n".join(read_texts(path)))
+            result["context"] = {"lengths": LENGTHS, **measure_context(model, ids, LENGTHS)}
+    flags_of_tools = {"save_dir": folder, "device": device,
+                      "weight": tuple(name for name in ("full_sft", "agent") if name in finished)}
+    kinds = {"sample": {"benchmark": max(1, 48 // args.every)}}
+    if path := find(args.data, "eval/bfcl_simple.jsonl"):
+        kinds["bfcl"] = {"cases": path}
+    result["tools"] = defaultdict(dict)
+    for kind, more in kinds.items():
+        run("eval_toolcall.py", flags_of_tools | more | {"json": folder / f"tools_{kind}.json"}, show=False)
+        weights = json.loads((folder / f"tools_{kind}.json").read_text("utf-8"))["weights"]
+        for name, counts in weights.items():
+            result["tools"][name] |= {task: f"{count['right']}/{count['of']}" for task, count in counts.items()}
     return result
 
 
@@ -219,7 +270,8 @@ def main() -> None:
     steps = {"data": ({"sample_scale": args.sample_scale, **token_flags(flags["full_sft"])},
                       lambda: prepare(args, folder, flags))}
     steps |= {step: (flags[step], partial(train, stage.script, flags[step])) for step, stage in STAGES.items()}
-    steps["evaluation"] = {"every": args.every}, lambda: evaluate(args, folder, pipeline.ended(), flags)
+    steps["evaluation"] = ({"every": args.every, "prompts": len(PROMPTS)},
+                           lambda: evaluate(args, folder, pipeline.ended(), flags))
     for step in sorted(args.stages, key=NAMES.index):
         parent, ended, (depends_on, work) = PARENTS.get(step, "full_sft"), pipeline.ended(), steps[step]
         if parent and parent not in ended:

@@ -328,7 +328,8 @@ def check_training(report: Report, args: Namespace, device: torch.device) -> Non
         for use_moe, batch_size in ((0, 32), (1, 32), *[(0, 128)] * (memory > 40)):
             run = Namespace(**vars(args) | {"stage": "pretrain", "data_path": data_path, "use_moe": use_moe,
                                             "batch_size": min(batch_size, args.batch_size), "warmup": args.steps // 2})
-            recipes = {"default": lambda run=run: train_speed.default_recipe(run, Path(folder)),
+            run_folder = Path(folder) / f"{use_moe}_{batch_size}"
+            recipes = {"default": partial(train_speed.default_recipe, run, run_folder),
                        "plain": partial(train_speed.plain_recipe, run),
                        "transformers": partial(train_speed.transformers_recipe, run)}
             for name, recipe in recipes.items():

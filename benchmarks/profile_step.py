@@ -19,6 +19,7 @@ from unittest import mock
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import result_name, save_result
@@ -104,7 +105,7 @@ def main() -> None:
     events = steps.profiler.key_averages()
     on_device = any(event.self_device_time_total for event in events)  # it hides what the host does meanwhile
     kernels = [(event.key, event.self_device_time_total if on_device else event.self_cpu_time_total, event.count)
-               for event in events]
+               for event in events if not on_device or event.device_type != DeviceType.CPU]  # who started it, too
     total, shares = sum(micros for _, micros, _ in kernels), defaultdict(float)
     for name, micros, _ in kernels:
         shares[kind_of(name)] += micros / total

@@ -132,7 +132,7 @@ class Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize("preset", ["demo", "tiny", "zero", "full"])
+@pytest.mark.parametrize("preset", ["demo", "tiny", "cpu", "zero", "full"])
 def test_the_scripts_take_the_flags_of_every_preset(tmp_path, monkeypatch, preset):
     args = mock.Mock(preset=preset, moe=True, set=[("all", "seed", "3")])
     recipe = {stage.name: stage.sample_flags | stage.data_flags(tmp_path) for stage in stages.STAGES} \
