@@ -80,8 +80,9 @@ BENCHMARKS = {"cmmlu": "cmmlu_test_subset.jsonl", "arc": "arc_easy.jsonl", "piqa
 LENGTHS = [512, 1024, 2048, 4096, 8192]  # of the windows of a long text
 PROMPTS = (
     *CHAT, "请介绍一下你自己。", "为什么天空是蓝色的？", "怎样才能睡得更好？",
-    "请写一首关于秋天的短诗。", "把下面的句子翻译成英文：今天天气很好。", "我最近压力很大，应该怎么办？", "推荐三种健康的早餐。",
-    "中国的首都是哪里？", "What is the capital of France?", "Explain in one sentence what a computer program is.",
+    "请写一首关于秋天的短诗。", "把下面的句子翻译成英文：今天天气很好。", "我最近压力很大，应该怎么办？",
+    "推荐三种健康的早餐。", "中国的首都是哪里？", "What is the capital of France?",
+    "Explain in one sentence what a computer program is.",
     "Write a short story about a fox and a river.", "How do I make a cup of tea?",
     "Give me three tips for learning a language.", "Tom has 3 apples and buys 5 more. How many does he have?",
     "What is the difference between a list and a tuple in Python?", "Tell me something about the moon.")
