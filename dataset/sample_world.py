@@ -39,12 +39,13 @@ Message = dict[str, Any]
 Tree = Any  # an int, or (sign, Tree, Tree)
 
 SKILLS = ("facts", "arithmetic", "thinking", "dialogue", "identity", "tools")
-SFT_MIX = (20, 31, 17, 11, 4, 17)  # percent, in the order of SKILLS
+PRETRAIN_MIX = {"facts": 29, "tales": 6, "glossary": 4, "sums": 30, "calls": 20, "chats": 11}  # percent
+SFT_MIX = (13, 29, 18, 23, 3, 14)  # percent, in the order of SKILLS
 DPO_MIX = (20, 20, 10, 15, 10, 25)
 HELDOUT_PERCENT, VAL_PERCENT = 12, 6
 HELDOUT_CASES = 24  # per skill and language, at any scale
 FILES = {  # rows at scale 1
-    "pretrain": 4200, "pretrain_val": 100, "sft": 13500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
+    "pretrain": 5800, "pretrain_val": 100, "sft": 20500, "sft_val": 400, "heldout": 2 * len(SKILLS) * HELDOUT_CASES,
     "dpo": 1500, "dpo_val": 100, "reward": 18000, "reward_val": 400, "rlaif": 1500, "rlaif_val": 200,
     "agent_rl": 1500, "agent_rl_val": 200,
     "lora_identity": 600, "lora_identity_val": 40}
@@ -52,7 +53,7 @@ SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 dumps = partial(json.dumps, ensure_ascii=False)
 
 
-TOOL_MIX = (70, 7, 5, 5, 4, 4, 3, 2)  # percent, in the order of TOOLS; mostly arithmetic, the agent stage's task
+TOOL_MIX = (58, 8, 7, 7, 6, 6, 4, 4)  # percent, in the order of TOOLS; mostly arithmetic, the agent stage's task
 
 
 def tool_schema(name: str) -> dict:
@@ -245,7 +246,7 @@ class World:
         for slot, value in statements:
             messages += turn(self.realise(slot.statement, v=value), self.realise(slot.reply, v=value))
         messages += self.small_talk(texts.THANKS, 0.1)
-        for slot, value in self.rng.sample(statements, self.rng.choice((1, 1, len(slots)))):
+        for slot, value in self.rng.sample(statements, len(slots)):
             messages += turn(self.realise(slot.question), self.realise(slot.answer, v=value))
         other = self.rng.choice([option for option in self.split_options(slot.values[self.lang]) if option != value])
         return Case(dumps(messages), messages, value, reply(self.realise(slot.answer, v=other)))
@@ -266,7 +267,7 @@ class World:
             return plain._replace(messages=[self.offer([]), *plain.messages])
         names = self.rng.choices(tuple(texts.TOOLS), TOOL_MIX, k=2 if several and self.chance(0.25) else 1)
         if several:  # several rounds under one offer: more to learn from a row
-            names = names * self.rng.randint(1, 3 // len(names))
+            names = names * self.rng.randint(1, 4 // len(names))
         tasks = [self.task(name) for name in names]
         messages = [self.offer(names), *(message for task in tasks for message in task.messages)]
         task = other = tasks[-1]
@@ -354,7 +355,7 @@ class World:
 
     def pretrain_row(self) -> Message:
         """A paragraph of one kind. Facts come from the deck, so all of them are stated."""
-        kind = self.rng.choices(("facts", "tales", "glossary", "sums", "calls"), (40, 14, 4, 17, 25))[0]
+        kind = self.rng.choices(tuple(PRETRAIN_MIX), PRETRAIN_MIX.values())[0]
         both, length, parts = self.chance(0.25), self.rng.randint(160, (440, 300)[self.lang]), []
         while sum(map(len, parts)) < length:
             entity, attribute = pair = next(self.decks[self.lang])
@@ -375,9 +376,11 @@ class World:
                 steps = answer.get("reasoning_content", "").splitlines()
                 parts += [ask["content"]] * both + steps + [answer["content"]]
             else:
-                messages = self.task(self.rng.choices(tuple(texts.TOOLS), TOOL_MIX)[0]).messages
+                tool = self.rng.choices(tuple(texts.TOOLS), TOOL_MIX)[0]
+                messages = (self.task(tool) if kind == "calls" else self.dialogue_case()).messages
                 parts += [message.get("tool_calls", message["content"]).strip("[]") for message in messages]
-        return {"text": ("\n" if kind in ("sums", "calls") else " " if both or self.lang == 0 else "").join(parts)}
+        separator = "\n" if kind in ("sums", "calls", "chats") else " " if both or self.lang == 0 else ""
+        return {"text": separator.join(parts)}
 
     def sft_row(self) -> Message:
         """A conversation about one skill; where questions are short, several of them, since a turn costs little."""

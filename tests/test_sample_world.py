@@ -14,6 +14,8 @@ import pytest
 
 from dataset import sample_world as sw
 from dataset.sample_texts import LANGS, TOOLS
+from model.chat import ChatTokenizer
+from scripts.lib.stages import STAGES
 
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset" / "sample_world.py"
 
@@ -123,6 +125,13 @@ def test_rows_keep_the_format(world):
     assert all(row["conversations"][-1]["content"] == "" and len(row["gt"]) == 1 for row in world["agent_rl"])
 
 
+def test_the_stages_leave_no_prompt_out_for_its_length(world):
+    tokenizer, flags = ChatTokenizer(), {stage.rows: stage.sample_flags for stage in STAGES}
+    for name in ("agent_rl", "agent_rl_val", "rlaif", "rlaif_val"):
+        longest = max(len(tokenizer.prompt(row["conversations"][:-1])) for row in world[name])
+        assert longest <= flags[name.removesuffix("_val")]["max_seq_len"], name
+
+
 def test_sizes_and_mix(world):
     assert len(world["sft"]) == round(sw.FILES["sft"] * SCALE)
     share = sum(row["conversations"][0]["role"] == "system" for row in world["sft"]) / len(world["sft"])
@@ -169,7 +178,7 @@ def test_heldout_combinations_are_in_no_training_row(world):
         elif row["skill"] == "arithmetic":
             assert answer["content"] not in everything
         elif row["skill"] == "dialogue":
-            assert answer["content"] not in text
+            assert answer["content"] not in everything
             name = re.fullmatch(r"Your name is (.+)\.|你叫(.+)。", answer["content"])
             assert not name or (name[1] or name[2]) not in text  # never met: it can only be copied
         elif row["skill"] == "tools" and answer.get("tool_calls"):

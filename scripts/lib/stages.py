@@ -89,7 +89,7 @@ STAGES = (
         **SINGLE_TURN, "critic_learning_rate": 5e-4, "kl_coef": 0, "update_epochs": 1, "target_kl": 0,
         "learning_rate": 1e-4, "max_steps": 24}),
     Stage("agent", "trainer/train_agent.py", "agent_rl", {
-        **ONLINE, "num_generations": 4, "max_seq_len": 384, "max_gen_len": 96, "max_total_len": 640, "max_turns": 4,
+        **ONLINE, "num_generations": 4, "max_seq_len": 512, "max_gen_len": 96, "max_total_len": 768, "max_turns": 4,
         "loss_type": "grpo", "beta": 0.02, "accumulation_steps": 4, "max_steps": 10}, in_demo=True),
 )
 CHAT = ("你好！", "Who are you?", "217 + 8等于多少？", "What is the colour of the ink cat?")
