@@ -19,7 +19,7 @@ def draw() -> Figure:
                           label=f"{1 / chance:.0f} options")
     left.set(xscale="log", xlabel="questions", ylabel="accuracy", ylim=(0, 0.85), title="95% of guessers score here")
     left.legend()
-    for row, (name, questions, accuracy, chance) in enumerate(MEASURED):
+    for row, (_, questions, accuracy, chance) in enumerate(MEASURED):
         error = 2 * np.sqrt(accuracy * (1 - accuracy) / questions)
         right.errorbar(accuracy - chance, row, xerr=error, fmt="o", color="C0", capsize=3)
     right.axvline(0, color="#808891", linewidth=1)
