@@ -68,7 +68,7 @@ def add_rollout_engine_args(parser: Parser) -> None:
     group.add_argument("--rollout_dir", help="folder it reads new weights from (default: {save_dir}/rollout_weights)")
     group.add_argument("--max_mismatch", type=nonneg_float,
                        help="end the run if a server's log-probabilities are further from the policy's, in nats per "
-                            "token (default: 0.1, then 5 times the first rollout's)")
+                            "token (default: 4 times what bf16 does to the policy's, then 5 times the first rollout's)")
     parser.add_aliases(sglang_base_url="rollout_url", sglang_shared_path="rollout_dir")
 
 

@@ -24,6 +24,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
+from torch import nn
+
 from dataset.prompts import Prompt
 from model.chat import EOS, AssistantMessage, ChatTokenizer, parse_json, parse_message
 from model.cli import UserError
@@ -147,6 +149,10 @@ class EpisodeEngine:
     max_turns: int
     max_total_len: int
     seed: int
+
+    @property
+    def model(self) -> nn.Module:
+        return self.engine.model
 
     def update(self) -> None:
         self.engine.update()

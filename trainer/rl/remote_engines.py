@@ -9,15 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from dataset.prompts import Prompt
 from model.chat import ChatTokenizer
 from model.cli import Failure, first_line
 from model.inference.engine import SamplingParams
+from model.model_minimind import MiniMindForCausalLM
 from model.transformers_io import save_folder
 from model.weights import weights_hash
 from trainer.distributed import World
+from trainer.losses import token_log_probs
 from trainer.rl.trajectory import Trajectory
 
 # Nothing is cut off or penalised: the policy whose gradient is taken is the whole distribution.
@@ -131,6 +134,25 @@ class RemoteRolloutEngine:
             raise Failure(f"{self.url}: no answer from the server: {first_line(error)}") from None
         except ValueError:
             raise Failure(f"{self.url}{path} does not answer in JSON") from None
+
+
+@torch.no_grad()
+def rounding_error(policy: nn.Module, trajectories: list[Trajectory], temperature: float) -> float:
+    """Nats per sampled token between the log-probabilities of an fp32 and a bf16 copy of `policy`.
+
+    Its weights must be whole, as for `update`.
+    """
+    copied, logprobs = MiniMindForCausalLM(policy.config).to(policy.device).eval(), []
+    copied.load_state_dict(policy.state_dict())
+    for dtype in (torch.float32, torch.bfloat16):
+        copied.to(dtype)
+        for trajectory in trajectories:
+            ids = torch.tensor(trajectory.tokens, device=policy.device)
+            at = (torch.tensor(trajectory.action_mask).nonzero()[:, 0] + len(trajectory.prompt.ids)).to(ids.device)
+            logits = copied(ids[None, :-1]).logits[0, at - 1]
+            logprobs.append(token_log_probs(logits, ids[at], temperature))
+    exact, rounded = map(torch.cat, (logprobs[:len(trajectories)], logprobs[len(trajectories):]))
+    return (exact - rounded).abs().mean().item()
 
 
 class SGLangEngine(RemoteRolloutEngine):

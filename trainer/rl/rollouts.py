@@ -23,13 +23,14 @@ from trainer.batches import GlobalBatch, global_batch_size, sampler_indices
 from trainer.losses import Loss, inputs, kl_k3, token_log_probs
 from trainer.rl.advantages import AdvantageEstimator
 from trainer.rl.packing import colorize_advantages, pack_mini_batch
+from trainer.rl.remote_engines import rounding_error
 from trainer.rl.trajectory import RolloutGroup, Trajectory
 from trainer.rollout_engine import policy_sampling_params
 
-# Nats per sampled token, on average, that rounding puts between a server's log-probabilities and the policy's. Measured
-# here: fp32 1e-6, fp16 1e-3, bf16 1e-2, a MoE in bf16 5e-2 (docs/training.md).
-MAX_FIRST_MISMATCH = 0.1
-MAX_GROWTH, MIN_BOUND = 5, 1e-4  # later rollouts: this many times the first one's, but at least that
+# A server's log-probabilities may be so many times further from the policy's than those of the policy's bf16 copy, in
+# the first rollout; in later ones so many times further than in the first. At least MIN_BOUND nats per sampled token.
+MAX_ROUNDING, MAX_GROWTH, MIN_BOUND = 4, 5, 1e-4
+NUM_ROUNDED = 16  # trajectories that the copy scores
 MAX_RESAMPLES = 4  # times that prompts are drawn for one rollout, to replace groups without a difference
 SETTINGS = ("batch_size", "num_generations", "update_epochs", "mini_batches", "temperature",
             "max_gen_len", "thinking_ratio", "aggregation", "resample", "reward_mix")
@@ -64,7 +65,7 @@ class RolloutStream:
         self._pending: list[GlobalBatch] = []  # and what of that is still to come
         self._metrics: dict[str, float] = {}
         self._approx_kl, self._num_items = torch.zeros((), device=run.device), 1  # of the last update
-        self._first_mismatch: float | None = None  # a server's rounding, as measured before the first update
+        self._max_mismatch = args.max_mismatch  # of a server, in nats per sampled token; None: not known yet
 
     def __str__(self) -> str:
         return f"{self.prompts_per_rollout} prompts x {self.args.num_generations} answers a rollout"
@@ -122,9 +123,13 @@ class RolloutStream:
         with self.run.summon_full_params():
             self.engine.update()
             groups = self.sample_groups()
+            trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+            is_first = args.rollout_engine != "local" and self._max_mismatch is None
+            if is_first:
+                rounding = rounding_error(self.engine.model, trajectories[:NUM_ROUNDED], args.temperature)
+                self._max_mismatch = max(MAX_ROUNDING * rounding, MIN_BOUND)
         sampled = time.perf_counter()
 
-        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         rng = np.random.default_rng([args.seed, self.rollouts])
         parts = np.array_split(rng.permutation(len(trajectories)), args.mini_batches)
         self._mini_batches = [
@@ -133,7 +138,9 @@ class RolloutStream:
         batches = [batch for mini_batch in self._mini_batches for batch in mini_batch.micro_batches]
         self.compute_old_and_ref_logprobs(batches)
         if args.rollout_engine != "local":
-            self.check_mismatch(batches)
+            mismatch = self.check_mismatch(batches)
+            if is_first:
+                self._max_mismatch = max(MAX_GROWTH * mismatch, MIN_BOUND)
         self.estimator.compute_advantages(groups, batches, self.world)
 
         self._pending = [self._mini_batches[i] for _ in range(args.update_epochs)
@@ -193,22 +200,21 @@ class RolloutStream:
                 if self.reference is not None:
                     batch["ref_logprobs"], _ = self._evaluate(self.reference, batch)
 
-    def check_mismatch(self, batches: list[dict]) -> None:
-        """Raise Failure if a server's log-probabilities of what it sampled are further from the policy's than rounding
-        explains: then it has not loaded all weights, or damaged them, whatever version it reports."""
+    def check_mismatch(self, batches: list[dict]) -> float:
+        """Nats per sampled token between a server's log-probabilities of what it sampled and the policy's.
+
+        Raises Failure if they are more than rounding explains: then the server has not loaded all weights, or damaged
+        them, whatever version it reports.
+        """
         errors = torch.cat([(batch["old_logprobs"] - batch["rollout_logprobs"]).abs() for batch in batches])
         total, count = self.world.sum(torch.stack((errors.sum(), errors.new_tensor(float(len(errors)))))).tolist()
-        mismatch, bound = total / count, self.args.max_mismatch
-        if bound is None:
-            is_first = self._first_mismatch is None
-            bound = MAX_FIRST_MISMATCH if is_first else max(MAX_GROWTH * self._first_mismatch, MIN_BOUND)
+        mismatch, bound = total / count, self._max_mismatch
         if not mismatch <= bound:
             raise Failure(f"{self.args.rollout_url}: its log-probabilities are {mismatch:.2g} nats per token from the "
                           f"policy's, more than the {bound:.2g} that rounding explains: it does not serve the weights "
                           "that it was given. Try another version of the server, or --rollout_engine local; "
                           "--max_mismatch sets the bound")
-        if self._first_mismatch is None:
-            self._first_mismatch = mismatch
+        return mismatch
 
     def _evaluate(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [M] of the sampled tokens, and their values [M] where `model` has a critic."""
