@@ -22,8 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from tqdm import tqdm
 
+from dataset.formats import normalise
 from dataset.reader import read_rows
-from model.chat import parse_tool_calls
 from model.cli import Failure, Parser, UserError, add_sampling_args, first_line, nonneg_int, run_main, whole_number
 from scripts.lib.openai_client import ChatClient, RequestRefused, add_endpoint_args
 
@@ -81,8 +81,9 @@ def main() -> None:
 
     def answer(key: str, prompt: list[dict]) -> dict:
         message, finish_reason = client.complete(prompt, temperature=args.temperature, max_tokens=args.max_new_tokens)
-        parse_tool_calls(message)  # raises ValueError for a call that cannot be learned from
-        return {"conversations": [*prompt, message], "prompt": key, "teacher": args.model,
+        conversation = [*prompt, message]
+        normalise({"conversations": conversation}, "chat")  # raises ValueError for one that cannot be learned from
+        return {"conversations": conversation, "prompt": key, "teacher": args.model,
                 "finish_reason": finish_reason}
 
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ def copy(tmp_path_factory) -> Path:
     """A copy of the repository that holds what `make demo` leaves, in tiny: random weights, few rows, short logs."""
     root = tmp_path_factory.mktemp("book") / "repository"
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(
-        ".*", "site", "sample", "cache", "*.pth", "*.jsonl*", "__pycache__", "tests", "images"))
+        ".*", "site", "out", "sample", "cache", "*.pth", "*.jsonl*", "__pycache__", "tests", "images"))
     sample_world.write(root / "dataset/sample", scale=0.01)
     model = MiniMindForCausalLM(MiniMindConfig(
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))

@@ -16,12 +16,12 @@ class Teacher(JsonHandler):
     """Answers with the last message in capitals; `asked` keeps what it heard; from request `fails_at` on it refuses."""
 
     asked: list[dict] = []
-    fails_at, status, arguments = 10**9, 401, '{"zone": "Asia/Seoul"}'
+    fails_at, status, arguments, suffix = 10**9, 401, '{"zone": "Asia/Seoul"}', ""
 
     def do_POST(self):
         request = self.body()
         self.asked.append(request)
-        said = request["messages"][-1]["content"].upper()
+        said = request["messages"][-1]["content"].upper() + self.suffix
         name = ("reasoning_content", "reasoning")[len(self.asked) % 2]  # DeepSeek's and vLLM's
         message = {"role": "assistant", "content": said, name: "hm"}
         if request.get("tools"):
@@ -84,6 +84,12 @@ def test_tools_go_and_calls_come(ask, teacher, capsys):
     messages[1]["content"] = "And now?"
     assert len(ask([{"conversations": messages}])) == 1
     assert "1 answers" in (said := capsys.readouterr().out) and "1 prompts have none" in said
+
+
+def test_an_answer_that_fine_tuning_would_refuse_is_left_out(ask, teacher, capsys):
+    teacher.suffix = '<tool_call>{"name": </tool_call>'
+    assert ask([row("one")]) == []
+    assert "1 prompts have none, the first because: message 2: a <tool_call> is not JSON" in capsys.readouterr().out
 
 
 def test_a_run_that_ended_early_goes_on_and_asks_nothing_twice(ask, teacher, tmp_path, capsys):
