@@ -1,4 +1,4 @@
-"""Full supervised fine-tuning: learn to answer, from conversations; only what the assistant says is learned."""
+"""Full supervised fine-tuning: learn to answer, from conversations; only what the assistant writes is learned."""
 
 import sys
 from functools import partial
