@@ -306,12 +306,15 @@ def engine_row(args: Namespace, device: torch.device, dtype: torch.dtype) -> Row
             "ok": error < (1e-4 if dtype == FP32 else 0.1)}
 
 
+STEPS = {"eager": {}, "checkpointing": {"checkpointing": True}, "compiled": {"compiled": True},
+         "compiled, checkpointing": {"compiled": True, "checkpointing": True}}
+
+
 def check_steps(report: Report, args: Namespace, device: torch.device) -> None:
     for use_moe in (0, 1):
         args = Namespace(**vars(args) | {"use_moe": use_moe})
         kind = "MoE" if use_moe else "dense"
-        for name, flags in (("eager", {}), ("checkpointing", {"checkpointing": True}), ("compiled", {"compiled": True}),
-                            ("compiled, checkpointing", {"compiled": True, "checkpointing": True})):
+        for name, flags in STEPS.items():
             report.check("steps", f"{kind}, {name}", partial(step_row, args, device, **flags))
         for dtype in dict.fromkeys((FP32, inference_dtype(device, bool(use_moe)))):
             report.check("answers", f"{kind}, {str(dtype)[6:]}", partial(engine_row, args, device, dtype))
@@ -395,7 +398,7 @@ def main() -> None:
                     {"tables": report.tables, "markdown": report.markdown()})
     print(f"\n{report.markdown()}")
     if report.num_failures:
-        raise Failure(f"{report.num_failures} checks failed, marked **NO** above")
+        raise Failure(f"checks that failed: {report.num_failures}, marked **NO** above")
 
 
 if __name__ == "__main__":

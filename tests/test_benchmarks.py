@@ -8,7 +8,8 @@ import pytest
 import torch
 from lab import ROOT
 
-from benchmarks import decode_speed, profile_step, quality, rl_speed
+from benchmarks import decode_speed, gpu_check, profile_step, quality, rl_speed
+from model.cli import Failure
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import train_pretrain
 from trainer import trainer as loop
@@ -113,3 +114,29 @@ def test_levers_want_a_time(capsys):
             pytest.raises(SystemExit) as ended:
         quality.main()
     assert ended.value.code == 2 and "--seconds" in capsys.readouterr().err and (ROOT / "benchmarks").is_dir()
+
+
+def test_a_device_is_compared_with_the_cpu_and_a_failing_check_stops_nothing(one_thread, monkeypatch, capsys, device):
+    saved = {}
+    monkeypatch.setattr(gpu_check, "save_result", lambda name, numbers: saved.update(numbers))
+    flags = ["--hidden_size=64", "--num_hidden_layers=1", f"--device={device}"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--only", "kernels", "steps", *flags])
+    layouts = [layout for layout in gpu_check.attention_layouts() if "shared prompt" in layout[0]]
+    monkeypatch.setattr(gpu_check, "attention_layouts", lambda: iter(layouts))
+    monkeypatch.setattr(gpu_check, "training_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(gpu_check, "STEPS", {"eager": {}, "checkpointing": {"checkpointing": True}})
+    monkeypatch.setattr(gpu_check, "milliseconds", lambda work, device: 1.0)
+    monkeypatch.setattr(gpu_check, "sample", mock.Mock(side_effect=RuntimeError("no kernel image")))
+    with pytest.raises(Failure, match="failed: 1,"):
+        gpu_check.main()
+    rows = {row["what"]: row for table in saved["tables"].values() for row in table}
+    assert rows["sampling"]["error"] == "RuntimeError: no kernel image" and not rows["sampling"]["ok"]
+    assert [name for name, row in rows.items() if not row.get("ok", True)] == ["sampling"]
+    assert {"dense, checkpointing", "MoE, eager"} <= rows.keys()
+    assert "| sampling |  | RuntimeError: no kernel image |  | **NO** |" in capsys.readouterr().out
+
+
+def test_a_kernel_that_is_wrong_on_the_device_does_not_pass():
+    factors = iter((1.01, 1.0))  # the device's run, and the reference
+    row = gpu_check.compare(lambda x: x * next(factors, 1.0), [torch.ones(4)], torch.device("cpu"), torch.float32)
+    assert not row["ok"] and row["error"] == pytest.approx(0.01, rel=1e-3)

@@ -1,5 +1,6 @@
 """One command trains, measures and reports: each stage once, the finished never again, the stopped from its place."""
 
+import gzip
 import io
 import json
 import runpy
@@ -42,8 +43,13 @@ def start(folder: Path, *flags: str, preset: str = "tiny") -> None:
 def lived(tmp_path_factory) -> Path:
     """The folder of a toy that has gone through all stages."""
     folder = tmp_path_factory.mktemp("lived")
-    with mock.patch.object(full_run, "run", run_here):
-        start(folder, *SMALL)
+    (folder / "eval").mkdir()
+    questions = [{"query": f"Question: {word}?", "choices": ["yes", "no"], "gold": gold}
+                 for gold, word in enumerate(("right", "wrong"))]
+    (folder / "eval/arc_easy.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in questions * 96))
+    (folder / "long_zh.txt.gz").write_bytes(gzip.compress("从前有一只狐狸。".encode() * 40))
+    with mock.patch.object(full_run, "run", run_here), mock.patch.object(full_run, "LENGTHS", [260, 270]):
+        start(folder, f"--data={folder}", *SMALL)
     return folder
 
 
@@ -61,7 +67,13 @@ def test_a_toy_goes_through_all_stages_and_the_report_tells_what_each_took_and_g
         assert stage["after"] == {k: v for k, v in rows[-1].items() if k[:4] == "val_"} != {}
         assert stage["yuan"] == pytest.approx(stage["seconds"] / 3600 * 1.3) and f"| {name} | " in text
     assert stages["grpo"]["seconds_a_step"]["rollout"] > 0
-    assert set(stages["evaluation"]["answers"]) == {"full_sft", "lora_identity", "dpo", "grpo", "agent"}
+    evaluation, chats = stages["evaluation"], {"full_sft", "lora_identity", "dpo", "grpo", "agent"}
+    assert set(evaluation["answers"]) == set(evaluation["sampled"]) == set(evaluation["exam"]) == chats
+    assert len(full_run.PROMPTS) == 20
+    assert all(set(answers) == set(full_run.PROMPTS) for answers in evaluation["answers"].values())
+    assert set(evaluation["bits_per_byte"]) == set(evaluation["benchmarks"]) == {"pretrain", *chats}
+    assert evaluation["benchmarks"]["pretrain"]["arc"]["questions"] == 2 and "| guessing | 50.0% |" in text
+    assert len(evaluation["context"]["yarn"]) == 2 and "| with YaRN | " in text
     assert all((lived / f"report/tiny_{number}.png").stat().st_size > 5000 for number in (1, 2, 3))
     assert not list((lived / "tiny/data").glob("*pretrain.jsonl"))  # tokens are what is carried
 
