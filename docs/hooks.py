@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = re.compile(r'^( *)--8<-- "([^":]+\.py):([\w.]+)"$', re.M)  # indentation, path, symbol
 TITLED = re.compile(r'^( *```python)\n( *--8<-- "([^":]+):)', re.M)
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
+CHINESE = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
+CHINESE_BREAK = re.compile(rf"(?<={CHINESE})\n(?={CHINESE})")  # a browser would show it as a space
 LANGUAGE_LINK = re.compile(r"^\[(?:中文|English)\]\(\S+\)\n", re.M)  # for readers on GitHub; the site has a menu
 log = logging.getLogger("mkdocs.hooks.book")  # a warning ends a strict build
 
@@ -77,7 +79,7 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 
 
 def on_page_content(content: str, page, **_) -> str:
-    """Replace the equations that pymdownx.arithmatex marked by MathML."""
+    """Replace the equations that pymdownx.arithmatex marked by MathML; join lines of Chinese without a space."""
     def rendered(match: re.Match) -> str:
         try:
             return mathml(html.unescape(match[3]), match[2] == "[")
@@ -85,7 +87,8 @@ def on_page_content(content: str, page, **_) -> str:
             log.warning("%s: equation %s: %r", page.file.src_uri, match[3], error)
             return match[0]
 
-    return EQUATION.sub(rendered, content)
+    parts = re.split(r"(<pre.*?</pre>)", EQUATION.sub(rendered, content), flags=re.S)
+    return "".join(part if part.startswith("<pre") else CHINESE_BREAK.sub("", part) for part in parts)
 
 
 def on_post_page(output: str, page, **_) -> str:
