@@ -20,6 +20,9 @@ def run(arguments: list[str], root: Path, log: Path) -> None:
     try:
         if arguments[0] == "-c":
             exec(arguments[1], {"__name__": "__main__"})
+        elif arguments[0] == "-m":
+            sys.path[0], sys.argv = str(root), arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit:
