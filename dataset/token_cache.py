@@ -37,6 +37,7 @@ from model.files import open_atomically, write_atomically
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
 CHUNK_CHARS = 2 << 20  # of text tokenised at a time
 PROGRESS_S = 15
+MAX_VOCAB_SIZE = 2**16
 VERSION = 3  # raise it when the same row becomes other tokens
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -119,8 +120,12 @@ def load_tokens(path: Path, kind: str, settings: dict, parse: Parser, row_kind: 
                 has_mask: bool, skip_bad_rows: bool, cache_dir: Path) -> tuple[Path, dict]:
     """The folder of the tokens of `path`, made where it is missing, and its meta.json. `path` may be such a folder.
 
-    Raises UserError for a missing file, a bad row on the way (unless `skip_bad_rows`), a folder of another recipe.
+    Raises UserError for a missing file, a bad row on the way (unless `skip_bad_rows`), a folder of another recipe, and
+    a tokenizer of more entries than uint16 counts.
     """
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        raise UserError(f"--tokenizer {tokenizer.folder}: {tokenizer.vocab_size:,} entries, but files of tokens hold "
+                        f"ids below {MAX_VOCAB_SIZE:,}; train a smaller one with scripts/train_tokenizer.py")
     recipe = [VERSION, kind, tokenizer.hash, settings]
     if path.is_dir():
         folder, meta = path, load_prepared(path, recipe)

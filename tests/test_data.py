@@ -220,6 +220,14 @@ def forbid_tokenising(monkeypatch):
     monkeypatch.setattr(ChatTokenizer, "encode_segments", refuse)
 
 
+def test_a_tokenizer_of_more_entries_than_token_files_can_count_is_refused(make, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "vocab_size", 65_537)
+    with pytest.raises(UserError, match="65,537 entries, but files of tokens hold ids below 65,536"):
+        make(PretrainDataset, [{"text": "a"}])
+    monkeypatch.setattr(tokenizer, "vocab_size", 65_536)
+    assert len(make(PretrainDataset, [{"text": "ab"}])) == 1
+
+
 def test_the_second_start_reads_the_cache(make, monkeypatch):
     rows = random_chats(6)
     first = make(SFTDataset, rows)
