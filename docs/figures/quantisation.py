@@ -29,6 +29,6 @@ def draw() -> Figure:
             right.plot(result["megabytes"], result["bits_per_byte"], "o", color="C0")
             right.annotate(name, (result["megabytes"], result["bits_per_byte"]), xytext=(5, 6),
                            textcoords="offset points")
-    right.set(xlabel="MB of the file", ylabel="bits per byte", xlim=(0, 8), ylim=(0.4725, 0.4775),
+    right.set(xlabel="MB of the file", ylabel="bits per byte", xlim=(0, 8), ylim=(0.43, 0.438),
               title="demo's model, held-out text")
     return figure
