@@ -28,7 +28,7 @@ from trainer.rl.episodes import EpisodeEngine
 from trainer.rl.packing import colorize_advantages, group_by_prefix
 from trainer.rl.rollouts import RolloutStream
 from trainer.rl.trajectory import RolloutGroup, Trajectory
-from trainer.rollout_engine import LocalRolloutEngine
+from trainer.rollout_engine import LocalRolloutEngine, add_rollout_engine_args
 
 # -- the losses --------------------------------------------------------------------------------------------------------
 
@@ -230,7 +230,8 @@ def make_stream(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: 
                 "--max_gen_len": 24, "--loss_type": "grpo", "--beta": 0, "--device": "cpu"}
     flags = [str(part) for pair in defaults.items() for part in pair] + [str(flag) for flag in flags]
     parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
-    parser.set_defaults(reward_mix="", rollout_engine="local")
+    add_rollout_engine_args(parser)
+    parser.set_defaults(reward_mix="")
     args = parse_policy_args(parser, flags)
     rng = np.random.default_rng(0)
     prompts = object.__new__(PromptDataset)
