@@ -12,6 +12,7 @@ from contextlib import suppress
 SWITCH = {"type": int, "choices": (0, 1)}  # keyword arguments of `add_argument` for a flag that is 0 or 1
 SURROGATE = re.compile("[\ud800-\udfff]")  # U+DC80 to U+DCFF stand for bytes that could not be decoded
 OUTPUTS = ("out", "json", "picture")  # flags of files that are written
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")  # of torch on a CPU, on CUDA and MPS
 CHINESE = re.compile("[\u3000-\u303f\u3400-\u9fff\uff00-\uffef]")
 
 
@@ -54,7 +55,7 @@ def run_main(main: Callable[[], None]) -> None:
             exit_with(141)
         exit_with(1, f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "))
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch on a CPU
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         exit_with(1, f"error: this machine has too little memory for these sizes ({first_line(error)})")
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from lab import ROOT
 
 from model.cli import Parser
@@ -65,7 +66,9 @@ def test_the_largest_seed_is_a_seed(lab):
 
 def test_too_little_memory_is_told_in_one_line(lab, capsys, monkeypatch):
     lab, errors = lab(), iter([MemoryError("Unable to allocate 7 TiB"), RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+        "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GiB)")])
     monkeypatch.setattr(train_pretrain, "next_token_loss", lambda *_: (_ for _ in ()).throw(next(errors)))
     for _ in range(2):
         lab.fails(capsys, 1, "too little memory")
