@@ -77,7 +77,7 @@ SUBSTITUTES = {"pretrain": ("pretrain",), "sft": ("sft", "sft_toolcall"), "dpo":
 TOKENISED = ("pretrain", "sft")  # ahead, because they are large
 BENCHMARKS = {"cmmlu": "cmmlu_test_subset.jsonl", "arc": "arc_easy.jsonl", "piqa": "piqa.jsonl",
               "openbookqa": "openbook_qa.jsonl"}  # in the folder eval of --data
-LENGTHS = [128, 256, 512, 1024, 2048, 4096, 8192]  # of the windows of a long text
+LENGTHS = [288, 384, 512, 1024, 2048, 4096, 8192]  # of the windows of a long text, which end in 256 predicted tokens
 PROMPTS = (
     *CHAT, "请介绍一下你自己。", "为什么天空是蓝色的？", "怎样才能睡得更好？",
     "请写一首关于秋天的短诗。", "把下面的句子翻译成英文：今天天气很好。", "我最近压力很大，应该怎么办？",
