@@ -1,29 +1,35 @@
 """Does a choice learn better? Train the same small model on the same text with each choice, several seeds, and compare.
 
 With --seconds every choice gets the same training time: a few steps show how fast it is, then it makes one pass over as
-many rows as fit, from the front of the same text, and its learning-rate schedule ends with them. Otherwise every choice
-of a seed gets the same rows in the same order. Start-up, compilation, tokenisation and validation are not counted.
+many rows as fit, from the front of the same text, and its learning-rate schedule ends with them. With --tokens every
+choice gets the same number of tokens, as many rows as have them. Otherwise every choice of a seed gets the same rows in
+the same order. Start-up, compilation, tokenisation and validation are not counted.
 
     python benchmarks/quality.py --choices levers --seconds 60 --hidden_size 128 \\
         --data_path ../shared/data/pretrain.jsonl.gz --val_data_path ../shared/data/pretrain_val.jsonl.gz
-    python benchmarks/quality.py --choices router --data_path … --val_data_path …
+    python benchmarks/quality.py --choices schedule --tokens 2e6 --data_path … --val_data_path …
+    python benchmarks/quality.py --choices recipes --seconds 400 --validations 6 --data_path … --val_data_path …
 """
 
 import argparse
+import json
 import math
 import re
 import statistics
 import sys
 import tempfile
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import accumulate, islice
 from pathlib import Path
 from unittest import mock
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from benchmarks.machine import model_parser, save_result, train
-from dataset.reader import read_lines
-from model.cli import UserError, nonneg_float, nonneg_int, positive_int, run_main
+from dataset.reader import read_lines, read_rows
+from model.chat import TOKENIZER_DIR, ChatTokenizer
+from model.cli import CHINESE, UserError, nonneg_float, nonneg_int, positive_int, run_main
 from model.weights import ROOT
 
 # the recipe as published: padded rows, AdamW, 256 rows per step, eager
@@ -33,7 +39,7 @@ PACKED, COMPILED, MUON = {"packing": 1}, {"use_compile": 1}, {"optimizer": "muon
 SMALL_STEPS = {"batch_size": 8, "accumulation_steps": 1, "learning_rate": 2e-3, "warmup_ratio": 0.05}
 FAST = {**PLAIN, **PACKED, **COMPILED, **SMALL_STEPS}
 ALL = {**FAST, **MUON}
-UNMASKED = {"document_masking": 0}  # no flag of the stage: see run_unmasked
+UNMASKED, DEFAULT_BETAS = {"masking": "none"}, {"betas": "default"}  # changes of the code rather than flags: CHANGES
 CHOICES = {  # name → the flags of train_pretrain.py that make each choice
     "levers": {"plain": PLAIN,
                "+ packing": {**PLAIN, **PACKED, **UNMASKED},
@@ -49,6 +55,22 @@ CHOICES = {  # name → the flags of train_pretrain.py that make each choice
                "… and Muon, eager": {**ALL, "use_compile": 0},
                "… and Muon, no document masking": {**ALL, **UNMASKED},
                "… and Muon and MoE": {**ALL, "use_moe": 1}},
+    "recipes": {"published": {**PLAIN, **SMALL_STEPS, **DEFAULT_BETAS, "weight_decay": 0.01, "dtype": "float32"},
+                "ours": ALL},
+    "schedule": {"cosine to a tenth": ALL, "cosine to 0": {**ALL, "schedule": "cosine to 0"},
+                 "WSD: linear to 0 over the last fifth": {**ALL, "schedule": "wsd"}},
+    "epochs": {"1 pass": ALL, "2 passes over half": {**ALL, "epochs": 2},
+               "4 passes over a quarter": {**ALL, "epochs": 4}},
+    "batch": {"4 rows": {**ALL, "batch_size": 4}, "8 rows": ALL, "16 rows": {**ALL, "batch_size": 16},
+              "4, then 8, then 16 rows": {**ALL, "ramp": "doubling"}},
+    # nearly the same number of parameters in the blocks
+    "shape": {f"{width} x {depth}": {**ALL, "hidden_size": width, "num_hidden_layers": depth}
+              for width, depth in ((384, 2), (256, 4), (192, 8), (128, 16))},
+    # of the text that the tokenizer is made of, how many rows of each language; digits of a number per token
+    "vocabulary": {"as published: Chinese and English alike": {**ALL, "vocabulary": (1, 1, 1)},
+                   "four times the Chinese": {**ALL, "vocabulary": (1, 4, 1)},
+                   "four times the English": {**ALL, "vocabulary": (4, 1, 1)},
+                   "up to three digits per token": {**ALL, "vocabulary": (1, 1, 3)}},
     "router": {"raw": {"use_moe": 1, "norm_topk_prob": 0, "optimizer": "muon"},
                "normalised": {"use_moe": 1, "norm_topk_prob": 1, "optimizer": "muon"}},
     "optimizer": {f"{optimizer} {rate}": {"optimizer": optimizer, "learning_rate": rate}
@@ -59,11 +81,10 @@ NUM_VAL_ROWS = 200
 NUM_CALIBRATION_ROWS = 192  # that show how fast a choice is
 
 
-def run_unmasked(flags: list[str]) -> None:
-    """Run train_pretrain.py in this process; a token of a training row attends to all before it, of any document."""
+def unmask() -> mock._patch:
+    """A token of a training row attends to all before it, of any document."""
     import torch
 
-    from trainer import train_pretrain
     from trainer.batches import BatchStream
 
     def merged(batch: dict) -> dict:
@@ -71,15 +92,87 @@ def run_unmasked(flags: list[str]) -> None:
         bounds = (torch.arange(len(batch["cu_seqlens"]), dtype=torch.int32) * T).clamp(max=B * T)
         return batch | {"cu_seqlens": bounds, "position_ids": torch.arange(T).expand(B, T).contiguous()}
 
-    def unmasked_init(stream, data, *arguments):
+    def init(stream, data, *arguments):
         original_init(stream, data, *arguments)
         batch = data.batch
         data.batch = lambda rows: merged(batch(rows))  # of the training rows only
 
     original_init = BatchStream.__init__
-    with mock.patch.object(BatchStream, "__init__", unmasked_init), \
-            mock.patch.object(sys, "argv", ["train_pretrain.py", *flags]):
+    return mock.patch.object(BatchStream, "__init__", init)
+
+
+def change_schedule(name: str) -> mock._patch:
+    """`wsd`: warm up, stay, fall linearly to 0 in the last fifth (Hu et al. 2024). `cosine to 0`: not to a tenth."""
+    def rate(step: int, steps: int, peak: float, warmup: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        left = (steps - step) / max(1, steps - warmup)
+        return peak * (min(1.0, left / 0.2) if name == "wsd" else (1 - math.cos(math.pi * left)) / 2)
+
+    return mock.patch("trainer.trainer.learning_rate", rate)
+
+
+def ramp_batch() -> mock._patch:
+    """Half the rows per step for the first quarter of the data, as given for the second, then twice as many.
+
+    The number of steps stays.
+    """
+    from trainer.batches import BatchStream, sampler_indices
+
+    def rows(stream, step: int):
+        num_rows, quarter = stream.rows_per_step, stream.steps // 4
+        sizes = [num_rows // 2] * (2 * quarter) + [num_rows] * quarter
+        sizes += [2 * num_rows] * (stream.steps - len(sizes))
+        return sampler_indices(sum(sizes[:step]), sizes[step], stream.seed, len(stream.dataset))
+
+    return mock.patch.object(BatchStream, "rows", rows)
+
+
+def default_betas() -> mock._patch:
+    """AdamW with torch's own momenta, 0.9 and 0.999."""
+    from torch.optim import AdamW
+
+    return mock.patch("torch.optim.AdamW", lambda *args, **options: AdamW(*args, **{**options, "betas": (0.9, 0.999)}))
+
+
+CHANGES = {"masking": lambda _: unmask(), "schedule": change_schedule, "ramp": lambda _: ramp_batch(),
+           "betas": lambda _: default_betas()}
+
+
+def train_changed(changes: dict[str, str], flags: list[str]) -> None:
+    """Run train_pretrain.py in this process, with CHANGES of its code."""
+    from trainer import train_pretrain
+
+    with ExitStack() as stack:
+        for name, value in changes.items():
+            stack.enter_context(CHANGES[name](value))
+        stack.enter_context(mock.patch.object(sys, "argv", ["train_pretrain.py", *flags]))
         train_pretrain.main()
+
+
+def make_tokenizer(source: Path, english: int, chinese: int, digits: int, folder: Path) -> Path:
+    """Train a tokenizer on every 12th row of one language and on `english` or `chinese` times as many of the other.
+
+    digits: of a number, how many share a token.
+    """
+    from scripts import train_tokenizer
+
+    def texts() -> Iterator[str]:
+        counts = {True: 0, False: 0}
+        for _, row in read_rows(source):
+            is_chinese = bool(CHINESE.search(row["text"]))
+            counts[is_chinese] += 1
+            if counts[is_chinese] % (12 // (chinese if is_chinese else english)) == 0:
+                yield row["text"]
+
+    target = folder / f"tokenizer_{english}_{chinese}_{digits}"
+    if not target.exists():
+        split = train_tokenizer.SPLIT.replace(r"|\p{N}|", rf"|\p{{N}}{{1,{digits}}}|")
+        with mock.patch.object(train_tokenizer, "SPLIT", split):
+            tokenizer = train_tokenizer.train(texts(), 6400)
+        target.mkdir()
+        train_tokenizer.save(tokenizer, target)
+    return target
 
 
 def train_choice(choice: dict, args: argparse.Namespace, data: Path, val: Path | None,
@@ -89,24 +182,30 @@ def train_choice(choice: dict, args: argparse.Namespace, data: Path, val: Path |
         flags = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers", "use_moe", "batch_size",
                                                         "device")}
         flags |= {"data_path": data, "cache_dir": folder, "use_compile": 1, "accumulation_steps": 1,
-                  "learning_rate": 2e-3, "warmup_ratio": 0.05, "weight_decay": 0.1,
+                  "learning_rate": 2e-3, "warmup_ratio": 0.05, "weight_decay": 0.1, "adapt_threads": 0,
                   **({"val_data_path": val} if val else {})}
         flags |= choice | overrides
-        masked = flags.pop("document_masking", 1)
-        return train([ROOT / "trainer/train_pretrain.py"] if masked else [__file__, "--unmasked"], flags, Path(folder))
+        changes = {name: flags.pop(name) for name in CHANGES if name in flags}
+        script = [__file__, "--changed", json.dumps(changes)] if changes else [ROOT / "trainer/train_pretrain.py"]
+        return train(script, flags, Path(folder))
 
 
 def outcome(log: list[dict]) -> dict:
-    """The last validation, and the seconds of training; the first interval, which compiles, counts as the others."""
+    """The last validation, the seconds of training, and [tokens, seconds, bits per byte] of all validations.
+
+    The first interval, which compiles, counts as the others.
+    """
     last, first = log[-1], log[0]
+    tokens = [row["tokens"] for row in log]
+    seconds = [(after - before) / row["tokens_per_s"] for before, after, row in zip([0, *tokens], tokens, log,
+                                                                                     strict=False)]
     if len(log) > 1:
-        seconds = sum((after["tokens"] - before["tokens"]) / after["tokens_per_s"]
-                      for before, after in zip(log, log[1:], strict=False))
-        seconds *= last["step"] / (last["step"] - first["step"])
-    else:
-        seconds = last["tokens"] / last["tokens_per_s"]
+        seconds[0] = sum(seconds[1:]) * first["step"] / (last["step"] - first["step"])
+    seconds = list(accumulate(seconds))
+    curve = [[row["tokens"], duration, row["val_bpb"]] for row, duration in zip(log, seconds, strict=True)
+             if "val_bpb" in row]
     return {"val_bpb": last["val_bpb"], "val_loss": last["val_loss"], "train_loss": last["loss"], "steps": last["step"],
-            "tokens": last["tokens"], "seconds": seconds}
+            "tokens": last["tokens"], "seconds": seconds[-1], "curve": curve}
 
 
 def train_for_seconds(choice: dict, args: argparse.Namespace, folder: Path, val: Path, seed: int) -> dict:
@@ -122,7 +221,26 @@ def train_for_seconds(choice: dict, args: argparse.Namespace, folder: Path, val:
     # a little less than the text of so many steps, else a last step has only a few rows
     num_bytes = num_steps * tokens_per_step * sample.stat().st_size / num_tokens * 0.99
     text = front(args.data_path, folder / "text.jsonl", num_bytes=num_bytes)
-    return outcome(train_choice(choice, args, text, val, epochs=1, log_interval=max(1, num_steps // 10), seed=seed)[0])
+    return outcome(train_choice(choice, args, text, val, epochs=1, seed=seed, **intervals(args, num_steps))[0])
+
+
+def train_for_tokens(choice: dict, args: argparse.Namespace, folder: Path, val: Path, seed: int) -> dict:
+    """Train on --tokens from the front of the text, in as many passes as the choice makes."""
+    choice = {"epochs": 1} | choice | {"use_compile": 0}  # which changes nothing but the time
+    if vocabulary := choice.pop("vocabulary", None):
+        choice["tokenizer"] = make_tokenizer(args.data_path, *vocabulary, folder)
+    sample = front(args.data_path, folder / "sample.jsonl", num_rows=2000)
+    ids = ChatTokenizer(choice.get("tokenizer", TOKENIZER_DIR)).encode_texts(
+        [row["text"] for _, row in read_rows(sample)])
+    bytes_per_token = sample.stat().st_size / sum(map(len, ids))
+    text = front(args.data_path, folder / "text.jsonl", num_bytes=args.tokens / choice["epochs"] * bytes_per_token)
+    num_steps = max(1, round(args.tokens / 340 / choice["batch_size"]))
+    return outcome(train_choice(choice, args, text, val, seed=seed, **intervals(args, num_steps))[0])
+
+
+def intervals(args: argparse.Namespace, num_steps: int) -> dict[str, int]:
+    """The flags of about ten log lines, and of --validations along the way."""
+    return {"log_interval": max(1, num_steps // 10), "eval_interval": num_steps // max(1, args.validations)}
 
 
 def front(source: Path, target: Path, num_rows: int | None = None, num_bytes: float = math.inf) -> Path:
@@ -133,7 +251,7 @@ def front(source: Path, target: Path, num_rows: int | None = None, num_bytes: fl
                 return target
             file.write(line)
     if num_bytes < math.inf:
-        raise UserError(f"--data_path {source}: too short for --seconds; it would have to be read twice")
+        raise UserError(f"--data_path {source}: too short; it would have to be read twice")
     return target
 
 
@@ -145,23 +263,31 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, required=True, help="text to train on")
     parser.add_argument("--val_data_path", type=Path, required=True, help=f"to compare on: {NUM_VAL_ROWS} rows")
     parser.add_argument("--seconds", type=nonneg_float, default=0, help="of training per choice (0: the same rows)")
+    parser.add_argument("--tokens", type=nonneg_float, default=0, help="of training per choice (0: the same rows)")
+    parser.add_argument("--validations", type=positive_int, default=1, help="of each run")
+    parser.add_argument("--first_seed", type=nonneg_int, default=0)
     parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per step")
     parser.add_argument("--epochs", type=positive_int, default=1)
     parser.add_argument("--max_steps", type=nonneg_int, default=0, help="stop after so many steps (0: all epochs)")
     args = parser.parse_args()
-    if args.choices == "levers" and not args.seconds:
-        parser.error("--choices levers are compared in the same time: give --seconds")
+    if args.choices in ("levers", "recipes") and not args.seconds:
+        parser.error(f"--choices {args.choices} are compared in the same time: give --seconds")
+    if args.choices == "vocabulary" and not args.tokens:
+        parser.error("--choices vocabulary are compared on as many tokens: give --tokens")
     choices = {name: flags for name, flags in CHOICES[args.choices].items() if not args.only or name in args.only}
     results: dict[str, list[dict]] = {name: [] for name in choices}
     with tempfile.TemporaryDirectory() as folder:
         val = front(args.val_data_path, Path(folder, "val.jsonl"), num_rows=NUM_VAL_ROWS)
-        for seed in range(args.seeds):
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
             for name, choice in choices.items():
-                results[name].append(
-                    train_for_seconds(choice, args, Path(folder), val, seed) if args.seconds else
-                    outcome(train_choice(choice, args, args.data_path, val, epochs=args.epochs, log_interval=50,
-                                         max_steps=args.max_steps, seed=seed)[0]))
+                if args.seconds or args.tokens:
+                    work = train_for_seconds if args.seconds else train_for_tokens
+                    result = work(choice, args, Path(folder), val, seed)
+                else:
+                    result = outcome(train_choice({"epochs": args.epochs} | choice, args, args.data_path, val,
+                                                  log_interval=50, max_steps=args.max_steps, seed=seed)[0])
+                results[name].append(result)
                 print(f"seed {seed} {name:32} {results[name][-1]}", flush=True)
     print("| choice | bits per byte | seconds | tokens | steps |\n|---|---|---|---|---|")
     for name, runs in results.items():
@@ -170,12 +296,13 @@ def main() -> None:
         seconds = statistics.mean(run["seconds"] for run in runs)
         print(f"| {name} | {statistics.mean(values):.4f} ± {spread:.4f} | {seconds:.0f} | {last['tokens']:,} | "
               f"{last['steps']:,} |")
-    time = f"_{args.seconds:g}s" if args.seconds else ""
-    save_result(f"quality_{args.choices}{time}", results)
+    amount = f"_{args.seconds:g}s" if args.seconds else f"_{args.tokens / 1e6:g}M" if args.tokens else ""
+    seed = f"_seed{args.first_seed}" if args.first_seed else ""
+    save_result(f"quality_{args.choices}{amount}{seed}", results)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--unmasked"]:
-        run_main(lambda: run_unmasked(sys.argv[2:]))
+    if sys.argv[1:2] == ["--changed"]:
+        run_main(lambda: train_changed(json.loads(sys.argv[2]), sys.argv[3:]))
     else:
         run_main(main)

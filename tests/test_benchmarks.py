@@ -2,17 +2,22 @@
 
 import json
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from lab import ROOT
 
 from benchmarks import decode_speed, gpu_check, profile_step, quality, rl_speed
+from model.chat import ChatTokenizer
 from model.cli import Failure
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from scripts import train_tokenizer
 from trainer import train_pretrain
 from trainer import trainer as loop
+from trainer.batches import BatchStream
 from trainer.losses import next_token_loss
 from trainer.run import Run
 
@@ -50,13 +55,44 @@ def test_without_document_masking_training_rows_are_one_document_and_validation_
     monkeypatch.setattr(train_pretrain, "next_token_loss", watched)
     monkeypatch.setattr(loop, "text_loss", lambda model, batch, **_: watched(model, batch))
     val = lab.data / "pretrain_val.jsonl"
-    quality.run_unmasked(lab.flags(train_pretrain, max_steps=2, val_data_path=val))
+    quality.train_changed({"masking": "none"}, lab.flags(train_pretrain, max_steps=2, val_data_path=val))
     for training, batches in seen.items():
         for batch in batches:
             B, T = batch["input_ids"].shape
             bounds = batch["cu_seqlens"].unique()
             assert bounds.equal(torch.arange(B + 1, dtype=torch.int32) * T) is training
             assert batch["position_ids"].equal(torch.arange(T).expand(B, T)) is training
+
+
+def test_a_schedule_stays_and_falls_to_zero_and_a_ramp_takes_all_rows():
+    with quality.change_schedule("wsd"):
+        rates = [loop.learning_rate(step, 100, 1.0, 5) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1]) and set(rates[5:81]) == {1.0}
+    assert rates[90] == pytest.approx(10 / 95 / 0.2) and rates[99] < 0.06
+    stream = SimpleNamespace(rows_per_step=8, steps=16, seed=0, dataset=range(128))
+    with quality.ramp_batch():
+        rows = [BatchStream.rows(stream, step) for step in range(16)]
+    assert [len(step) for step in rows] == [4] * 8 + [8] * 4 + [16] * 4
+    assert sorted(np.concatenate(rows)) == list(range(128))
+
+
+def test_tokenizers_are_made_of_as_many_rows_of_each_language_as_asked_and_of_groups_of_digits(tmp_path):
+    rows = [{"text": f"今天{number}点下雨" if number % 2 else f"It rains at {number}."} for number in range(480)]
+    source, texts = tmp_path / "rows.jsonl", []
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def learn(some, vocab_size):
+        texts.append(list(some))
+        return original(iter(texts[-1]), vocab_size)
+
+    original, sizes = train_tokenizer.train, {}
+    with mock.patch.object(train_tokenizer, "train", learn):
+        for shares in ((1, 1, 1), (1, 4, 3)):
+            tokenizer = ChatTokenizer(quality.make_tokenizer(source, *shares, tmp_path))
+            sizes[shares[2]] = len(tokenizer.encode_text("111"))
+    assert [sum("今天" in text for text in some) for some in texts] == [20, 80]
+    assert [sum("rains" in text for text in some) for some in texts] == [20, 20]
+    assert sizes[1] == 3 > sizes[3]
 
 
 def test_choices_get_the_same_time(data, saved, tmp_path):
