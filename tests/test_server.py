@@ -451,7 +451,32 @@ def test_a_response_calls_a_tool_and_reads_its_result(served):
     assert again.usage.input_tokens == len(TOKENIZER.prompt(TASK[:3], TOOLS))
 
 
+@pytest.mark.parametrize("chat_shaped", [False, True])
+def test_a_response_repeats_the_request_as_openai_writes_it(served, chat_shaped):
+    tool = ITEM_TOOLS[0]
+    named = {"name": tool["name"]}
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    text = {"format": {"type": "json_schema", "name": "nothing", "schema": schema, "strict": True}}
+    body = {"input": "hi", "temperature": 0.5, "top_p": 0.9, "max_output_tokens": 40, "instructions": "Be brief.",
+            "metadata": {"a": "b"}, "store": False, "parallel_tool_calls": False, "top_logprobs": 2, "text": text,
+            "tools": [tool], "reasoning": {"effort": "none"},
+            "tool_choice": {"type": "function"} | ({"function": named} if chat_shaped else named)}
+    answer = served.post("/v1/responses", json=body).json()
+    Response.model_validate(answer, strict=True)
+    assert answer["tool_choice"] == {"type": "function", **named} and answer["reasoning"]["effort"] == "none"
+    assert answer["tools"][0].items() >= tool.items()
+    repeated = body.keys() - {"input", "tool_choice", "tools", "text", "reasoning"}
+    assert {name: answer[name] for name in repeated} == {name: body[name] for name in repeated}
+    assert answer["text"]["format"].items() >= text["format"].items()
+    plain = served.post("/v1/responses", json={"input": "hi", "max_output_tokens": 2}).json()
+    Response.model_validate(plain, strict=True)
+    assert (plain["tool_choice"], plain["parallel_tool_calls"], plain["store"], plain["metadata"], plain["tools"]) == (
+        "auto", True, True, {}, [])
+    assert plain["text"] == {"format": {"type": "text"}} and plain["previous_response_id"] is None
+
+
 @pytest.mark.parametrize(("body", "error"), [
+    ({"tools": ITEM_TOOLS, "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice"),
     ({"previous_response_id": "resp_1"}, "previous_response_id: nothing is stored here"),
     ({"input": [{"type": "item_reference", "id": "1"}]}, "item 1 is not here"),
     ({"input": [{"type": "computer_call"}]}, "input.0: .*not computer_call"),

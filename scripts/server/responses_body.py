@@ -103,14 +103,18 @@ class ResponsesBody(GenerationBody):
                 raise ValueError(f"{name}: nothing is stored here; send the whole conversation as input")
         for name in ("metadata", "tools", "text"):  # what a response repeats
             check_text(json.dumps(self.model_dump(include={name}), ensure_ascii=False))
+        if isinstance(self.tool_choice, dict):  # some clients write it as for chat completions
+            function = self.tool_choice.get("function")
+            name = (function if isinstance(function, dict) else self.tool_choice).get("name")
+            self.tool_choice = {"type": self.tool_choice.get("type"), "name": name}
         return self
 
     def to_chat_body(self, find_item: Callable[[str], dict]) -> ChatBody:
         """The same request to chat completions; `find_item`: id → item. Raises pydantic's ValidationError."""
         body = self.model_dump(include=GenerationBody.model_fields.keys() - {"logit_bias"})
         tool_choice = self.tool_choice
-        if isinstance(tool_choice, dict) and "name" in tool_choice:
-            tool_choice = {"type": tool_choice.get("type"), "function": {"name": tool_choice["name"]}}
+        if isinstance(tool_choice, dict):
+            tool_choice = {"type": tool_choice["type"], "function": {"name": tool_choice["name"]}}
         response_format = self.text and self.text.format and self.text.format.to_dict()
         if response_format and response_format["type"] == "json_schema":
             response_format = {"type": "json_schema", "json_schema": response_format}
