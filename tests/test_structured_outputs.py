@@ -221,6 +221,20 @@ def test_completions_are_guided(client):
             assert json.loads(text)["city"] if "guided_json" in guide else re.fullmatch("[0-9]{4}", text)
 
 
+@pytest.mark.parametrize(("example", "kind"), [('{ "title": "A name" }', str), ('{"tags": ["a", "b"]}', list)])
+def test_background_tasks_of_open_webui_are_answered_briefly(client, example, kind):
+    task = f"### Task:\nName it.\n\n### Output:\nJSON format: {example}\n### Chat History:\n<chat_history>\nhi\n"
+    body = {"messages": [{"role": "user", "content": task}]}
+    choice, = client.post("/v1/chat/completions", json=body).json()["choices"]
+    answer = json.loads(choice["message"]["content"])
+    value = answer[next(iter(json.loads(example)))]
+    assert len(answer) == 1 and isinstance(value, kind) and len(value) <= (60 if kind is str else 3)
+    for other in (task.replace("<chat", "<"), f"I ask: {task}", task.replace('": ', '" ')):
+        body = {"messages": [{"role": "user", "content": other}], "max_tokens": 9, "seed": 0}
+        text = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        assert not text.startswith("{")
+
+
 STRANGE = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "obj"}}}
 REFUSED = {
     "a bad schema": ({"response_format": STRANGE}, "response_format: .*obj"),

@@ -5,6 +5,8 @@
 """
 
 import asyncio
+import json
+import re
 import secrets
 import time
 import uuid
@@ -170,6 +172,25 @@ def first_given(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
+def task_schema(body: ChatBody) -> dict | None:
+    """What a background task of Open WebUI (title, tags, follow-ups) is to answer: the shape of its example, briefly.
+
+    Such a request is one user message, "### Task:" to "<chat_history>", with JSON as an example after "### Output:".
+    """
+    text = body.messages[0].content if len(body.messages) == 1 else None
+    pattern = r"### Task:\n.*?### Output:[^{}]*(\{[^{}]*\}).*<chat_history>"
+    match = isinstance(text, str) and re.match(pattern, text, re.S)
+    try:
+        example = json.loads(match[1]) if match else {}
+    except ValueError:
+        return None
+    item = {"type": "string", "maxLength": 60}
+    properties = {key: {"type": "array", "items": item, "maxItems": 3} if isinstance(value, list) else item
+                  for key, value in example.items()}
+    return properties and {"type": "object", "properties": properties, "required": list(properties),
+                           "additionalProperties": False}
+
+
 def stream_options(body: GenerationBody) -> tuple[bool, bool]:
     """`stream` and `include_usage`."""
     return bool(body.stream), bool(body.stream_options and body.stream_options.include_usage)
@@ -207,6 +228,8 @@ def answer_rule(body: GenerationBody) -> tuple[str, str | None]:
     rules = {name: (json_rule, schema) for name, schema in schemas.items() if schema is not None}
     if body.guided_regex is not None:
         rules["guided_regex"] = regex_rule, body.guided_regex
+    if not rules and isinstance(body, ChatBody) and (schema := task_schema(body)):
+        rules["messages"] = json_rule, schema
     if len(rules) > 1:
         raise ApiError(400, f"send one of {' and '.join(rules)}", min(rules))
     for name, (rule, value) in rules.items():
