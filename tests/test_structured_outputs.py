@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.testclient import TestClient
 
 from model.chat import CALL, END_THINK, EOS, SPECIAL_TOKENS, parse_message
-from model.inference.constraints import Grammar, chat_grammar, json_rule, regex_rule, text_grammar
+from model.inference.constraints import Grammar, allowed_tokens, chat_grammar, json_rule, regex_rule, text_grammar
 from model.inference.engine import Engine, SamplingParams, generate
 from scripts.serve_openai_api import create_app
 from scripts.server.engine_thread import EngineThread
@@ -77,6 +77,8 @@ def test_only_constrained_sequences_are_changed_and_padding_of_the_vocabulary_is
     assert [free[i].completion_ids for i in (0, 2)] == [mixed[i].completion_ids for i in (0, 2)]
     assert re.fullmatch("[abc]*", mixed[1].text) and free[1].completion_ids != mixed[1].completion_ids
     assert text_grammar(TOKENIZER, regex_rule("b")).accept(TOKENIZER.encode_text("b")[0])  # states are apart
+    allowed = allowed_tokens([None, grammar], 6500)
+    assert allowed[0].all() and not allowed[1, TOKENIZER.vocab_size:].any()
 
 
 def test_log_probabilities_are_those_of_the_allowed_tokens():
