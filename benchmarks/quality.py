@@ -226,7 +226,9 @@ def train_for_seconds(choice: dict, args: argparse.Namespace, folder: Path, val:
 
 def train_for_tokens(choice: dict, args: argparse.Namespace, folder: Path, val: Path, seed: int) -> dict:
     """Train on --tokens from the front of the text, in as many passes as the choice makes."""
-    choice = {"epochs": 1} | choice | {"use_compile": 0}  # which changes nothing but the time
+    choice = {"epochs": 1} | choice
+    if args.choices != "recipes":  # whose seconds are compared, too
+        choice["use_compile"] = 0
     if vocabulary := choice.pop("vocabulary", None):
         choice["tokenizer"] = make_tokenizer(args.data_path, *vocabulary, folder)
     sample = front(args.data_path, folder / "sample.jsonl", num_rows=2000)
@@ -271,8 +273,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=positive_int, default=1)
     parser.add_argument("--max_steps", type=nonneg_int, default=0, help="stop after so many steps (0: all epochs)")
     args = parser.parse_args()
-    if args.choices in ("levers", "recipes") and not args.seconds:
-        parser.error(f"--choices {args.choices} are compared in the same time: give --seconds")
+    if args.choices == "levers" and not args.seconds:
+        parser.error("--choices levers are compared in the same time: give --seconds")
     if args.choices == "vocabulary" and not args.tokens:
         parser.error("--choices vocabulary are compared on as many tokens: give --tokens")
     choices = {name: flags for name, flags in CHOICES[args.choices].items() if not args.only or name in args.only}
