@@ -58,7 +58,7 @@ CHOICES = {  # name → the flags of train_pretrain.py that make each choice
     "recipes": {"published": {**PLAIN, **SMALL_STEPS, **DEFAULT_BETAS, "weight_decay": 0.01, "dtype": "float32"},
                 "ours": ALL},
     "schedule": {"cosine to a tenth": ALL, "cosine to 0": {**ALL, "schedule": "cosine to 0"},
-                 "WSD: linear to 0 over the last fifth": {**ALL, "schedule": "wsd"}},
+                 "WSD: linear to 0 over the last fifth": {**ALL, "lr_schedule": "wsd"}},
     "epochs": {"1 pass": ALL, "2 passes over half": {**ALL, "epochs": 2},
                "4 passes over a quarter": {**ALL, "epochs": 4}},
     "batch": {"4 rows": {**ALL, "batch_size": 4}, "8 rows": ALL, "16 rows": {**ALL, "batch_size": 16},
@@ -101,13 +101,11 @@ def unmask() -> mock._patch:
     return mock.patch.object(BatchStream, "__init__", init)
 
 
-def change_schedule(name: str) -> mock._patch:
-    """`wsd`: warm up, stay, fall linearly to 0 in the last fifth (Hu et al. 2024). `cosine to 0`: not to a tenth."""
-    def rate(step: int, steps: int, peak: float, warmup: int) -> float:
-        if step < warmup:
-            return peak * (step + 1) / warmup
+def fall_to_zero() -> mock._patch:
+    """After the warm-up, half a cosine to 0."""
+    def rate(step: int, steps: int, peak: float, warmup: int, _: str) -> float:
         left = (steps - step) / max(1, steps - warmup)
-        return peak * (min(1.0, left / 0.2) if name == "wsd" else (1 - math.cos(math.pi * left)) / 2)
+        return peak * ((step + 1) / warmup if step < warmup else (1 - math.cos(math.pi * left)) / 2)
 
     return mock.patch("trainer.trainer.learning_rate", rate)
 
@@ -135,7 +133,7 @@ def default_betas() -> mock._patch:
     return mock.patch("torch.optim.AdamW", lambda *args, **options: AdamW(*args, **{**options, "betas": (0.9, 0.999)}))
 
 
-CHANGES = {"masking": lambda _: unmask(), "schedule": change_schedule, "ramp": lambda _: ramp_batch(),
+CHANGES = {"masking": lambda _: unmask(), "schedule": lambda _: fall_to_zero(), "ramp": lambda _: ramp_batch(),
            "betas": lambda _: default_betas()}
 
 

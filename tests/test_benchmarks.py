@@ -64,11 +64,11 @@ def test_without_document_masking_training_rows_are_one_document_and_validation_
             assert batch["position_ids"].equal(torch.arange(T).expand(B, T)) is training
 
 
-def test_a_schedule_stays_and_falls_to_zero_and_a_ramp_takes_all_rows():
-    with quality.change_schedule("wsd"):
-        rates = [loop.learning_rate(step, 100, 1.0, 5) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1]) and set(rates[5:81]) == {1.0}
-    assert rates[90] == pytest.approx(10 / 95 / 0.2) and rates[99] < 0.06
+def test_a_cosine_may_fall_to_zero_and_a_ramp_takes_all_rows():
+    with quality.fall_to_zero():
+        rates = [loop.learning_rate(step, 105, 1.0, 5, "cosine") for step in range(105)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1]) and rates[55] == pytest.approx(0.5)
+    assert 0 < rates[104] < 3e-4
     stream = SimpleNamespace(rows_per_step=8, steps=16, seed=0, dataset=range(128))
     with quality.ramp_batch():
         rows = [BatchStream.rows(stream, step) for step in range(16)]

@@ -439,6 +439,22 @@ def test_the_learning_rate_rises_in_a_line_to_its_peak_and_ends_at_a_tenth():
     assert learning_rate(0, 1, 3.0, 1) == 3.0
 
 
+def test_the_learning_rate_may_stay_and_fall_in_a_line_to_zero():
+    rates = [learning_rate(step, 110, 3.0, 10, "wsd") for step in range(110)]
+    assert rates[:11] == pytest.approx([*(0.3 * (step + 1) for step in range(10)), 3.0]) and set(rates[10:91]) == {3.0}
+    assert rates[90:] == pytest.approx([3.0 * (110 - step) / 20 for step in range(90, 110)])
+    assert learning_rate(0, 1, 3.0, 1, "wsd") == 3.0
+
+
+def test_a_run_takes_its_schedule_from_the_flag_and_keeps_it(lab, capsys):
+    lab = lab()
+    lab.train(epochs=6, learning_rate=1e-3, lr_schedule="wsd")
+    rates = [row["lr"] for row in lab.log()]
+    assert rates == pytest.approx([learning_rate(step, len(rates), 1e-3, 0, "wsd") for step in range(len(rates))])
+    assert rates[-1] < rates[0]
+    lab.fails(capsys, 2, "--lr_schedule cosine", "wsd", epochs=7, learning_rate=1e-3, from_resume=1)
+
+
 def test_the_log_tells_the_learning_rate_that_every_optimizer_used(lab, monkeypatch):
     lab, used = lab(), []
 

@@ -59,7 +59,9 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--global_batch_size", type=num_rows,
                        help="rows per step of all devices together; the number of micro-steps follows, of at most "
                             "--batch_size rows per device")
-    group.add_argument("--learning_rate", type=nonneg_float, help="peak; linear warm-up, then a cosine to a tenth")
+    group.add_argument("--learning_rate", type=nonneg_float, help="peak, after a linear warm-up")
+    group.add_argument("--lr_schedule", choices=("cosine", "wsd"), default="cosine",
+                       help="cosine to a tenth, or constant and in the last fifth a line to 0")
     group.add_argument("--warmup_ratio", type=fraction, default=0.0, help="share of the steps that warm up")
     group.add_argument("--weight_decay", type=nonneg_float, default=0.01, help="decoupled, on matrices only")
     group.add_argument("--grad_clip", type=nonneg_float, default=1.0, help="largest gradient norm (0: no limit)")

@@ -9,10 +9,16 @@ from torch import Tensor, nn
 STACK_SIZE = 2**23  # elements orthogonalised together: enough to fill the machine, few compared with the weights
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up to `peak` over `warmup` steps, then half a cosine down to a tenth of it at the last step."""
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str = "cosine") -> float:
+    """Linear warm-up to `peak` over `warmup` steps, then half a cosine down to a tenth of it at the last step.
+
+    `schedule` "wsd": warm-up, then constant, then over the last fifth a line to 0 (Hu et al. 2024,
+    https://arxiv.org/abs/2404.06395).
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "wsd":
+        return peak * min(1.0, 5 * (steps - step) / (steps - warmup))
     progress = (step - warmup) / max(1, steps - 1 - warmup)
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
 

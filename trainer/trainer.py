@@ -68,7 +68,7 @@ class Trainer:
             check_target(args.save_dir / f"{file_stem(name, model.config)}.pth", model, run.sources)
         self.resume_path = args.checkpoint_dir / resume_name(args.save_weight, model.config)
         self.resume_path.parent.mkdir(parents=True, exist_ok=True)  # now, rather than after an hour
-        fixed = ("max_seq_len", "seed", "optimizer", "learning_rate", "weight_decay")
+        fixed = ("max_seq_len", "seed", "optimizer", "learning_rate", "lr_schedule", "weight_decay")
         sizes = {name: getattr(model.config, name) for name in MODEL_SIZES}
         self.settings = {**stream.settings, **{name: getattr(args, name) for name in fixed}, **(settings or {}),
                          **sizes}
@@ -99,7 +99,7 @@ class Trainer:
             # 1. Next batch: this rank's micro-batches of the global batch.
             run.threads.begin()
             batch = stream.next_batch(self.step)
-            lr = learning_rate(self.step, stream.steps, args.learning_rate, self.warmup_steps)
+            lr = learning_rate(self.step, stream.steps, args.learning_rate, self.warmup_steps, args.lr_schedule)
             set_learning_rate(strategy.optimizers, lr)
             for number, micro_batch in enumerate(batch.micro_batches, start=1):
                 with nullcontext() if number == batch.grad_accum_steps else strategy.no_sync():

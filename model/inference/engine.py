@@ -32,14 +32,15 @@ class Engine:
     """Samples from `model` for many requests at once. Only `add` and `stream` may be called by several threads.
 
     `max_batch` sequences run together; `max_tokens` bounds the cache in tokens (default: `max_batch` slots of 2,048,
-    or one as long as the model's positions up to 32,768). A step reads at most about `prefill_chunk` prompt tokens.
+    or one as long as the model's positions up to 32,768). A step reads at most about `prefill_chunk` prompt tokens
+    (default: 512, on a GPU 4,096).
     `tokenizer` is needed for text and stop strings only. The cache belongs to the weights as they are: after changing
     them, call `reset_prefix_cache`. `compile` takes a minute or two at the first tokens and then saves time at each
     step. `graphs`: decode by CUDA graphs (default: on a GPU, wherever that is possible).
     """
 
     def __init__(self, model: nn.Module, tokenizer: ChatTokenizer | None = None, max_batch: int = 32,
-                 max_tokens: int | None = None, prefill_chunk: int = 512, compile: bool = False,
+                 max_tokens: int | None = None, prefill_chunk: int | None = None, compile: bool = False,
                  graphs: bool | None = None):
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.max_positions = model.config.max_position_embeddings
@@ -50,7 +51,7 @@ class Engine:
         with torch.inference_mode():  # as all that writes to it; a graph takes no tensors of another mode
             cache = KVCache(model.config, model.device, dtype)
         self.slots = SlotManager(cache, max_batch, max_tokens, self.max_seq_len)
-        self.scheduler = Scheduler(self.slots, prefill_chunk)
+        self.scheduler = Scheduler(self.slots, prefill_chunk or (4096 if device == "cuda" else 512))
         self.runner = ModelRunner(model, self.slots, compile, graphs)
         self._lock = Lock()
 
