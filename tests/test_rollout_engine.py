@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab import ENVIRONMENT, SMALL, TOKENIZER, wait_for
+from lab import ENVIRONMENT, ROOT, SMALL, TOKENIZER, wait_for
 from test_rl import RL
 from transformers import AutoModelForCausalLM
 
@@ -197,7 +197,7 @@ def server():
     kind = type("Server", (FakeServer,), {"requests": [], "faults": {}, "model": None, "version": "default",
                                           "stuck": False, "raw": False, "lock": threading.Lock(),
                                           "damage": staticmethod(lambda old, new: new)})
-    http = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    http = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 256})(("127.0.0.1", 0), kind)
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     kind.url = f"http://127.0.0.1:{http.server_port}"
     yield kind
@@ -388,6 +388,29 @@ def test_a_server_that_serves_other_weights_than_it_was_given_ends_the_run(
     log = place.out / f"logs/{stem}.jsonl"
     steps = len(log.read_text().splitlines()) if log.exists() else 0
     assert steps == 5 if not words else 0 < steps < 5 if damage is old_head else steps == 0
+
+
+@pytest.mark.parametrize(("strategy", "damage"), [("fsdp", None), ("fsdp", shuffled), ("zero3", in_bf16)])
+def test_ranks_that_hold_shards_give_the_server_whole_weights(lab, server, monkeypatch, strategy, damage):
+    flags = {"parallel": "fsdp"}
+    if strategy == "zero3":
+        pytest.importorskip("deepspeed")
+        monkeypatch.setitem(ENVIRONMENT, "DS_ACCELERATOR", "cpu")
+        flags = {"parallel": "deepspeed", "deepspeed_config": ROOT / "trainer/deepspeed/zero3.json"}
+    if damage:
+        server.damage = staticmethod(damage)
+    torch.manual_seed(1)
+    place = lab().with_base()
+    run = place.start(train_grpo, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+                      **{**RL, **flags, "learning_rate": 1e-2, "max_steps": 3, "rollout_engine": "vllm",
+                         "rollout_url": server.url})
+    out, err = run.communicate(timeout=240)
+    if damage is shuffled:
+        assert run.returncode and "that rounding explains" in err, out + err
+    else:
+        assert run.returncode == 0, out + err
+        rows = place.log("grpo_64")
+        assert len(rows) == 3 and {row["mismatch"] < 1e-5 for row in rows} == {damage is None}
 
 
 #: A plugin of vLLM. 0.32 packs the experts for its CPU kernel only once; so it does at each reload, as it should.

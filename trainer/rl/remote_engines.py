@@ -82,7 +82,7 @@ class RemoteRolloutEngine:
         previous, self.served_folder = self.served_folder, self.folder / self.version  # a name no cache has seen
         temporary = self.folder / f".{self.version}.tmp"
         # a head of its own, for servers that tie the embedding to it once, when they start (vLLM)
-        save_folder(self.model, temporary, self.tokenizer, tie_word_embeddings=False)
+        save_folder(plain_copy(self.model), temporary, self.tokenizer, tie_word_embeddings=False)
         shutil.rmtree(self.served_folder, ignore_errors=True)  # left by an earlier run
         temporary.rename(self.served_folder)
         self._load_weights(str(self.served_folder))
@@ -137,13 +137,21 @@ class RemoteRolloutEngine:
 
 
 @torch.no_grad()
+def plain_copy(policy: nn.Module) -> MiniMindForCausalLM:
+    """`policy`, whose weights must be whole, without the hooks of FSDP: its state_dict would shard them again."""
+    copied = MiniMindForCausalLM(policy.config).to(policy.device)
+    for target, source in zip(copied.parameters(), policy.parameters(), strict=True):
+        target.copy_(source)
+    return copied
+
+
+@torch.no_grad()
 def rounding_error(policy: nn.Module, trajectories: list[Trajectory], temperature: float) -> float:
     """Nats per sampled token between the log-probabilities of an fp32 and a bf16 copy of `policy`.
 
     Its weights must be whole, as for `update`.
     """
-    copied, logprobs = MiniMindForCausalLM(policy.config).to(policy.device).eval(), []
-    copied.load_state_dict(policy.state_dict())
+    copied, logprobs = plain_copy(policy).eval(), []
     for dtype in (torch.float32, torch.bfloat16):
         copied.to(dtype)
         for trajectory in trajectories:
