@@ -12,14 +12,12 @@ the same order. Start-up, compilation, tokenisation and validation are not count
 """
 
 import argparse
-import json
 import math
 import re
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from itertools import accumulate, islice
 from pathlib import Path
 from unittest import mock
@@ -39,7 +37,7 @@ PACKED, COMPILED, MUON = {"packing": 1}, {"use_compile": 1}, {"optimizer": "muon
 SMALL_STEPS = {"batch_size": 8, "accumulation_steps": 1, "learning_rate": 2e-3, "warmup_ratio": 0.05}
 FAST = {**PLAIN, **PACKED, **COMPILED, **SMALL_STEPS}
 ALL = {**FAST, **MUON}
-UNMASKED, DEFAULT_BETAS = {"masking": "none"}, {"betas": "default"}  # changes of the code rather than flags: CHANGES
+UNMASKED = {"change": "no document masking"}  # of the code, where there is no flag: see CHANGES
 CHOICES = {  # name → the flags of train_pretrain.py that make each choice
     "levers": {"plain": PLAIN,
                "+ packing": {**PLAIN, **PACKED, **UNMASKED},
@@ -55,19 +53,20 @@ CHOICES = {  # name → the flags of train_pretrain.py that make each choice
                "… and Muon, eager": {**ALL, "use_compile": 0},
                "… and Muon, no document masking": {**ALL, **UNMASKED},
                "… and Muon and MoE": {**ALL, "use_moe": 1}},
-    "recipes": {"published": {**PLAIN, **SMALL_STEPS, **DEFAULT_BETAS, "weight_decay": 0.01, "dtype": "float32"},
+    "recipes": {"published": {**PLAIN, **SMALL_STEPS, "weight_decay": 0.01, "dtype": "float32",
+                              "change": "default betas"},
                 "ours": ALL},
-    "schedule": {"cosine to a tenth": ALL, "cosine to 0": {**ALL, "schedule": "cosine to 0"},
+    "schedule": {"cosine to a tenth": ALL, "cosine to 0": {**ALL, "change": "cosine to 0"},
                  "WSD: linear to 0 over the last fifth": {**ALL, "lr_schedule": "wsd"}},
     "epochs": {"1 pass": ALL, "2 passes over half": {**ALL, "epochs": 2},
                "4 passes over a quarter": {**ALL, "epochs": 4}},
     "batch": {"4 rows": {**ALL, "batch_size": 4}, "8 rows": ALL, "16 rows": {**ALL, "batch_size": 16},
-              "4, then 8, then 16 rows": {**ALL, "ramp": "doubling"}},
+              "4, then 8, then 16 rows": {**ALL, "change": "batch ramp"}},
     # nearly the same number of parameters in the blocks
     "shape": {f"{width} x {depth}": {**ALL, "hidden_size": width, "num_hidden_layers": depth}
               for width, depth in ((384, 2), (256, 4), (192, 8), (128, 16))},
-    # of the text that the tokenizer is made of, how many rows of each language; digits of a number per token
-    "vocabulary": {"as published: Chinese and English alike": {**ALL, "vocabulary": (1, 1, 1)},
+    # how much more of the English and of the Chinese rows the tokenizer is made of; digits of a number per token
+    "vocabulary": {"every 12th row of both languages": {**ALL, "vocabulary": (1, 1, 1)},
                    "four times the Chinese": {**ALL, "vocabulary": (1, 4, 1)},
                    "four times the English": {**ALL, "vocabulary": (4, 1, 1)},
                    "up to three digits per token": {**ALL, "vocabulary": (1, 1, 3)}},
@@ -133,18 +132,15 @@ def default_betas() -> mock._patch:
     return mock.patch("torch.optim.AdamW", lambda *args, **options: AdamW(*args, **{**options, "betas": (0.9, 0.999)}))
 
 
-CHANGES = {"masking": lambda _: unmask(), "schedule": lambda _: fall_to_zero(), "ramp": lambda _: ramp_batch(),
-           "betas": lambda _: default_betas()}
+CHANGES = {"no document masking": unmask, "cosine to 0": fall_to_zero, "batch ramp": ramp_batch,
+           "default betas": default_betas}
 
 
-def train_changed(changes: dict[str, str], flags: list[str]) -> None:
-    """Run train_pretrain.py in this process, with CHANGES of its code."""
+def train_changed(change: str, flags: list[str]) -> None:
+    """Run train_pretrain.py in this process, with one of CHANGES of its code."""
     from trainer import train_pretrain
 
-    with ExitStack() as stack:
-        for name, value in changes.items():
-            stack.enter_context(CHANGES[name](value))
-        stack.enter_context(mock.patch.object(sys, "argv", ["train_pretrain.py", *flags]))
+    with CHANGES[change](), mock.patch.object(sys, "argv", ["train_pretrain.py", *flags]):
         train_pretrain.main()
 
 
@@ -183,8 +179,8 @@ def train_choice(choice: dict, args: argparse.Namespace, data: Path, val: Path |
                   "learning_rate": 2e-3, "warmup_ratio": 0.05, "weight_decay": 0.1, "adapt_threads": 0,
                   **({"val_data_path": val} if val else {})}
         flags |= choice | overrides
-        changes = {name: flags.pop(name) for name in CHANGES if name in flags}
-        script = [__file__, "--changed", json.dumps(changes)] if changes else [ROOT / "trainer/train_pretrain.py"]
+        change = flags.pop("change", None)
+        script = [__file__, "--changed", change] if change else [ROOT / "trainer/train_pretrain.py"]
         return train(script, flags, Path(folder))
 
 
@@ -262,10 +258,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="of these choices, only those with such a name")
     parser.add_argument("--data_path", type=Path, required=True, help="text to train on")
     parser.add_argument("--val_data_path", type=Path, required=True, help=f"to compare on: {NUM_VAL_ROWS} rows")
-    parser.add_argument("--seconds", type=nonneg_float, default=0, help="of training per choice (0: the same rows)")
-    parser.add_argument("--tokens", type=nonneg_float, default=0, help="of training per choice (0: the same rows)")
-    parser.add_argument("--validations", type=positive_int, default=1, help="of each run")
-    parser.add_argument("--first_seed", type=nonneg_int, default=0)
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--seconds", type=nonneg_float, default=0, help="of training per choice (0: the same rows)")
+    amount.add_argument("--tokens", type=nonneg_float, default=0, help="to train on per choice (0: the same rows)")
+    parser.add_argument("--validations", type=positive_int, default=1, help="of each run with --seconds or --tokens")
     parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per step")
     parser.add_argument("--epochs", type=positive_int, default=1)
@@ -273,19 +269,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.choices == "levers" and not args.seconds:
         parser.error("--choices levers are compared in the same time: give --seconds")
-    if args.choices == "vocabulary" and not args.tokens:
-        parser.error("--choices vocabulary are compared on as many tokens: give --tokens")
+    if args.choices in ("epochs", "vocabulary") and not args.tokens:
+        parser.error(f"--choices {args.choices} are compared on as many tokens: give --tokens")
+    if args.choices == "recipes" and not args.seconds + args.tokens:
+        parser.error("--choices recipes: give --seconds or --tokens")
     choices = {name: flags for name, flags in CHOICES[args.choices].items() if not args.only or name in args.only}
     results: dict[str, list[dict]] = {name: [] for name in choices}
     with tempfile.TemporaryDirectory() as folder:
         val = front(args.val_data_path, Path(folder, "val.jsonl"), num_rows=NUM_VAL_ROWS)
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for seed in range(args.seeds):
             for name, choice in choices.items():
                 if args.seconds or args.tokens:
                     work = train_for_seconds if args.seconds else train_for_tokens
                     result = work(choice, args, Path(folder), val, seed)
                 else:
-                    result = outcome(train_choice({"epochs": args.epochs} | choice, args, args.data_path, val,
+                    result = outcome(train_choice(choice, args, args.data_path, val, epochs=args.epochs,
                                                   log_interval=50, max_steps=args.max_steps, seed=seed)[0])
                 results[name].append(result)
                 print(f"seed {seed} {name:32} {results[name][-1]}", flush=True)
@@ -297,12 +295,11 @@ def main() -> None:
         print(f"| {name} | {statistics.mean(values):.4f} ± {spread:.4f} | {seconds:.0f} | {last['tokens']:,} | "
               f"{last['steps']:,} |")
     amount = f"_{args.seconds:g}s" if args.seconds else f"_{args.tokens / 1e6:g}M" if args.tokens else ""
-    seed = f"_seed{args.first_seed}" if args.first_seed else ""
-    save_result(f"quality_{args.choices}{amount}{seed}", results)
+    save_result(f"quality_{args.choices}{amount}", results)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--changed"]:
-        run_main(lambda: train_changed(json.loads(sys.argv[2]), sys.argv[3:]))
+        run_main(lambda: train_changed(sys.argv[2], sys.argv[3:]))
     else:
         run_main(main)

@@ -55,7 +55,7 @@ def test_without_document_masking_training_rows_are_one_document_and_validation_
     monkeypatch.setattr(train_pretrain, "next_token_loss", watched)
     monkeypatch.setattr(loop, "text_loss", lambda model, batch, **_: watched(model, batch))
     val = lab.data / "pretrain_val.jsonl"
-    quality.train_changed({"masking": "none"}, lab.flags(train_pretrain, max_steps=2, val_data_path=val))
+    quality.train_changed("no document masking", lab.flags(train_pretrain, max_steps=2, val_data_path=val))
     for training, batches in seen.items():
         for batch in batches:
             B, T = batch["input_ids"].shape
@@ -145,11 +145,14 @@ def test_online_rl_is_timed_against_the_plain_recipe(saved, one_thread, agent):
     assert found["ratio"] > 0 if agent else min(found["ratios"].values()) > 0
 
 
-def test_levers_want_a_time(capsys):
-    with mock.patch.object(sys, "argv", ["quality.py", "--choices=levers", "--data_path=x", "--val_data_path=x"]), \
+@pytest.mark.parametrize("flags", [["levers"], ["epochs", "--seconds=1"], ["vocabulary"], ["recipes"]],
+                         ids=lambda flags: flags[0])
+def test_choices_that_need_a_time_or_tokens_ask_for_them(capsys, flags):
+    with mock.patch.object(sys, "argv", ["quality.py", "--data_path=x", "--val_data_path=x", "--choices", *flags]), \
             pytest.raises(SystemExit) as ended:
         quality.main()
-    assert ended.value.code == 2 and "--seconds" in capsys.readouterr().err and (ROOT / "benchmarks").is_dir()
+    assert ended.value.code == 2 and f"--choices {flags[0]}" in (error := capsys.readouterr().err)
+    assert "give --seconds" in error or "give --tokens" in error and (ROOT / "benchmarks").is_dir()
 
 
 def test_a_device_is_compared_with_the_cpu_and_a_failing_check_stops_nothing(one_thread, monkeypatch, capsys, device):

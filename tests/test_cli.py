@@ -58,9 +58,12 @@ def test_sizes_and_counts_that_cannot_be_are_told_in_one_line(lab, capsys, words
 
 
 def test_the_largest_seed_is_a_seed(lab):
-    lab().train(seed=2**64 - 1, max_steps=1)
+    plain = lab()
+    plain.train(seed=2**64 - 1, max_steps=1)
+    assert [row["step"] for row in plain.log()] == [1]
     lab = lab().with_base()
     lab.train(train_agent, seed=2**64 - 1, max_steps=1, from_weight="full_sft", max_gen_len=4, max_total_len=128)
+    assert [row["step"] for row in lab.log("agent_64")] == [1]
 
 
 def test_too_little_memory_is_told_in_one_line(lab, capsys, monkeypatch):

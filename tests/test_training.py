@@ -444,6 +444,8 @@ def test_the_learning_rate_may_stay_and_fall_in_a_line_to_zero():
     assert rates[:11] == pytest.approx([*(0.3 * (step + 1) for step in range(10)), 3.0]) and set(rates[10:91]) == {3.0}
     assert rates[90:] == pytest.approx([3.0 * (110 - step) / 20 for step in range(90, 110)])
     assert learning_rate(0, 1, 3.0, 1, "wsd") == 3.0
+    # online RL learns from all of its last rollout, also after the last step
+    assert learning_rate(112, 110, 3.0, 10, "wsd") == learning_rate(5, 4, 3.0, 4, "wsd") == 0
 
 
 def test_a_run_takes_its_schedule_from_the_flag_and_keeps_it(lab, capsys):

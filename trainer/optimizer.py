@@ -18,7 +18,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "wsd":
-        return peak * min(1.0, 5 * (steps - step) / (steps - warmup))
+        return peak * min(1.0, 5 * max(0, steps - step) / max(1, steps - warmup))
     progress = (step - warmup) / max(1, steps - 1 - warmup)
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
 
