@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 DATA = Path(__file__).parent / "data/soft_targets.json"
-CHAT = [{"role": "user", "content": "What does the frost hare eat?"}]
-ANSWER = "The frost hare eats"
+CHAT = [{"role": "user", "content": "What does the river mouse eat?"}]
+ANSWER = "The river mouse eats"
 TOP = 4
 TEMPERATURES = (1, 2, 4)
 
