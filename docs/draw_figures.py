@@ -12,6 +12,8 @@ import matplotlib
 
 matplotlib.use("svg")
 
+from matplotlib import pyplot
+
 from model.cli import Parser, UserError, run_main
 
 FIGURES = ROOT / "docs/figures"
@@ -31,6 +33,7 @@ def draw(name: str, images: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure = module.draw()
         figure.savefig(images / f"{name}.svg", transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
     return images / f"{name}.svg"
 
 

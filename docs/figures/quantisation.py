@@ -24,11 +24,12 @@ def draw() -> Figure:
     left.set(xlabel="a block of 32 weights", xticks=(), ylim=(-0.11, 0.14), title="4 bits: 16 levels for all 32")
     left.legend(loc="upper right", ncols=2, handletextpad=0.2)
     results = json.loads((ROOT / "benchmarks/results/gguf_quality.json").read_text("utf-8"))
+    bits = [result["bits_per_byte"] for result in results.values() if "bits_per_byte" in result]
     for name, result in results.items():
         if name in ("f32", "f16", "q8_0", "q4_0"):
             right.plot(result["megabytes"], result["bits_per_byte"], "o", color="C0")
             right.annotate(name, (result["megabytes"], result["bits_per_byte"]), xytext=(5, 6),
                            textcoords="offset points")
-    right.set(xlabel="MB of the file", ylabel="bits per byte", xlim=(0, 8), ylim=(0.43, 0.438),
+    right.set(xlabel="MB of the file", ylabel="bits per byte", xlim=(0, 8), ylim=(min(bits) - 1e-3, max(bits) + 1.5e-3),
               title="demo's model, held-out text")
     return figure
