@@ -48,4 +48,6 @@ def draw() -> Figure:
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    measure()
+    from model.cli import run_main
+
+    run_main(measure)
