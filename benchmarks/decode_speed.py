@@ -7,6 +7,7 @@ the repeats counts. "constrained" instead compares the engine with itself: 32 at
 
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --use_moe 1
+    python benchmarks/decode_speed.py --peer llama.cpp    # instead of the plain loop (pip install xllamacpp gguf)
     python benchmarks/decode_speed.py --profile   # instead: where the milliseconds of a step go, on a CPU
 """
 
@@ -15,9 +16,12 @@ import operator
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -95,6 +99,54 @@ def compare(name: str, requests: list[Request], plain: nn.Module, fast: nn.Modul
         line += f"   {result['bandwidth_share']:.0%} of the speed at which memory is read"
     print(line, flush=True)
     return result | {"all": speeds}
+
+
+def compare_llama_cpp(cases: dict[str, list[Request]], model: nn.Module, args: argparse.Namespace) -> dict:
+    """Tokens/s of the engine and of llama.cpp with the same weights in f16 and q8_0, in turn, after a warm-up.
+
+    llama.cpp answers over HTTP, each answer in one piece, so that next to nothing is lost there. The ratio is the
+    median of the repeats' ratios: other programs then slow both sides.
+    """
+    import httpx
+
+    from benchmarks.serve_load import llama_cpp_server
+    from scripts.lib.gguf_file import write_gguf
+
+    engine, results = Engine(model, max_batch=max(map(len, cases.values())), compile=bool(args.compile)), {}
+
+    def answer(request: Request, url: str) -> None:
+        body = {"prompt": request[0], "max_tokens": request[1], "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0,
+                "min_p": 0, "ignore_eos": True, "cache_prompt": False}
+        usage = httpx.post(f"{url}/completions", json=body, timeout=600).raise_for_status().json()["usage"]
+        assert usage["completion_tokens"] == request[1], usage
+
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        urls = {}
+        for dtype in ("f16", "q8_0"):
+            path = Path(folder) / f"{dtype}.gguf"
+            write_gguf(model, path, ChatTokenizer(), dtype)
+            urls[dtype] = stack.enter_context(llama_cpp_server(path, engine.max_batch, args.prompt + args.tokens + 16))
+        for name, requests in cases.items():
+            speeds: dict[str, list[float]] = {kind: [] for kind in ("engine", *urls)}
+            for repeat in range(args.repeats + 1):
+                for kind, values in speeds.items():
+                    engine.reset_prefix_cache()
+                    start = time.perf_counter()
+                    if kind == "engine":
+                        engine_run(engine, requests)
+                    else:
+                        with ThreadPoolExecutor(len(requests)) as pool:
+                            list(pool.map(answer, requests, [urls[kind]] * len(requests)))
+                    if repeat:
+                        values.append(sum(num for _, num in requests) / (time.perf_counter() - start))
+            results[name] = {"engine": statistics.median(speeds["engine"]), "all": speeds}
+            line = f"{name:12} engine {results[name]['engine']:8,.1f} tokens/s"
+            for dtype in urls:
+                ratio = statistics.median(map(operator.truediv, speeds["engine"], speeds[dtype]))
+                results[name] |= {dtype: statistics.median(speeds[dtype]), f"ratio to {dtype}": ratio}
+                line += f"   llama.cpp {dtype} {results[name][dtype]:8,.1f}   ratio {ratio:5.2f}"
+            print(line, flush=True)
+    return results
 
 
 def compare_constrained(requests: list[Request], model: nn.Module, args: argparse.Namespace) -> dict:
@@ -234,9 +286,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", help="(default: all; on a CPU without 256 at once)")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=0)
     parser.add_argument("--graphs", type=int, choices=(0, 1), default=1, help="decode by CUDA graphs where possible")
+    parser.add_argument("--peer", choices=("llama.cpp",), help="compare with this instead, alone and at once, on a CPU")
     parser.add_argument("--profile", action="store_true", help="instead: where the time of a step goes, on a CPU")
     args = parser.parse_args()
     device = choose_device(args.device)
+    if args.peer and (device.type != "cpu" or args.profile):
+        parser.error("--peer is for a CPU, without --profile")
     torch.manual_seed(0)
     config = model_config(args)
     plain = MiniMindForCausalLM(config).eval().requires_grad_(False).to(device)
@@ -269,6 +324,13 @@ def main() -> None:
                 for part in dict.fromkeys(part for times in results[name].values() for part in times):
                     print(f"{part:20}", *(f"{times[part]:12,.2f}" for times in results[name].values()))
         return save_result(result_name(f"decode_profile{compiled}", args), results)
+    if args.peer:
+        peer_cases = {name: requests for name, (requests, at_once) in cases.items() if at_once}
+        if unknown := [name for name in args.cases or () if name not in peer_cases]:
+            parser.error(f"--cases {unknown[0]}: with --peer there are {', '.join(peer_cases)}")
+        peer_cases = {name: peer_cases[name] for name in args.cases or ("alone", "at once")}
+        return save_result(result_name(f"decode_llama_cpp{compiled}", args),
+                           compare_llama_cpp(peer_cases, fast, args))
     names = args.cases or [*(name for name in cases if device.type == "cuda" or "256" not in name), "constrained"]
     if unknown := [name for name in names if name not in {*cases, "constrained"}]:
         parser.error(f"--cases {unknown[0]}: there are {', '.join(cases)}, constrained")

@@ -5,6 +5,8 @@ of the operands in memory costs more than the product itself. Measured: docs/exp
 """
 
 import math
+import threading
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +41,14 @@ def linear(x: Tensor, weight: Tensor, prepacked: Tensor | None = None) -> Tensor
     """
     x2d, is_half = x.flatten(0, -2), x.dtype == torch.bfloat16
     num_tokens = len(x2d)
-    # 1. A prepacked weight. On a CPU, with one or two fp32 tokens the plain weight is as fast.
+    # 1. A prepacked weight. On a CPU, with one or two fp32 tokens the plain weight is as fast, unless it is joined.
     if prepacked is not None and x.is_cuda:
         return F.linear(x, prepacked)
-    if prepacked is not None and (prepacked.dtype == torch.bfloat16 or num_tokens > 2):
+    if prepacked is not None and (prepacked.dtype == torch.bfloat16 or num_tokens > 2 or \
+                                  len(prepacked) != len(weight)):
         bucket = bucket_size(num_tokens, 16 if num_tokens < SMALL_BATCH else 32)
-        padded = F.pad(x2d.to(prepacked.dtype), (0, 0, 0, bucket - num_tokens))
-        y = torch.ops.mkldnn._linear_pointwise(padded, prepacked, None, "none", [], "")
+        padded = F.pad(x2d, (0, 0, 0, bucket - num_tokens)) if bucket > num_tokens else x2d
+        y = torch.ops.mkldnn._linear_pointwise(padded.to(prepacked.dtype), prepacked, None, "none", [], "")
         return y[:num_tokens].unflatten(0, x.shape[:-1])
     # 2. Training, other devices, large batches. no_grad alone must compute what training does, to the bit; while
     #    compiling, inference mode cannot be asked for.
@@ -63,13 +66,65 @@ def linear(x: Tensor, weight: Tensor, prepacked: Tensor | None = None) -> Tensor
     return (weight @ right.T).T[:num_tokens].unflatten(0, x.shape[:-1])
 
 
+class PrepackedWeights(threading.local):
+    """The weights that an engine's step multiplies by instead of the parameters, by path; `use_prepacked` sets them."""
+
+    by_path: dict[str | None, Any] = {}
+
+
+PREPACKED = PrepackedWeights()
+compiles_prepacked = False  # whether what is compiled now is such a step; a compiler can read this, but not the weights
+
+# A compiler cannot look into oneDNN's order, so it calls this operator: x [N, in] · weightᵀ of a path → [N, out].
+LIBRARY = torch.library.Library("minimind", "FRAGMENT")
+LIBRARY.define("prepacked_linear(Tensor x, str path, int out_features) -> Tensor")
+
+
+def _prepacked_linear(x: Tensor, path: str, out_features: int) -> Tensor:
+    weight = PREPACKED.by_path[path]
+    x_cast = x.to(weight.dtype)
+    y = F.linear(x_cast, weight) if x.is_cuda else \
+        torch.ops.mkldnn._linear_pointwise(x_cast, weight, None, "none", [], "")
+    return y.to(x.dtype)
+
+
+LIBRARY.impl("prepacked_linear", _prepacked_linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("minimind::prepacked_linear")
+def _prepacked_linear_shape(x: Tensor, path: str, out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
 class Linear(nn.Linear):
     """y = x·weightᵀ, without a bias."""
 
-    prepacked: Tensor | None = None  # set by model.inference.prepacked while an engine runs
+    # set by `model.inference.prepacked`: where PREPACKED has this weight, and this and those that `linears` joins to it
+    path: str | None = None
+    joined_path: str | None = None
 
     def __init__(self, in_features: int, out_features: int, device: str | None = None):
         super().__init__(in_features, out_features, bias=False, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.prepacked)
+        return linear_at(x, self.path, self.weight, self.out_features)
+
+
+def linear_at(x: Tensor, path: str | None, weight: Tensor, out_features: int) -> Tensor:
+    """The product with the prepacked weight of `path`, if there is one, else with `weight`."""
+    if not torch.compiler.is_compiling():
+        return linear(x, weight, PREPACKED.by_path.get(path))
+    if path is None or not compiles_prepacked:
+        return linear(x, weight)
+    y = torch.ops.minimind.prepacked_linear(x.flatten(0, -2), path, out_features)
+    return y.unflatten(0, x.shape[:-1])
+
+
+def linears(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """x [..., in] through each layer → [..., out] each; as one product where an engine has joined their weights."""
+    path = getattr(layers[0], "joined_path", None)
+    is_compiling = torch.compiler.is_compiling()
+    if path is None or not (compiles_prepacked if is_compiling else path in PREPACKED.by_path):
+        return [layer(x) for layer in layers]
+    sizes = [layer.out_features for layer in layers]
+    return list(linear_at(x, path, layers[0].weight, sum(sizes)).split(sizes, dim=-1))

@@ -15,7 +15,7 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .attention import BatchLayout, attention, causal_layout
-from .linear import Linear, pad_to_multiple
+from .linear import Linear, linears, pad_to_multiple
 from .moe import Experts, load_balancing_loss, register_expert_names, router_stats, stack_expert_weights
 
 YARN_FACTOR, YARN_ORIGINAL_LENGTH, YARN_BETA_FAST, YARN_BETA_SLOW = 16.0, 2048, 32.0, 1.0
@@ -47,8 +47,7 @@ class MiniMindConfig(PretrainedConfig):
         rope_theta: float = 1e6,
         inference_rope_scaling: bool = False,
         num_experts: int = 4, num_experts_per_tok: int = 1, n_shared_experts: int = 0,
-        moe_intermediate_size: int | None = None,
-        norm_topk_prob: bool = False,
+        moe_intermediate_size: int | None = None, norm_topk_prob: bool = False,
         router_aux_loss_coef: float = 5e-4, initializer_range: float = 0.02,
         tie_word_embeddings: bool = True,
         pad_token_id: int = 0, bos_token_id: int = 1, eos_token_id: int = 2,
@@ -139,7 +138,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: BatchLayout) -> Tensor:
         """x [B, T, H] → the same shape; q, k, v are [B, T, heads, D]."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in linears(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)
         if layout.cache is not None:  # keys and values of the T new tokens → of all tokens so far
             k, v = layout.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_index)
@@ -157,7 +156,8 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class MoEFeedForward(nn.Module):

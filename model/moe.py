@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import linear, pad_to_multiple
+from .linear import PREPACKED, linear, pad_to_multiple
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # of `Experts`
 MAX_DENSE_TOKENS = 256  # on a GPU: up to so many go to all experts, whose weights take longer to read than to multiply
@@ -30,7 +30,7 @@ class TokenGroups:
 class Experts(nn.Module):
     """E SwiGLU networks as stacked weights: every expert has its slice of one gradient, used or not, on every rank."""
 
-    prepacked: dict[str, list[Tensor] | Tensor] = {}  # set by model.inference.prepacked while an engine runs
+    path: str | None = None  # set by model.inference.prepacked: where PREPACKED has the weights, by name
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, device: str | None = None):
         super().__init__()
@@ -57,7 +57,8 @@ class Experts(nn.Module):
 
     def project(self, name: str, x: Tensor, groups: TokenGroups | None) -> Tensor:
         """Tokens, grouped as in `grouped_linear`, times the weight `name` of their experts."""
-        return grouped_linear(x, getattr(self, name), groups, self.prepacked.get(name))
+        prepacked = {} if torch.compiler.is_compiling() else PREPACKED.by_path.get(self.path, {})
+        return grouped_linear(x, getattr(self, name), groups, prepacked.get(name))
 
 
 def grouped_linear(x: Tensor, weight: Tensor, groups: TokenGroups | None,

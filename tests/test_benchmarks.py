@@ -122,6 +122,18 @@ def test_decoding_is_timed_against_the_plain_loop(saved, one_thread):
     assert constrained["ratio"] == constrained["constrained"] / constrained["free"] > 0
 
 
+def test_decoding_is_timed_against_llama_cpp(saved, one_thread):
+    pytest.importorskip("xllamacpp")
+    arguments = ["decode_speed.py", *TINY, "--prompt=4", "--tokens=3", "--peer=llama.cpp"]
+    with mock.patch.object(sys, "argv", [*arguments, "--cases", "alone"]):
+        decode_speed.main()
+    alone = saved["decode_llama_cpp_64x1"]["alone"]
+    for dtype in ("f16", "q8_0"):
+        assert alone[f"ratio to {dtype}"] == pytest.approx(alone["engine"] / alone[dtype])
+    with mock.patch.object(sys, "argv", [*arguments, "--cases", "arriving"]), pytest.raises(SystemExit):
+        decode_speed.main()
+
+
 def test_bytes_a_token_are_its_share_of_the_weights_and_the_keys_it_looks_at():
     model = MiniMindForCausalLM(MiniMindConfig(64, 1)).bfloat16()
     weights, heads = sum(p.numel() for p in model.parameters()), 4 * 8

@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 import torch
 from lab import small_model
-from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
@@ -19,8 +18,6 @@ from model.device import choose_device, training_dtype
 from model.inference import model_runner
 from model.inference.engine import Engine
 from model.inference.prepacked import prepack
-from model.linear import Linear
-from model.moe import Experts
 from trainer import distributed
 from trainer.distributed import World
 from trainer.optimizer import orthogonalise
@@ -132,16 +129,22 @@ def test_a_rollout_on_a_gpu_casts_each_weight_once(use_moe):
     with mock.patch.object(type(model), "device", CUDA):
         packed = dict(prepack(model, torch.bfloat16))
         assert not prepack(model, torch.float32)
-    layers = [module for module in model.modules() if isinstance(module, (Linear, Experts))]
-    assert list(packed) == layers
-    for layer in layers:
-        for name, weight in layer.named_parameters():
-            half = packed[layer][name] if isinstance(layer, Experts) else packed[layer]
-            assert_close(half, weight.detach().to(torch.bfloat16), rtol=0, atol=0)
+    cast = {}  # every matrix but the embedding, once: joined ones are stacked, in the order of their names
+    for path, weight in packed.items():
+        if isinstance(weight, dict):
+            cast |= {f"{path}.{name}": stack for name, stack in weight.items()}
+            continue
+        parent, dot, names = path.rpartition(".")
+        names = [f"{parent}{dot}{name}.weight" for name in names.split("+")]
+        cast |= zip(names, weight.split([len(model.get_parameter(name)) for name in names]), strict=True)
+    matrices = {name: p for name, p in model.state_dict().items() if p.dim() > 1 and "embed" not in name}
+    assert cast.keys() == matrices.keys()
+    for name, matrix in matrices.items():
+        assert_close(cast[name], matrix.to(torch.bfloat16), rtol=0, atol=0)
 
 
 def test_graphs_do_not_outlive_the_copies_that_they_read(monkeypatch):
-    monkeypatch.setattr(model_runner, "prepack", lambda *_: [(nn.Identity(), torch.zeros(1))])
+    monkeypatch.setattr(model_runner, "prepack", lambda *_: {"lm_head": torch.zeros(1)})
     runner = Engine(small_model(), graphs=True).runner
     runner.graphs._graphs[1, 256] = None
     runner.prepack()

@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounter
+from torch import nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,6 +34,7 @@ from model.inference.engine import Engine, SamplingParams, Sequence, generate
 from model.inference.prepacked import prepack, use_prepacked
 from model.inference.sampling import sample
 from model.linear import linear
+from model.model_lora import LoRA, apply_lora, lora_state
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_weight, save_weight
 from scripts.lib.terminal import HELP
@@ -178,10 +180,16 @@ def test_packed_weights_multiply_as_the_weights_do_and_only_while_in_use(kind, d
         pytest.skip("no oneDNN here, or none for bf16")
     model = lively_model(kind).to(dtype)
     prepacked, used = prepack(model, dtype), []
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
 
     def noted(x, weight, prepacked=None):
         used.append(prepacked is not None)
         result = linear(x, weight, prepacked)
+        first = next((i for i, layer in enumerate(layers) if layer.weight is weight), None)
+        if first is not None:  # no expert; with this weight, those that are joined to it
+            num_rows = [len(layer.weight) for layer in layers[first:]]
+            num_joined = next(n for n in (1, 2, 3) if sum(num_rows[:n]) == result.shape[-1])
+            weight = torch.cat([layer.weight for layer in layers[first:first + num_joined]])
         assert_close(result, F.linear(x, weight), atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
         return result
 
@@ -217,8 +225,19 @@ def test_weights_that_are_elsewhere_are_not_packed():
     assert not prepack(model.float(), torch.float32) and not prepack(lively_model().to("meta"), torch.float32)
 
 
+def test_layers_with_an_adapter_are_not_joined():
+    model, prompts = lively_model(), some_prompts(15, 3)
+    engine = Engine(model)  # which joins them
+    apply_lora(model, LoRA(rank=2, targets=("k_proj", "up_proj")))
+    for parameter in lora_state(model).values():
+        parameter.data.normal_(std=0.3)
+    engine.reset_prefix_cache()
+    sequences = engine.generate(prompts, [greedy(4)] * 2)
+    assert [sequence.completion_ids for sequence in sequences] == [plainly(model, prompt, 4) for prompt in prompts]
+
+
 def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     monkeypatch.setattr(kv_cache, "MIN_SLOT_LEN", 16)  # the cache grows on the way
     torch._dynamo.reset()
@@ -232,6 +251,10 @@ def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
         engine.step()
     assert [sequence.completion_ids for sequence in sequences] == expected
     assert counter.frame_count == 2  # for one row, and for more
+    if engine.runner.prepacked:
+        for graph in counter.graphs:  # of a block: one product for q, k, v, one for o, gate and up, down
+            targets = [node.target for node in graph.graph.nodes]
+            assert targets.count(torch.ops.minimind.prepacked_linear) == 4 * len(model.model.layers)
 
 
 def test_blocks_compiled_for_training_are_not_compiled_for_sampling():
@@ -296,7 +319,7 @@ def captured(request, monkeypatch) -> tuple[str, list, list]:
     monkeypatch.setattr(kv_cache, "MIN_SLOT_LEN", 16)  # the cache grows on the way
     if request.param == "recorded":  # as on a GPU: experts are not counted on the host, no weight is packed
         monkeypatch.setattr(moe, "use_dense_experts", lambda *_: True)
-        monkeypatch.setattr(model_runner, "prepack", lambda *_: [])
+        monkeypatch.setattr(model_runner, "prepack", lambda *_: {})
     return "cpu" if request.param == "recorded" else "cuda", captures, replays
 
 

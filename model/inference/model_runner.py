@@ -29,8 +29,8 @@ class ModelRunner:
         self.prepack()
 
     def prepack(self) -> None:
-        """Prepack the weights as they are now. A compiler has its own order for them."""
-        self.prepacked = prepack(self.model, self.cache.keys[0].dtype) if self.compiled is None else []
+        """Prepack the weights as they are now."""
+        self.prepacked = prepack(self.model, self.cache.keys[0].dtype)
         if self.prepacked and self.graphs is not None:
             self.graphs.reset(self.cache.num_resizes)  # they read the weights that were packed before
 

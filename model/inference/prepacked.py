@@ -11,11 +11,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from model import linear
 from model.linear import Linear
 from model.moe import EXPERT_WEIGHTS, Experts
 
-# of each Linear, and of each weight of Experts (on a CPU one by one)
-Prepacked = list[tuple[nn.Module, Tensor | dict[str, list[Tensor] | Tensor]]]
+# by path, of each Linear, of joined ones, and of each weight of Experts (on a CPU one by one)
+Prepacked = dict[str, Tensor | dict[str, list[Tensor] | Tensor]]
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers with the same input: one product
 NUM_TOKENS = 16  # the order is chosen for so many; it serves any number
 
 
@@ -28,7 +30,7 @@ def prepack(model: nn.Module, dtype: torch.dtype) -> Prepacked:
     """Prepack the weights of every layer for products in `dtype`. Empty where this is not possible, or not needed."""
     device, mkldnn = model.device.type, torch.ops.mkldnn
     if not has_no_hooks(model):
-        return []
+        return {}
     if device == "cuda" and model.dtype != dtype:
         def pack(weight: Tensor) -> Tensor:
             return weight.detach().to(dtype)
@@ -42,23 +44,35 @@ def prepack(model: nn.Module, dtype: torch.dtype) -> Prepacked:
         def pack_stack(weights: Tensor) -> list[Tensor]:
             return [pack(weight) for weight in weights]
     else:
-        return []
-    prepacked: Prepacked = []
-    for module in model.modules():
-        if isinstance(module, Linear):
-            prepacked.append((module, pack(module.weight)))
+        return {}
+    # 1. Layers with the same input, if none of them has an adapter.
+    prepacked: Prepacked = {}
+    joined: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        for names in JOINED:
+            layers = [getattr(module, name, None) for name in names]
+            if not isinstance(layers[0], Linear):
+                continue
+            layers[0].joined_path = None
+            if all(isinstance(layer, Linear) for layer in layers):
+                layers[0].joined_path = f"{path}.{'+'.join(names)}"
+                prepacked[layers[0].joined_path] = pack(torch.cat([layer.weight.detach() for layer in layers]))
+                joined.update(layers)
+    # 2. The others.
+    for path, module in model.named_modules():
+        if isinstance(module, Linear) and module not in joined:
+            prepacked[path], module.path = pack(module.weight), path
         elif isinstance(module, Experts):
-            prepacked.append((module, {name: pack_stack(getattr(module, name)) for name in EXPERT_WEIGHTS}))
+            prepacked[path] = {name: pack_stack(getattr(module, name)) for name in EXPERT_WEIGHTS}
+            module.path = path
     return prepacked
 
 
 @contextmanager
 def use_prepacked(prepacked: Prepacked) -> Iterator[None]:
     """Inside, the layers multiply by their prepacked weights; outside, by the parameters."""
-    for module, weights in prepacked:
-        module.prepacked = weights
+    linear.PREPACKED.by_path, linear.compiles_prepacked = prepacked, bool(prepacked)
     try:
         yield
     finally:
-        for module, _ in prepacked:
-            del module.prepacked
+        linear.PREPACKED.by_path, linear.compiles_prepacked = {}, False
