@@ -51,7 +51,7 @@ class Chat:
 
     def __init__(self, model: torch.nn.Module, tokenizer: ChatTokenizer, args: argparse.Namespace):
         self.tokenizer, self.args = tokenizer, args
-        self.new_engine = partial(Engine, model, tokenizer, max_batch=1)
+        self.new_engine = partial(Engine, model, tokenizer, max_batch=1, adapt_threads=True)
         self.engine = self.new_engine()  # keeps what it has computed: earlier turns are not computed again
         self.continues_text = continues_text(args.load_from, args.weight)
         self.messages: list[dict] = []

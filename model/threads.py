@@ -28,7 +28,8 @@ class ThreadTuner:
     """
 
     wall, cpu = staticmethod(time.perf_counter), staticmethod(time.process_time)
-    set_threads, count_others = staticmethod(torch.set_num_threads), staticmethod(lambda: other_runnable_threads())
+    get_threads, set_threads = staticmethod(torch.get_num_threads), staticmethod(torch.set_num_threads)
+    count_others = staticmethod(lambda: other_runnable_threads())
 
     def __init__(self, enabled: bool = True, all_threads: int | None = None):
         self.all_threads = self.threads = all_threads or torch.get_num_threads()
@@ -46,6 +47,8 @@ class ThreadTuner:
 
     def begin(self) -> None:
         if self.enabled:
+            if self.get_threads() != self.threads:  # OpenMP keeps one number per thread that calls it
+                self.set_threads(self.threads)
             self.start = self.wall(), self.cpu()
 
     def end(self, num_items: int) -> None:

@@ -266,7 +266,8 @@ def main() -> None:
     args = parse_arguments()
     with listen(args.host, args.port) as listener:
         model, tokenizer = load_from_args(args, args.weight)
-        service = EngineThread(partial(Engine, model, tokenizer, args.max_batch, args.max_cache_tokens), args.max_queue)
+        new_engine = partial(Engine, model, tokenizer, args.max_batch, args.max_cache_tokens, adapt_threads=True)
+        service = EngineThread(new_engine, args.max_queue)
         defaults = Defaults(args.model_name, args.max_new_tokens, args.temperature, args.top_p,
                             bool(args.open_thinking), args.max_tools)
         app = create_app(service, tokenizer, defaults, args.api_key or os.environ.get(KEY_VARIABLE), args.cors)

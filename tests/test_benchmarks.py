@@ -10,7 +10,7 @@ import pytest
 import torch
 from lab import ROOT
 
-from benchmarks import decode_speed, gpu_check, profile_step, quality, rl_speed
+from benchmarks import busy_machine, decode_speed, gpu_check, profile_step, quality, rl_speed
 from model.chat import ChatTokenizer
 from model.cli import Failure
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -132,6 +132,14 @@ def test_decoding_is_timed_against_llama_cpp(saved, one_thread):
         assert alone[f"ratio to {dtype}"] == pytest.approx(alone["engine"] / alone[dtype])
     with mock.patch.object(sys, "argv", [*arguments, "--cases", "arriving"]), pytest.raises(SystemExit):
         decode_speed.main()
+
+
+def test_decoding_is_timed_beside_busy_programs(saved, one_thread):
+    with mock.patch.object(sys, "argv", ["busy_machine.py", "--work=decoding", "--hidden_size=64", "--busy", "0", "1",
+                                         "--seconds=1"]):
+        busy_machine.main()
+    for results in saved["busy_machine_decoding"].values():
+        assert [*results] == ["0", "1"] and all(speeds["adapted"] > 0 < speeds["fixed"] for speeds in results.values())
 
 
 def test_bytes_a_token_are_its_share_of_the_weights_and_the_keys_it_looks_at():

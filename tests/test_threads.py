@@ -1,8 +1,12 @@
 """The number of threads follows the load of the machine, on a simulated clock."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+from lab import small_model
 
 from model import threads
+from model.inference.engine import STEP_COST, Engine, SamplingParams
 from model.threads import ThreadTuner, other_runnable_threads
 
 CORES = 2
@@ -18,7 +22,8 @@ class Machine:
         self.tuner = ThreadTuner(all_threads=CORES)
         monkeypatch.setattr(threads, "notice", self.used.append)
         self.tuner.wall, self.tuner.cpu = lambda: self.time, lambda: self.cpu_time
-        self.tuner.set_threads, self.tuner.count_others = lambda n: None, lambda: self.hogs
+        self.tuner.get_threads, self.tuner.set_threads = lambda: self.tuner.threads, lambda n: None
+        self.tuner.count_others = lambda: self.hogs
 
     def run(self, seconds: float, tokens: int = 300) -> float:
         """→ tokens/s"""
@@ -68,6 +73,19 @@ def test_where_the_system_tells_nothing_a_wrong_guess_costs_little(monkeypatch):
     machine = Machine(monkeypatch, cpu_share=0.4)
     machine.tuner.count_others = lambda: None
     assert machine.run(600) > 0.97 * SPEED[2, 0] and machine.tuner.threads == 2
+
+
+def test_an_engine_takes_the_steps_of_every_thread_with_the_number_that_it_chose(monkeypatch):
+    engine, used, steps = Engine(small_model(), max_batch=2, adapt_threads=True), set(), []
+    engine.threads = ThreadTuner(all_threads=4)
+    engine.threads.threads = 3
+    monkeypatch.setattr(engine.threads, "get_threads", lambda: 4)
+    monkeypatch.setattr(engine.threads, "set_threads", used.add)
+    monkeypatch.setattr(engine.threads, "end", steps.append)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(engine.generate, [[5, 6, 7], [8]], [SamplingParams(2, stop_ids=())] * 2).result()
+    assert used == {3} and steps == [STEP_COST + 4, STEP_COST + 2]
+    assert not Engine(small_model()).threads.enabled
 
 
 def test_one_thread_and_other_devices_are_left_alone():

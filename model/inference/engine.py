@@ -23,9 +23,11 @@ from model.inference.model_runner import ModelRunner
 from model.inference.sampling import SamplingParams, add_logit_bias, apply_penalties, sample
 from model.inference.scheduler import Scheduler
 from model.inference.sequence import Sequence, TokenDelta
+from model.threads import ThreadTuner
 
 __all__ = ["Engine", "SamplingParams", "Sequence", "TokenDelta", "generate"]
 SLOT_LEN = 2048  # tokens of cache per sequence, by default
+STEP_COST = 16  # a step on a CPU takes as long as so many tokens, and that of each of its tokens besides
 
 
 class Engine:
@@ -36,12 +38,13 @@ class Engine:
     (default: 512, on a GPU 4,096).
     `tokenizer` is needed for text and stop strings only. The cache belongs to the weights as they are: after changing
     them, call `reset_prefix_cache`. `compile` takes a minute or two at the first tokens and then saves time at each
-    step. `graphs`: decode by CUDA graphs (default: on a GPU, wherever that is possible).
+    step. `graphs`: decode by CUDA graphs (default: on a GPU, wherever that is possible). `adapt_threads`: on a CPU, use
+    fewer threads while other programs are busy; sums are then rounded in another order.
     """
 
     def __init__(self, model: nn.Module, tokenizer: ChatTokenizer | None = None, max_batch: int = 32,
                  max_tokens: int | None = None, prefill_chunk: int | None = None, compile: bool = False,
-                 graphs: bool | None = None):
+                 graphs: bool | None = None, adapt_threads: bool = False):
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.max_positions = model.config.max_position_embeddings
         max_tokens = max_tokens or max(max_batch * min(self.max_positions, SLOT_LEN), min(self.max_positions, 32768))
@@ -53,6 +56,7 @@ class Engine:
         self.slots = SlotManager(cache, max_batch, max_tokens, self.max_seq_len)
         self.scheduler = Scheduler(self.slots, prefill_chunk or (4096 if device == "cuda" else 512))
         self.runner = ModelRunner(model, self.slots, compile, graphs)
+        self.threads = ThreadTuner(adapt_threads and device == "cpu")
         self._lock = Lock()
 
     @property
@@ -107,11 +111,13 @@ class Engine:
         batches = self.scheduler.schedule()
         if not batches:
             return []
+        self.threads.begin()
         logits = self.runner.run(batches)
         sequences = [batch.sequences[row] for batch in batches for row in batch.sampled_rows]
         if sequences:  # else there were only chunks of longer prompts
             tokens = self._sample(logits, sequences)
             self._finish(sequences, *tokens)
+        self.threads.end(STEP_COST + sum(len(chunk) for batch in batches for chunk in batch.chunks))
         return sequences
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[float], list]:

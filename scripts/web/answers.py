@@ -23,7 +23,7 @@ class LocalModel:
 
     def __init__(self, model: nn.Module, tokenizer: ChatTokenizer, continues_text: bool = False):
         self.tokenizer, self.continues_text = tokenizer, continues_text
-        self.engine = Engine(model, tokenizer, max_batch=8)
+        self.engine = Engine(model, tokenizer, max_batch=8, adapt_threads=True)
 
     def answer(self, messages: list[dict], tools: list[dict], thinking: bool,
                params: SamplingParams) -> Iterator[Event]:
