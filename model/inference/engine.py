@@ -37,9 +37,10 @@ class Engine:
     or one as long as the model's positions up to 32,768). A step reads at most about `prefill_chunk` prompt tokens
     (default: 512, on a GPU 4,096).
     `tokenizer` is needed for text and stop strings only. The cache belongs to the weights as they are: after changing
-    them, call `reset_prefix_cache`. `compile` takes a minute or two at the first tokens and then saves time at each
-    step. `graphs`: decode by CUDA graphs (default: on a GPU, wherever that is possible). `adapt_threads`: on a CPU, use
-    fewer threads while other programs are busy; sums are then rounded in another order.
+    them, call `reset_prefix_cache`. `compile` takes half a minute at the first tokens (seconds, once it is cached on
+    disk) and then saves time at each step. `graphs`: decode by CUDA graphs (default: on a GPU, wherever that is
+    possible). `adapt_threads`: on a CPU, use fewer threads while other programs are busy; sums are then rounded in
+    another order.
     """
 
     def __init__(self, model: nn.Module, tokenizer: ChatTokenizer | None = None, max_batch: int = 32,
