@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from model.chat import BOS, AssistantMessage, ChatTokenizer, MessageParser
-from model.cli import SWITCH, Parser, UserError, add_sampling_args, nonneg_int, run_main, whole_number
+from model.cli import SWITCH, Parser, UserError, add_sampling_args, nonneg_int, notice, run_main, whole_number
 from model.inference.constraints import Grammar
 from model.inference.engine import Engine, SamplingParams
 from model.loading import add_loading_args, continues_text, load_from_args
@@ -53,6 +53,8 @@ class Chat:
         self.tokenizer, self.args = tokenizer, args
         self.new_engine = partial(Engine, model, tokenizer, max_batch=1, adapt_threads=True)
         self.engine = self.new_engine()  # keeps what it has computed: earlier turns are not computed again
+        self.notices: list[str] = []  # to be printed after the answer
+        self.engine.threads.announce = self.notices.append
         self.continues_text = continues_text(args.load_from, args.weight)
         self.messages: list[dict] = []
 
@@ -85,7 +87,9 @@ class Chat:
                 for event in parser.feed(delta.pieces):
                     print_event(*event)
         except KeyboardInterrupt:
+            threads = self.engine.threads
             self.engine = self.new_engine()  # the old one may have stopped in the middle of a step
+            self.engine.threads = threads  # which knows how many there are, also if fewer are in use now
             print(" …", end="")
         for event in parser.finish():
             print_event(*event)
@@ -93,6 +97,8 @@ class Chat:
         speed = num_tokens / (time.perf_counter() - start)
         show_speed = sys.stdout.isatty() if args.show_speed is None else args.show_speed
         print(f"\n[{num_tokens} tokens, {speed:.1f} tokens/s]" if show_speed else "")
+        while self.notices:
+            notice(self.notices.pop())
         if not self.continues_text:
             self.messages.append(parser.message.to_dict())
         return parser.message

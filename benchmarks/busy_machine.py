@@ -93,21 +93,25 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", choices=("training", "decoding"), default="training")
     parser.add_argument("--busy", type=nonneg_int, nargs="+", default=[0, 1, 2], help="busy programs beside")
-    parser.add_argument("--steps", type=positive_int, default=120, help="of each training run")
-    parser.add_argument("--seconds", type=positive_int, default=20, help="of each decoding run")
-    parser.add_argument("--hidden_size", type=positive_int, default=768, help="of the decoding model")
+    parser.add_argument("--steps", type=positive_int, help="of each training run (default: 120)")
+    parser.add_argument("--seconds", type=positive_int, help="of each decoding run (default: 20)")
+    parser.add_argument("--hidden_size", type=positive_int, help="of the decoding model (default: 768)")
     args = parser.parse_args()
+    for name in ("steps",) if args.work == "decoding" else ("seconds", "hidden_size"):
+        if getattr(args, name):
+            parser.error(f"--{name} is not for --work {args.work}")
     if args.work == "decoding":
         torch.manual_seed(0)
-        model = MiniMindForCausalLM(MiniMindConfig(args.hidden_size)).eval().requires_grad_(False)
+        model = MiniMindForCausalLM(MiniMindConfig(args.hidden_size or 768)).eval().requires_grad_(False)
         model.to(inference_dtype(model.device, False))
-        return save_result("busy_machine_decoding", {
-            f"{count} at once": compare(f"{count} at once", partial(decoding_speed, model, count, seconds=args.seconds),
-                                        args.busy) for count in (1, 8)})
+        speeds = {f"{count} at once": partial(decoding_speed, model, count, seconds=args.seconds or 20)
+                  for count in (1, 8)}
+        return save_result("busy_machine_decoding", {name: compare(name, speed, args.busy)
+                                                     for name, speed in speeds.items()})
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "dataset/sample_world.py", "--out", folder], check=True,
                        stdout=subprocess.DEVNULL)
-        speed = partial(training_speed, Path(folder) / "pretrain.jsonl", steps=args.steps)
+        speed = partial(training_speed, Path(folder) / "pretrain.jsonl", steps=args.steps or 120)
         save_result("busy_machine", compare("training", speed, args.busy))
 
 

@@ -34,7 +34,7 @@ from benchmarks.machine import clock, model_config, model_parser, random_prompt,
 from benchmarks.plain import TEMPERATURE, TOP_P, plain_loop
 from model.attention import attention
 from model.chat import ChatTokenizer
-from model.cli import positive_int, run_main
+from model.cli import Failure, positive_int, run_main
 from model.device import choose_device, inference_dtype
 from model.inference.constraints import Grammar, json_rule, text_grammar
 from model.inference.engine import Engine, SamplingParams
@@ -118,7 +118,8 @@ def compare_llama_cpp(cases: dict[str, list[Request]], model: nn.Module, args: a
         body = {"prompt": request[0], "max_tokens": request[1], "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0,
                 "min_p": 0, "ignore_eos": True, "cache_prompt": False}
         usage = httpx.post(f"{url}/completions", json=body, timeout=600).raise_for_status().json()["usage"]
-        assert usage["completion_tokens"] == request[1], usage
+        if usage["completion_tokens"] != request[1]:
+            raise Failure(f"llama.cpp wrote {usage['completion_tokens']} tokens instead of {request[1]}")
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         urls = {}

@@ -31,6 +31,11 @@ def pad_to_multiple(x: Tensor, multiple: int = 32) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, -len(x) % multiple))
 
 
+def multiply_packed(x: Tensor, packed: Tensor) -> Tensor:
+    """x [N, in] · weightᵀ → [N, out] in the weight's dtype; `packed`: the weight in oneDNN's order."""
+    return torch.ops.mkldnn._linear_pointwise(x.to(packed.dtype), packed, None, "none", [], "")
+
+
 def linear(x: Tensor, weight: Tensor, prepacked: Tensor | None = None) -> Tensor:
     """x [..., in] · weight [out, in]ᵀ → [..., out]. `prepacked`: the weight as an engine keeps it, see
     `model.inference.prepacked`.
@@ -44,12 +49,10 @@ def linear(x: Tensor, weight: Tensor, prepacked: Tensor | None = None) -> Tensor
     # 1. A prepacked weight. On a CPU, with one or two fp32 tokens the plain weight is as fast, unless it is joined.
     if prepacked is not None and x.is_cuda:
         return F.linear(x, prepacked)
-    if prepacked is not None and (prepacked.dtype == torch.bfloat16 or num_tokens > 2 or \
-                                  len(prepacked) != len(weight)):
+    if prepacked is not None and (prepacked.dtype == torch.bfloat16 or num_tokens > 2 or len(prepacked) > len(weight)):
         bucket = bucket_size(num_tokens, 16 if num_tokens < SMALL_BATCH else 32)
         padded = F.pad(x2d, (0, 0, 0, bucket - num_tokens)) if bucket > num_tokens else x2d
-        y = torch.ops.mkldnn._linear_pointwise(padded.to(prepacked.dtype), prepacked, None, "none", [], "")
-        return y[:num_tokens].unflatten(0, x.shape[:-1])
+        return multiply_packed(padded, prepacked)[:num_tokens].unflatten(0, x.shape[:-1])
     # 2. Training, other devices, large batches. no_grad alone must compute what training does, to the bit; while
     #    compiling, inference mode cannot be asked for.
     training = torch.is_grad_enabled() if torch.compiler.is_compiling() else not torch.is_inference_mode_enabled()
@@ -82,9 +85,7 @@ LIBRARY.define("prepacked_linear(Tensor x, str path, int out_features) -> Tensor
 
 def _prepacked_linear(x: Tensor, path: str, out_features: int) -> Tensor:
     weight = PREPACKED.by_path[path]
-    x_cast = x.to(weight.dtype)
-    y = F.linear(x_cast, weight) if x.is_cuda else \
-        torch.ops.mkldnn._linear_pointwise(x_cast, weight, None, "none", [], "")
+    y = F.linear(x.to(weight.dtype), weight) if x.is_cuda else multiply_packed(x, weight)
     return y.to(x.dtype)
 
 

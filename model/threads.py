@@ -29,7 +29,7 @@ class ThreadTuner:
 
     wall, cpu = staticmethod(time.perf_counter), staticmethod(time.process_time)
     get_threads, set_threads = staticmethod(torch.get_num_threads), staticmethod(torch.set_num_threads)
-    count_others = staticmethod(lambda: other_runnable_threads())
+    count_others, announce = staticmethod(lambda: other_runnable_threads()), staticmethod(lambda text: notice(text))
 
     def __init__(self, enabled: bool = True, all_threads: int | None = None):
         self.all_threads = self.threads = all_threads or torch.get_num_threads()
@@ -86,8 +86,8 @@ class ThreadTuner:
             self.next_try = now + self.retry_s
             self.speed = {previous: self.speed[previous]}  # older figures are of another load
         if self.threads < self.all_threads and not self.announced and previous == self.threads:
-            notice(f"other programs use the processor: {self.threads} instead of {self.all_threads} threads are faster "
-                   "for now")
+            self.announce(f"other programs use the processor: {self.threads} instead of {self.all_threads} threads are "
+                          "faster for now")
             self.announced = True
 
     def _use(self, threads: int) -> None:
