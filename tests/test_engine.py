@@ -871,9 +871,10 @@ def test_a_conversation_is_remembered_until_it_is_cleared(evaluate, prompts, end
 
 
 def test_ctrl_c_ends_an_answer_but_not_the_program(evaluate, monkeypatch):
-    step, steps = Engine.step, itertools.count()
+    step, steps, tuners = Engine.step, itertools.count(), set()
 
     def interrupted(engine):
+        tuners.add(engine.threads)
         if next(steps) == 3:
             raise KeyboardInterrupt
         return step(engine)
@@ -884,3 +885,17 @@ def test_ctrl_c_ends_an_answer_but_not_the_program(evaluate, monkeypatch):
     assert second in out and first not in out
     assert out.split(" …")[0].removeprefix(HELP).strip() in first
     assert out.count(HELP) == 2  # at the start, and when there was no answer to stop
+    assert len(tuners) == 1  # a new one would take the threads in use now for all there are
+
+
+def test_what_the_chat_has_to_say_of_threads_comes_after_the_answer(evaluate, monkeypatch, capsys):
+    step, printed = Engine.step, []
+
+    def busy(engine):
+        engine.threads.announce("fewer threads")
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", busy)
+    monkeypatch.setattr(eval_llm, "notice", lambda text: printed.append((text, capsys.readouterr().out)))
+    evaluate(lines=["Who are you?", "/exit"])
+    assert printed[0][0] == "fewer threads" and TALK[1]["content"] in printed[0][1]
