@@ -1,8 +1,8 @@
 """Sampling: penalties, temperature, truncation, one uniform number per row, and the log-probability of its token.
 
 The order is transformers': logit bias, repetition, presence and frequency penalty, then temperature, top-k, top-p,
-min-p. A row is
-sampled by inverting its own cumulative distribution at its own uniform number, so it never depends on its neighbours.
+min-p. A row is sampled by inverting its own cumulative distribution at its own uniform number, so it never depends on
+its neighbours.
 Shapes: B rows, V vocabulary.
 """
 
