@@ -44,7 +44,6 @@ from scripts.score_sample import score, share_per_skill
 STAGES = {stage.name: stage for stage in stages.STAGES if stage.name not in ("small_sft", "full_dist", "ppo_actor")}
 STAGES["reward"] = replace(STAGES["reward"], rows="dpo")  # the published data have no pairs of their own for it
 NAMES = ("data", *STAGES, "evaluation")
-PARENTS = {"data": None, "pretrain": "data", "full_sft": "pretrain"}  # the others start from full_sft
 
 # the flags of a preset: for all stages, then for each; tiny: beside those of the demo
 TINY = {"all": {"hidden_size": 64, "use_compile": 0, "save_interval": 100},
@@ -54,26 +53,29 @@ TINY = {"all": {"hidden_size": 64, "use_compile": 0, "save_interval": 100},
 ROLLOUTS = {"batch_size": 8, "accumulation_steps": 4, "max_gen_len": 256, "max_steps": 200, "beta": 0.02,
             "learning_rate": 1e-6, "eval_interval": 20, "use_compile": 0}
 ONLINE = {"optimizer": "adamw", "learning_rate": 3e-5, "num_generations": 8, "max_gen_len": 96, "use_compile": 0,
-          "accumulation_steps": 4, "max_steps": 30, "eval_interval": 10, "loss_type": "grpo"}
+          "accumulation_steps": 4, "max_steps": 30, "log_interval": 1, "eval_interval": 10, "loss_type": "grpo"}
+REWARD_MODEL = {"reward_weight": "reward"}  # beside the rules
 PUBLISHED = {"all": {"use_compile": 1, "eval_interval": 500},  # the stages' defaults are the published recipe
-             "grpo": {**ROLLOUTS, "loss_type": "grpo"}, "cispo": {**ROLLOUTS, "loss_type": "cispo"}, "agent": ROLLOUTS}
+             "grpo": {**ROLLOUTS, **REWARD_MODEL, "loss_type": "grpo"},
+             "cispo": {**ROLLOUTS, **REWARD_MODEL, "loss_type": "cispo"}, "agent": ROLLOUTS}
+PAIRS = {"optimizer": "adamw", "batch_size": 2, "accumulation_steps": 4, "max_steps": 300, "log_interval": 10,
+         "eval_interval": 60}
 # about two and a half hours on two cores with bf16 units: one pass over ../shared/data
 CPU = {"all": {"hidden_size": 256, "use_compile": 1, "optimizer": "muon", "weight_decay": 0.1, "epochs": 1,
                "batch_size": 8, "accumulation_steps": 1, "eval_interval": 500, "save_interval": 200},
        "pretrain": {"num_hidden_layers": 8, "max_seq_len": 512, "learning_rate": 2e-3},
        "full_sft": {"max_seq_len": 512, "learning_rate": 1e-3},
        "lora_identity": {"optimizer": "adamw", "learning_rate": 1e-3, "epochs": 4},
-       "dpo": {"optimizer": "adamw", "learning_rate": 1e-5, "batch_size": 2, "accumulation_steps": 4, "max_steps": 300},
-       "reward": {"optimizer": "adamw", "learning_rate": 1e-4, "batch_size": 2, "accumulation_steps": 4,
-                  "max_steps": 300},
-       "grpo": ONLINE, "cispo": {**ONLINE, "loss_type": "cispo"}, "agent": {**ONLINE, "num_generations": 4}}
+       "dpo": {**PAIRS, "learning_rate": 1e-5}, "reward": {**PAIRS, "learning_rate": 1e-4},
+       "grpo": {**ONLINE, **REWARD_MODEL}, "cispo": {**ONLINE, **REWARD_MODEL, "loss_type": "cispo"},
+       "agent": {**ONLINE, "num_generations": 4}}
 PRESETS = {"tiny": TINY, "cpu": CPU, "zero": PUBLISHED, "full": PUBLISHED}
 
 # the published file of each kind of rows, and what serves instead in other --data folders, beside the sample world
 MINI = {"pretrain": "pretrain_t2t_mini", "sft": "sft_t2t_mini", "dpo": "dpo", "lora_identity": "lora_identity",
         "rlaif": "rlaif", "agent_rl": "agent_rl"}
 FILES = {"tiny": MINI, "cpu": MINI, "zero": MINI, "full": {**MINI, "pretrain": "pretrain_t2t", "sft": "sft_t2t"}}
-SUBSTITUTES = {"pretrain": ("pretrain",), "sft": ("sft", "sft_toolcall"), "dpo": ("dpo",)}
+SUBSTITUTES = {"pretrain": ("pretrain",), "sft": ("sft", "sft_toolcall"), "dpo": ("dpo",), "rlaif": ("rlaif",)}
 TOKENISED = ("pretrain", "sft")  # ahead, because they are large
 BENCHMARKS = {"cmmlu": "cmmlu_test_subset.jsonl", "arc": "arc_easy.jsonl", "piqa": "piqa.jsonl",
               "openbookqa": "openbook_qa.jsonl"}  # in the folder eval of --data
@@ -108,6 +110,14 @@ def recipe(args: argparse.Namespace, folder: Path) -> dict[str, dict]:
     return flags_of
 
 
+def parents(step: str, flags: dict[str, dict]) -> list[str]:
+    """The steps whose results a step works with."""
+    if step == "data":
+        return []
+    parent = {"pretrain": "data", "full_sft": "pretrain"}.get(step, "full_sft")
+    return [parent, "reward"] if flags.get(step, {}).get("reward_weight") == "reward" else [parent]
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
@@ -138,18 +148,20 @@ def token_flags(flags: dict) -> dict:
 
 
 def gather(files: list[Path], target: Path) -> int:
-    """Join `files` into `target`, and what is held out of them into {target}_val. → rows"""
-    val_files = [path for file in files
-                 if (path := file.with_name(file.name.replace(".jsonl", "_val.jsonl"))).is_file()]
-    num_rows = num_held_out = 0
+    """Join `files` into `target`, and what is held out of them into {target}_val: {file}_val, else every 20th row.
+
+    → rows, except those of {file}_val
+    """
+    num_rows = 0
     with open(target, "wb") as train, open(target.with_name(f"{target.stem}_val.jsonl"), "wb") as val:
-        for path in val_files:
-            val.writelines(line for _, line in read_lines(path))
-        for path in files:
-            for _, line in read_lines(path):
-                num_rows += 1
-                hold_out = not val_files and num_held_out < MAX_HELD_OUT and num_rows % 20 == 0
+        for file in files:
+            val_file, num_held_out = file.with_name(file.name.replace(".jsonl", "_val.jsonl")), 0
+            if has_val_file := val_file.is_file():
+                val.writelines(line for _, line in read_lines(val_file))
+            for row, (_, line) in enumerate(read_lines(file), 1):
+                hold_out = not has_val_file and num_held_out < MAX_HELD_OUT and row % 20 == 0
                 num_held_out += hold_out
+                num_rows += 1
                 (val if hold_out else train).write(line if line.endswith(b"\n") else line + b"\n")
     return num_rows
 
@@ -273,13 +285,15 @@ def main() -> None:
     steps |= {step: (flags[step], partial(train, stage.script, flags[step])) for step, stage in STAGES.items()}
     steps["evaluation"] = ({"every": args.every, "prompts": len(PROMPTS)},
                            lambda: evaluate(args, folder, pipeline.ended(), flags))
+    for step in args.stages:
+        for parent in parents(step, flags):
+            if parent not in {*pipeline.ended(), *args.stages}:
+                raise UserError(f"--stages {step}: works with {parent}, which is not done in {folder}; name it too")
     for step in sorted(args.stages, key=NAMES.index):
-        parent, ended, (depends_on, work) = PARENTS.get(step, "full_sft"), pipeline.ended(), steps[step]
-        if parent and parent not in ended:
-            raise UserError(f"--stages {step}: begins with {parent}, which is not done in {folder}; name it too")
-        after = ended.get(parent)
-        if step == "evaluation":  # comes after every other step
-            after = max(seconds for name, seconds in ended.items() if name != step)
+        ended, (depends_on, work) = pipeline.ended(), steps[step]
+        # evaluation comes after every other step
+        before = [name for name in ended if name != step] if step == "evaluation" else parents(step, flags)
+        after = max((ended[name] for name in before), default=None)
         depends_on = {key: str(value).replace(str(folder), ".") for key, value in depends_on.items()}  # folders move
         pipeline.run(step, depends_on, work, after, partial(discard_checkpoints, folder, step))
     write_report(name, folder, pipeline.records, args.report_dir, args.price_per_hour)

@@ -165,16 +165,16 @@ def test_the_scripts_take_the_flags_of_every_preset(tmp_path, monkeypatch, prese
 def test_published_files_come_first_and_what_is_held_out_is_not_trained_on(tmp_path):
     args, sample = mock.Mock(preset="zero", data=[tmp_path]), tmp_path / "sample"
     sample.mkdir()
-    for name, rows in {"sft.jsonl": 30, "sft_val.jsonl": 4, "sft_toolcall.jsonl": 5, "pretrain_t2t_mini.jsonl": 100,
+    for name, rows in {"sft.jsonl": 30, "sft_val.jsonl": 4, "sft_toolcall.jsonl": 20, "pretrain_t2t_mini.jsonl": 100,
                        "pretrain.jsonl": 9, "sample/sft.jsonl": 7, "sample/sft_val.jsonl": 3}.items():
         (tmp_path / name).write_text("".join(f"{name} {number}\n" for number in range(rows)))
     assert full_run.sources("rlaif", args, sample) == [sample / "rlaif.jsonl"]
     assert full_run.sources("pretrain", args, sample) == [tmp_path / "pretrain_t2t_mini.jsonl"]
     files = full_run.sources("sft", args, sample)
     assert files == [tmp_path / "sft.jsonl", tmp_path / "sft_toolcall.jsonl", sample / "sft.jsonl"]
-    assert full_run.gather(files, tmp_path / "joined.jsonl") == 42
-    assert len((tmp_path / "joined.jsonl").read_text().splitlines()) == 42
-    assert len((tmp_path / "joined_val.jsonl").read_text().splitlines()) == 7
+    assert full_run.gather(files, tmp_path / "joined.jsonl") == 57
+    assert len((tmp_path / "joined.jsonl").read_text().splitlines()) == 56
+    assert len((tmp_path / "joined_val.jsonl").read_text().splitlines()) == 4 + 1 + 3  # 1 of 20: it has no {name}_val
     full_run.gather([tmp_path / "pretrain_t2t_mini.jsonl"], tmp_path / "alone.jsonl")
     train, val = ((tmp_path / f"alone{end}.jsonl").read_text().splitlines() for end in ("", "_val"))
     assert len(val) == 5 and len(train) == 95 and not set(train) & set(val)
@@ -183,7 +183,9 @@ def test_published_files_come_first_and_what_is_held_out_is_not_trained_on(tmp_p
 
 
 @pytest.mark.parametrize("flags", [["--set", "pretrain"], ["--set", "nobody.seed=1"], ["--stages", "nothing"],
-                                   ["--price-per-hour=-1"]])
+                                   ["--price-per-hour=-1"], ["--stages", "data", "dpo"],
+                                   ["--set", "grpo.reward_weight=reward", "--stages", "data", "pretrain", "full_sft",
+                                    "grpo"]])
 def test_bad_input_is_told_in_one_line(tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as ended:
         run_main(lambda: start(tmp_path, *flags))
