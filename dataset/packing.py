@@ -58,16 +58,18 @@ def pack(start: np.ndarray, length: np.ndarray, capacity: int, packing: bool = T
 
     With `split`, a document of more positions continues in the next sequence; else none may have more.
     """
-    starts, lengths, sizes = [], [], []  # of the sequences, row by row; sequences per row
+    num_sequences = int(np.sum(-(-length // capacity))) if split else len(start)
+    starts, lengths = np.empty(num_sequences, np.int64), np.empty(num_sequences, np.int32)  # row by row
+    sizes, filled = [np.zeros(1, np.int64)], 0  # sequences per row
     for begin in range(0, len(start), WINDOW):
         window = start[begin:begin + WINDOW], length[begin:begin + WINDOW]
         sequence_start, sequence_length = split_long(*window, capacity) if split else window
         row_of = best_fit(sequence_length, capacity) if packing else np.arange(len(sequence_start))
         order = np.argsort(row_of, kind="stable")
-        starts.append(sequence_start[order])
-        lengths.append(sequence_length[order].astype(np.int32))
+        placed = slice(filled, filled + len(order))
+        starts[placed], lengths[placed], filled = sequence_start[order], sequence_length[order], placed.stop
         sizes.append(np.bincount(row_of))
-    return Rows(np.concatenate(starts), np.concatenate(lengths), np.cumsum(np.concatenate([[0], *sizes])))
+    return Rows(starts, lengths, np.cumsum(np.concatenate(sizes)))
 
 
 def split_long(start: np.ndarray, length: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
 """What is chosen for a device, by pretending to have it: precision, compiler, and what to say when it does not work."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from model.device import choose_device, training_dtype
 from model.inference import model_runner
 from model.inference.engine import Engine
 from model.inference.prepacked import prepack
+from model.weights import ROOT
 from trainer import distributed
 from trainer.distributed import World
 from trainer.optimizer import orthogonalise
@@ -153,6 +156,13 @@ def test_graphs_do_not_outlive_the_copies_that_they_read(monkeypatch):
 
 class OnMPS(torch.Tensor):
     device = torch.device("mps")
+
+
+def test_the_memory_of_a_program_is_its_own():
+    parent = torch.ones(2**27)  # 0.5 GB, more than a program that only imports torch has
+    code = "import torch\nfrom model.device import peak_memory\nprint(peak_memory(torch.device('cpu')))"
+    peak = float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True))
+    assert peak < parent.nbytes / 1e9
 
 
 def test_advantages_are_whitened_on_mps_without_float64(monkeypatch):
