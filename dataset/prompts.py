@@ -67,8 +67,12 @@ class PromptDataset:
 
 
 def parse_ground_truth(row: dict) -> list[str]:
-    """The values of `gt` as text, numbers as they are written. Raises ValueError when it is not a list of values."""
-    values = row.get("gt", [])
+    """The values of `gt` as text, numbers as Python writes them; none where it is absent or null.
+
+    Raises ValueError when it is not a list of values.
+    """
+    values = row.get("gt")
+    values = [] if values is None else values
     if not isinstance(values, list) or not all(isinstance(value, (str, int, float)) for value in values):
         raise ValueError('gt is a list of values, like ["42"]')
     return [str(value) for value in values]

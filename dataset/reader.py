@@ -223,7 +223,10 @@ def _json_rows(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 def _csv_rows(file: BinaryIO, separator: str) -> Iterator[tuple[int, bytes]]:
     csv.field_size_limit(LARGEST_VALUE)
-    rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=separator)
+    # strict: else a quote that is never closed would swallow the rest of the file
+    rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=separator, strict=True)
+    if repeated := [name for name, count in Counter(rows.fieldnames).items() if count > 1]:
+        raise ValueError(f"two columns are called {repeated[0]!r}")
     for row in rows:
         if None in row:
             raise ValueError(f"more cells than the header names; a text with {separator!r} in it is quoted")
@@ -240,7 +243,12 @@ def _parquet_rows(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _dump(value: object) -> bytes:
-    return json.dumps(value, default=str).encode() + b"\n"
+    return json.dumps(value, default=_to_text).encode() + b"\n"
+
+
+def _to_text(value: object) -> str:
+    """Dates and such as Python writes them. Parquet files of some programs have text as bytes."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 READERS = {"lines of JSON": _lines, "plain text": _lines, "JSON": _json_rows, "parquet": _parquet_rows,

@@ -13,13 +13,14 @@ machine without the file (`scripts/prepare_data.py` makes one), and is used ther
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -37,6 +38,7 @@ from model.files import open_atomically, write_atomically
 CACHE_DIR = Path(__file__).resolve().parent / "cache"
 CHUNK_CHARS = 2 << 20  # of text tokenised at a time
 PROGRESS_S = 15
+ABANDONED_S = 24 * 3600  # without a change
 MAX_VOCAB_SIZE = 2**16
 VERSION = 3  # raise it when the same row becomes other tokens
 
@@ -178,7 +180,11 @@ def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, row_kind: st
              has_mask: bool, skip_bad_rows: bool) -> None:
     """Write the folder of the tokens of `path`, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
+        if time.time() - newest_change(abandoned) > ABANDONED_S:
+            shutil.rmtree(abandoned, ignore_errors=True)
+    temporary = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
+    temporary.mkdir()
     ends, num_tokens = array("q"), 0  # millions of documents: a list would take 40 bytes for each
     report, progress = RowReport(path, skip_bad_rows), Progress(f"tokenising {path.name}", unpacked_size(path))
     try:
@@ -196,7 +202,8 @@ def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, row_kind: st
                 os.fsync(file.fileno())
         if not ends:
             raise UserError(f"{path}: no usable row in it{report.first_reason}")
-        np.save(temporary / "ends.npy", np.frombuffer(ends, np.int64))
+        with open_atomically(temporary / "ends.npy") as file:
+            np.save(file, np.frombuffer(ends, np.int64))
         meta = {"source": str(path), "documents": len(ends), "tokens": num_tokens, "bad": report.bad,
                 "first_bad": report.first_bad, "unused": report.unused, "key": folder.name, "made_by": recipe}
         write_atomically(temporary / "meta.json", json.dumps(meta, ensure_ascii=False))
@@ -206,6 +213,13 @@ def tokenise(path: Path, folder: Path, recipe: list, parse: Parser, row_kind: st
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def newest_change(folder: Path) -> float:
+    """When something in `folder` changed last, in seconds since 1970."""
+    with suppress(FileNotFoundError):  # which another process removes just now
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    return time.time()
 
 
 class Progress:

@@ -43,7 +43,9 @@ def main() -> None:
     add_sft_args(parser)
     args = parser.parse_args()
     if args.inspect:
-        return inspect(args.inspect, args.kind, ChatTokenizer(args.tokenizer), args.max_seq_len)
+        if args.out or args.clean:
+            parser.error("--inspect only prints: give it without --out and --clean")
+        return inspect(args.inspect, args.kind, ChatTokenizer(args.tokenizer), args.max_seq_len, sft_options(args))
     if args.clean and args.out:
         return clean(args.clean, args.out, args.min_chars, args.max_chars)
     if args.kind not in DATASETS or not (args.data_path and args.out):

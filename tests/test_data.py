@@ -4,6 +4,7 @@ import errno
 import gzip
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -311,6 +312,23 @@ def test_interrupted_tokenising_leaves_nothing_half_done(make, tmp_path, monkeyp
         make(PretrainDataset, rows)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files"]
     assert len(documents(make(PretrainDataset, rows))) == len(rows)
+
+
+def test_what_a_killed_process_left_a_day_ago_is_removed_and_tokens_are_for_all_to_read(make, tmp_path):
+    rows = random_texts(3)
+    folder = make(PretrainDataset, rows).folder
+    shutil.rmtree(folder)
+    old, new = (folder.with_name(f".{folder.name}.{name}") for name in ("old", "new"))
+    for path in (old, new):
+        path.mkdir()
+        (path / "tokens.bin").write_bytes(bytes(9))
+    for path in (old / "tokens.bin", old):
+        os.utime(path, (0, 0))
+    make(PretrainDataset, rows)
+    assert not old.exists() and new.exists()
+    if os.name == "posix":
+        os.umask(umask := os.umask(0))
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_a_file_is_written_whole_or_not_at_all_also_by_two_at_once(tmp_path):

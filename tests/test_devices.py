@@ -1,5 +1,6 @@
 """What is chosen for a device, by pretending to have it: precision, compiler, and what to say when it does not work."""
 
+import math
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -23,7 +24,8 @@ from model.inference.prepacked import prepack
 from model.weights import ROOT
 from trainer import distributed
 from trainer.distributed import World
-from trainer.optimizer import orthogonalise
+from trainer.optimizer import make_optimizers, orthogonalise
+from trainer.parallel import DDPStrategy
 from trainer.rl.advantages import whiten
 from trainer.run import Run
 
@@ -81,6 +83,30 @@ def test_cards_without_bf16_units_train_in_fp16_with_scaling(monkeypatch):
     assert Run._choose_dtype(run) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert Run._choose_dtype(run) == torch.bfloat16
+
+
+def test_what_a_launcher_left_behind_is_told_in_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="RANK and WORLD_SIZE are set.*MASTER_ADDR.*torchrun"), \
+            distributed.init_distributed("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("value", [1.0, math.inf, math.nan])
+def test_when_a_scaled_gradient_overflows_no_optimizer_steps(value):
+    model = small_model(vocab_size=64, hidden_size=32)
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float16, world=World())
+    strategy = DDPStrategy(run, model, partial(make_optimizers, name="muon", lr=1e-2, weight_decay=0.1,
+                                               muon_dtype=torch.float32))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    strategy.backward(sum((p**2).sum() for p in model.parameters()))
+    model.model.layers[0].self_attn.q_proj.weight.grad[0, 0] = value  # one that Muon updates; AdamW has the embedding
+    strategy.clip_grad_norm(1.0)
+    strategy.optimizer_step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == (set(before) if math.isfinite(value) else set())
 
 
 def test_small_gradients_are_orthogonalised_in_fp16_too():

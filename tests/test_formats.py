@@ -112,6 +112,9 @@ NOT_ROWS = {
     "torn parquet": (b"PAR1 and no more", ":1: cannot be read"),
     "torn gzip": (gzip.compress(LINES)[:-9], "cannot be read"),
     "csv without quotes": (b"text\none, two\n", ":1: cannot be read: more cells than the header names"),
+    "csv with a stray quote": (b'text,label\n"one,1\ntwo,2\n', "cannot be read: unexpected end of data"),
+    "tsv with a stray quote": (b'text\tlabel\n"one" of them\t1\n', "cannot be read: '\t' expected after '\"'"),
+    "two columns of one name": (b"text,text\none,two\n", "cannot be read: two columns are called 'text'"),
     "torn array": (b'[{"text": "x"}, {"te', ":2: cannot be read: not JSON, or cut off"),
     "array without an end": (b'[{"text": "x"}', ":2: cannot be read: not JSON, or cut off"),
     "two arrays": (b'[{"text": "x"}]\n[1]', ":2: cannot be read: text after the end of the array"),
@@ -125,6 +128,20 @@ def test_a_file_without_rows_is_named_for_what_it_is(tmp_path, name):
     with pytest.raises(UserError, match=words) as caught:
         read(tmp_path / "rows.jsonl", content)
     assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:") and "\n" not in str(caught.value)
+
+
+def test_text_that_a_parquet_file_holds_as_bytes_is_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    def parquet(value: bytes) -> bytes:
+        out = io.BytesIO()
+        write_table(pyarrow.table({"text": pyarrow.array([value], pyarrow.binary())}), out)
+        return out.getvalue()
+
+    assert read(tmp_path / "rows.parquet", parquet("你好".encode())) == [{"text": "你好"}]
+    with pytest.raises(UserError, match="cannot be read: not UTF-8"):
+        read(tmp_path / "rows.parquet", parquet(b"\xff"))
 
 
 def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path):
@@ -397,6 +414,11 @@ def test_inspecting_a_file_shows_what_is_recognised_learned_and_left_out(tmp_pat
     assert "50.0% exceed --max_seq_len 64" in out and "1 conversations, whose answers begin later, are left out" in out
     assert "read for dpo" in inspected(capsys, write(path, [PAIR])) and "read for pretrain" in inspected(
         capsys, write(path, [{"text": "x"}]))
+    system = inspected(capsys, write(path, [chat("q", "a")]), "--system_prompt_ratio", "1")
+    assert "system\n" in system and "system\n" not in inspected(capsys, path, "--system_prompt_ratio", "0")
+    with pytest.raises(SystemExit):
+        inspected(capsys, path, "--out", str(tmp_path / "out"))
+    assert "give it without --out" in capsys.readouterr().err
     assert "1 prompts, 1 with gt" in inspected(capsys, write(path, [chat("q", "") | {"gt": [1]}]))
     for row, words in (({"a": 1}, "this one has a"), (chat("q", ""), "no usable row in it; line 1: message 2")):
         with pytest.raises(UserError, match=words):

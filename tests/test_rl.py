@@ -14,7 +14,7 @@ from lab import DEADLINE, TOKENIZER, small_model
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from dataset.prompts import Prompt, PromptDataset
+from dataset.prompts import Prompt, PromptDataset, parse_ground_truth
 from model.chat import EOS
 from model.cli import UserError
 from scripts.draw_curves import draw_curves
@@ -412,6 +412,7 @@ def test_a_bad_prompt_is_told_with_its_line(tmp_path, line, words):
     with pytest.raises(UserError, match=f"rows.jsonl:2: .*{words}"):
         PromptDataset(path, TOKENIZER, 64)
     assert len(PromptDataset(path, TOKENIZER, 64, skip_bad_rows=True)) == 1
+    assert parse_ground_truth({"gt": None}) == parse_ground_truth({}) == []
     with pytest.raises(UserError, match="too long"):
         PromptDataset(path, TOKENIZER, 3, skip_bad_rows=True)
 

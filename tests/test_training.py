@@ -74,7 +74,10 @@ def test_a_resumed_log_forgets_what_came_after_its_state(tmp_path):
     MetricsLog(path, 0).write({"step": 1, "loss": 1 / 3})
     path.write_text(path.read_text() + '{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
     MetricsLog(path, 2).write({"step": 3, "loss": math.nan})
-    assert path.read_text() == '{"step": 1, "loss": 0.333333}\n{"step": 2}\n{"step": 3, "loss": NaN}\n'
+    assert path.read_text() == '{"step": 1, "loss": 0.333333}\n{"step": 2}\n{"step": 3, "loss": null}\n'
+    with pytest.raises(OSError), mock.patch("os.replace", side_effect=OSError(28, "No space left on device")):
+        MetricsLog(path, 3)
+    assert path.read_text().count("\n") == 3  # nothing is lost
     MetricsLog(path, 0)
     assert path.read_text() == ""
 
@@ -146,6 +149,9 @@ def other_tokenizer(path: Path) -> None:
 
 @pytest.mark.parametrize("words, flags", [
     (["nowhere.jsonl", "no such file"], {"data_path": "nowhere.jsonl"}),
+    (["--data_path is empty"], {"data_path": ""}),
+    (["--save_dir ~nobody_here", "home"], {"save_dir": "~nobody_here/out"}),
+    (["--deepspeed_config", "--parallel deepspeed"], {"deepspeed_config": "zero2.json"}),
     (["--no_such_flag", "--help"], {"no_such_flag": 1}),
     (["--batch_size", "'two'"], {"batch_size": "two"}),
     (["--learning_rate", "nan"], {"learning_rate": "nan"}),

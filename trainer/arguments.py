@@ -8,9 +8,11 @@ from model.chat import TOKENIZER_DIR
 from model.cli import (
     SWITCH,
     Parser,
+    first_line,
     fraction,
     nonneg_float,
     nonneg_int,
+    notice,
     num_positions,
     positive_int,
     seed_int,
@@ -187,6 +189,12 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     """Parse the command line; paths become absolute, so that nothing depends on the current directory later."""
     sizes = ("batch_size", "accumulation_steps")
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(sizes)))  # None where a flag is not given
+    if args.global_batch_size and args.accumulation_steps:
+        notice("--accumulation_steps is not used: it follows from --global_batch_size")
+    if args.deepspeed_config and args.parallel != "deepspeed":
+        parser.error("--deepspeed_config is for --parallel deepspeed")
+    if (args.eval_interval or args.eval_first) and not args.val_data_path:
+        notice("nothing is validated: --eval_interval and --eval_first need --val_data_path")
     args.adapt_batch = all(getattr(args, name) is None for name in sizes)  # to the size of the data
     for name in sizes:
         setattr(args, name, getattr(args, name) or parser.get_default(name))
@@ -200,7 +208,12 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir",
                  "deepspeed_config"):
         value = getattr(args, name, None)
-        setattr(args, name, Path(value).expanduser().absolute() if value else None)
+        if value == "":  # an unset variable of a shell
+            parser.error(f"--{name} is empty")
+        try:
+            setattr(args, name, Path(value).expanduser().absolute() if value else None)
+        except RuntimeError as error:  # the home of a user that there is not
+            parser.error(f"--{name} {value}: {first_line(error)}")
     if args.use_moe is not None:
         args.use_moe = bool(args.use_moe)
     return args

@@ -15,7 +15,8 @@ def random_state() -> dict:
     """The state of every random generator of this process."""
     version, numbers, gauss = random.getstate()
     return {"python": [version, list(numbers), gauss], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
 
 
 def restore_random_state(state: dict) -> None:
@@ -24,6 +25,8 @@ def restore_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if state.get("mps") is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 def save_resume(path: Path, state: dict) -> None:

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from model.cli import Failure, first_line
+from model.cli import Failure, UserError, first_line
 from model.device import choose_device
 
 
@@ -78,7 +78,11 @@ def init_distributed(device_name: str) -> Iterator[tuple[World, torch.device]]:
     rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = choose_device(device_name.partition(":")[0], local_rank)  # cuda:1 would be one device for all ranks
     # The others wait while the first rank tokenises: for more than the default ten minutes when the file is large.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE are set, as a launcher does, but {first_line(error)}; start with "
+                        "torchrun, or unset RANK and WORLD_SIZE") from None
     _control = dist.new_group(backend="gloo", timeout=timedelta(hours=4)) if device.type == "cuda" else None
     try:
         yield World(rank, size, local_rank), device

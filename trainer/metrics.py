@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.cli import first_line
+from model.files import write_atomically
 from trainer.batches import GlobalBatch
 from trainer.distributed import World
 from trainer.losses import Loss
@@ -71,7 +72,7 @@ class MetricsLog:
             for line in path.read_text("utf-8").splitlines():
                 with suppress(ValueError, KeyError):  # half a line of a run that was killed
                     lines += [line] if json.loads(line)["step"] <= resumed_step else []
-        path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        write_atomically(path, "".join(f"{line}\n" for line in lines))
 
     def write(self, row: dict) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -79,8 +80,10 @@ class MetricsLog:
 
 
 def rounded(value: object) -> object:
-    """`value` to 6 significant digits if it is a finite float."""
-    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
+    """A float to 6 significant digits; None, as JSON has no word for it, if it is not finite."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 class Tracker:

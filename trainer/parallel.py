@@ -55,9 +55,18 @@ class DDPStrategy:
 
     def clip_grad_norm(self, max_norm: float) -> None:
         """Scale the gradient of all ranks down to the norm `max_norm`."""
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        if self.scaler.is_enabled() and len(self.optimizers) > 1:
+            # The scaler makes an optimizer skip the step where its own gradients overflow. All of them have to: this is
+            # NaN where any gradient is not finite, else 0.
+            overflow = 0 * nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            for optimizer in self.optimizers:
+                gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+                for gradient in gradients[:1]:
+                    gradient.add_(overflow)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        self.grad_norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], max_norm)
+        self.grad_norm = nn.utils.clip_grad_norm_(params, max_norm)
 
     def optimizer_step(self) -> None:
         """Step all optimizers and drop the gradients."""

@@ -95,7 +95,7 @@ def fetch_huggingface(url: str, file: RemoteFile, folder: Path) -> None:
             output.flush()
             os.fsync(output.fileno())
     except BaseException:
-        if not incomplete.stat().st_size:
+        if incomplete.is_file() and not incomplete.stat().st_size:
             incomplete.unlink()
         raise
     if not is_complete(incomplete, file):

@@ -21,8 +21,11 @@ DEFAULT_LENGTHS = {"pretrain": 340, "sft": 768, "dpo": 1024, "rl": 1024}  # of t
 SHOWN = 3000  # characters of the first row
 
 
-def inspect(path: Path, kind: str | None, tokenizer: ChatTokenizer, max_seq_len: int | None) -> None:
-    """Print what was recognised, the first row as the model reads it, counts, lengths, and what is left out and why."""
+def inspect(path: Path, kind: str | None, tokenizer: ChatTokenizer, max_seq_len: int | None, sft_options: dict) -> None:
+    """Print what was recognised, the first row as the model reads it, counts, lengths, and what is left out and why.
+
+    `sft_options`: arguments of `SFTDataset`, for rows of that kind.
+    """
     report = RowReport(path, skip=True)
     row = next((row for _, row in read_rows(path, report=report)), None)
     if row is None:
@@ -39,7 +42,8 @@ def inspect(path: Path, kind: str | None, tokenizer: ChatTokenizer, max_seq_len:
             documents = [(data.prompts[0].ids, [False] * len(data.prompts[0].ids))]
             counts = f"{len(data):,} prompts, {sum(bool(prompt.ground_truth) for prompt in data.prompts):,} with gt"
         else:
-            data = DATASETS[kind](path, tokenizer, max_seq_len, skip_bad_rows=True, cache_dir=cache)
+            data = DATASETS[kind](path, tokenizer, max_seq_len, skip_bad_rows=True, cache_dir=cache,
+                                  **(sft_options if kind == "sft" else {}))
             ends = np.load(data.folder / "ends.npy")
             lengths = np.diff(ends, prepend=0)
             mask = data.mask if data.has_loss_mask else np.ones_like(data.tokens)
