@@ -12,6 +12,7 @@ tokenised by an encoder without special tokens, so no text, whatever it contains
 import codecs
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -322,10 +323,21 @@ def parse_json(value: object, name: str, kind: type) -> list | dict:
     return value
 
 
+def refuse_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def finite_float(text: str) -> float:
+    return number if math.isfinite(number := float(text)) else refuse_number(text)
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_number, parse_float=finite_float)  # Python's own reads NaN and 1e999
+
+
 def read_json(text: str) -> object:
     """JSON text → value. Raises ValueError when it is not JSON, or when a string in it is not Unicode text."""
     try:
-        value = json.loads(text)
+        value = DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if "\\ud" in text.lower():

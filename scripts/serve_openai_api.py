@@ -46,7 +46,7 @@ from model.inference.engine import Engine
 from model.loading import add_loading_args, load_from_args
 from scripts.server.engine_thread import EngineThread, QueueFull, Stopping, metrics_text
 from scripts.server.generation import Defaults, GenerationRequest
-from scripts.server.middleware import AuthMiddleware, error_response
+from scripts.server.middleware import AuthMiddleware, error_response, internal_error
 from scripts.server.protocol import ApiError, ChatBody, CompletionBody, validation_error
 from scripts.server.responses import RecentItems, ResponsesRequest
 from scripts.server.responses_body import ResponsesBody
@@ -153,11 +153,6 @@ def absent(path: str) -> str:
     reasons = {"/v1/embeddings": "; a model that was trained to chat makes no good embeddings, ask another server",
                "/v1/responses/": "; responses are not stored", "/v1/messages": "; use /v1/chat/completions"}
     return f"there is no {path} here" + next((why for start, why in reasons.items() if path.startswith(start)), "")
-
-
-def internal_error(error: Exception) -> ApiError:
-    """A client learns that the server failed, and no more; the server's own log has the rest."""
-    return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
 
 
 async def full_response(http_request: Request, service: EngineThread, request: GenerationRequest) -> Response:

@@ -383,3 +383,11 @@ def test_a_call_that_was_never_closed_is_no_call(tokenizer):
     answer = AssistantMessage("", "", [], [json.dumps(ADD)] * 2)
     for text in (f"{opened}{opened}", f"{opened}<think>{opened}"):
         assert parse_message(tokenizer, text) == answer
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_json_cannot_write_makes_a_call_malformed(tokenizer, number):
+    call = f'{{"name": "f", "arguments": {{"a": {number}}}}}'
+    ids = [CALL, *tokenizer.encode_text(f"\n{call}\n"), END_CALL]
+    answer = parse_message(tokenizer, ids)
+    assert not answer.tool_calls and answer.malformed == [call]

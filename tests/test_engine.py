@@ -496,6 +496,18 @@ def test_a_thousand_events_leak_no_slot_and_survivors_answer_as_if_alone(short_s
         assert sequence.completion_ids == alone[number][:len(sequence.completion_ids)]
 
 
+def test_a_step_that_fails_cancels_what_ran_and_nobody_after_it():
+    engine, params = Engine(lively_model(), max_batch=2), SamplingParams(4, stop_ids=())
+    running, waiting = [engine.add(prompt, params) for prompt in some_prompts(5, 6)], engine.add([7, 8], params)
+    engine.step()
+    with mock.patch("model.inference.engine.sample", side_effect=RuntimeError("no memory")), \
+            pytest.raises(RuntimeError, match="no memory"):
+        engine.step()
+    assert [sequence.finish_reason for sequence in running] == ["cancelled"] * 2 and waiting.finish_reason is None
+    *_, last = engine.stream(waiting)
+    assert last.finish_reason == "length" and not engine.busy
+
+
 def test_streams_of_several_threads_give_each_all_of_its_tokens_and_a_closed_one_is_cancelled():
     model, prompts = lively_model(), some_prompts(9, 3, 14, 6)
     engine = Engine(model, TOKENIZER)

@@ -8,8 +8,9 @@ import pytest
 from lab import TOKENIZER, JsonHandler, serving
 
 from dataset.lm_dataset import SFTDataset
-from model.cli import run_main
+from model.cli import Failure, UserError, run_main
 from scripts import generate_answers
+from scripts.lib.openai_client import ChatClient
 
 
 class Teacher(JsonHandler):
@@ -49,6 +50,35 @@ def ask(teacher, tmp_path):
             run_main(generate_answers.main)
         return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
     return run
+
+
+class Stranger(JsonHandler):
+    """What another program answers."""
+
+    kind, content = "text/html", b"<html>"
+
+    def do_POST(self):
+        self.send_response(200)
+        for name, value in (("Content-Type", self.kind), ("Content-Length", str(len(self.content)))):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    do_GET = do_POST
+
+
+@pytest.mark.parametrize("kind, content", [
+    ("text/html", b"<html>"), ("application/json", b"{nope"), ("application/json", b"[]")])
+def test_a_server_of_another_kind_is_told_in_one_line(kind, content):
+    with serving(type("Stranger", (Stranger,), {"kind": kind, "content": content})) as url:
+        for name in ("m", ""):
+            with pytest.raises(Failure, match=f"{url} does not answer as OpenAI's API does"):
+                ChatClient(url, model=name).complete([{"role": "user", "content": "x"}])
+        with pytest.raises(Failure, match=f"{url} does not answer as OpenAI's API does"):
+            list(ChatClient(url, model="m").stream([{"role": "user", "content": "x"}]))
+    for wrong, key in (("http://127.0.0.1:abc/v1", ""), (url, "密钥")):
+        with pytest.raises(UserError, match=wrong):
+            ChatClient(wrong, key)
 
 
 def row(text: str) -> dict:

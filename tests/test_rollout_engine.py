@@ -6,9 +6,9 @@ import socket
 import subprocess
 import threading
 from contextlib import nullcontext
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,26 +309,25 @@ def test_a_server_that_is_not_there_is_a_failure(remote):
 
 @pytest.mark.parametrize("broken", [
     {"completion_ids": []}, {"completion_ids": [40, 41]}, {"completion_ids": [EOS, 40, 41]}, {"finish_reason": "abort"},
-    {"logprobs": [-1.0]}, {"logprobs": [None, -1.0, -1.0]},
-    {"completion_ids": [40, 41, EOS], "finish_reason": "length"}])
+    {"logprobs": [-1.0]}, {"logprobs": [None, -1.0, -1.0]}])
 def test_an_answer_that_is_not_whole_is_a_failure(remote, server, broken):
     remote.update()
-
-    @dataclass
-    class Broken:
-        completion_ids: list
-        logprobs: list
-        finish_reason: str
-        top_logprobs: list
-
     answer = {"completion_ids": [40, 41, EOS], "logprobs": [-1.0] * 3, "finish_reason": "stop"} | broken
     if broken == {"completion_ids": []}:
         answer["logprobs"] = []
     if len(answer["logprobs"]) != len(answer["completion_ids"]) and remote.kind == "sglang":
         pytest.skip("they come in pairs")
-    server.draw = lambda *_: Broken(**answer, top_logprobs=[])
+    server.draw = lambda *_: SimpleNamespace(**answer, top_logprobs=[])
     with pytest.raises(Failure, match="a broken answer"):
         remote.generate(PROMPTS[:1], samplings(1.0)[:1])
+
+
+def test_an_answer_whose_last_possible_token_is_the_stop_token_has_stopped(remote, server):
+    remote.update()
+    server.draw = lambda *_: SimpleNamespace(completion_ids=[40, 41, EOS], logprobs=[-1.0] * 3, top_logprobs=[],
+                                             finish_reason="length")  # SGLang looks at the length first
+    trajectory, = remote.generate(PROMPTS[:1], samplings(1.0)[:1])
+    assert not trajectory.truncated
 
 
 def test_log_probabilities_before_the_temperature_are_refused(remote, server):

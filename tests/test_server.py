@@ -37,14 +37,14 @@ from schemathesis.specs.openapi.checks import (
 )
 from torch.nn.functional import cross_entropy
 
-from model.chat import BOS, SPECIAL_TOKENS, ChatTokenizer, MessageParser, parse_message
+from model.chat import BOS, EOS, SPECIAL_TOKENS, ChatTokenizer, MessageParser, parse_message
 from model.cli import run_main
 from model.inference.engine import Engine, SamplingParams, Sequence, TokenDelta, generate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, save_weight
 from scripts import chat_api
 from scripts.serve_openai_api import Server, create_app, listen
-from scripts.server.choices import ChatChoice
+from scripts.server.choices import ChatChoice, TextChoice
 from scripts.server.engine_thread import EngineThread
 from scripts.server.generation import Defaults, GenerationRequest
 from scripts.server.middleware import MAX_BODY
@@ -405,6 +405,24 @@ def respond(served, conversation, **options):
     return served.client().responses.create(model="minimind", input=conversation, temperature=0, **options)
 
 
+def test_a_response_has_the_logprobs_of_every_token(wildly):
+    options = {"top_logprobs": 1, "extra_body": {"logit_bias": {str(i): 20 for i in TOKENIZER.encode_text("龘")}}}
+    chat = wildly.chat(USER, max_tokens=12, logprobs=True, **options).choices[0]
+    message = respond(wildly, USER, max_output_tokens=12, **options).output[-1].content[0]
+    assert [token.bytes for token in message.logprobs] == [token.bytes for token in chat.logprobs.content]
+    assert len(message.logprobs) == 12 > len(message.text)  # some are bytes of a character
+
+
+def test_the_bytes_of_a_character_are_named_and_do_not_move_the_text():
+    choice, first = TextChoice(0, TOKENIZER, has_logprobs=True), TOKENIZER.encode_text("龘")
+    ids = [*first, *TOKENIZER.encode_text("好"), EOS]
+    top = [(first[0], -0.5), (first[1], -1.5)]
+    list(choice.add(TokenDelta(["龘好"], [(i, -0.5, top) for i in ids], len(ids), "length")))
+    logprobs = choice.to_response()["logprobs"]
+    assert logprobs["tokens"][0].startswith("bytes:\\x") and logprobs["text_offset"] == [*[0] * len(first), 1, 2]
+    assert list(logprobs["top_logprobs"][0].values()) == [-0.5, -1.5]
+
+
 def test_a_response_is_the_answer_of_the_chat(served):
     response, chat = respond(served, WHO[0]["content"]), served.chat(WHO[:1])
     assert response.output_text == WHO[1]["content"] and response.status == "completed"
@@ -720,13 +738,14 @@ def test_a_key_opens_the_door(model):
         assert "access-control-allow-origin" not in stranger.headers
 
 
-def test_a_broken_engine_fails_its_requests_and_no_others(wild, monkeypatch, capfd):
-    def broken(engine: Engine) -> None:
-        raise RuntimeError("out of memory: secret details")
+def broken_engine(*_) -> None:
+    raise RuntimeError("out of memory: secret details")
 
+
+def test_a_broken_engine_fails_its_requests_and_no_others(wild, monkeypatch, capfd):
     with serving(wild) as served:
         step = Engine.step
-        monkeypatch.setattr(Engine, "step", broken)
+        monkeypatch.setattr(Engine, "step", broken_engine)
         with pytest.raises(openai.InternalServerError, match="server failed") as raised:
             served.chat(USER)
         assert "secret" not in raised.value.message and "Traceback" not in raised.value.response.text
@@ -740,6 +759,22 @@ def test_a_broken_engine_fails_its_requests_and_no_others(wild, monkeypatch, cap
         monkeypatch.setattr(Engine, "step", step)
         assert served.chat(USER, max_tokens=2).choices[0].finish_reason == "length"
         assert "secret details" in capfd.readouterr().err  # the operator is told
+        metrics = httpx.get(f"{served.url}/metrics").text
+        assert 'minimind_requests_total{path="/v1/chat/completions",status="500"}' in metrics
+
+
+def test_an_engine_that_cannot_be_replaced_fails_each_request_until_it_can(wild, monkeypatch):
+    with serving(wild, cors=["*"]) as served:
+        new_engine, step = served.service._new_engine, Engine.step
+        monkeypatch.setattr(served.service, "_new_engine", broken_engine)
+        monkeypatch.setattr(Engine, "step", broken_engine)
+        for _ in range(2):
+            refused = served.post(json={"messages": USER}, headers={"Origin": "https://example.org"})
+            assert refused.status_code == 500 and refused.headers["access-control-allow-origin"] == "*"
+        monkeypatch.setattr(Engine, "step", step)
+        monkeypatch.setattr(served.service, "_new_engine", new_engine)
+        assert served.chat(USER, max_tokens=2).choices[0].finish_reason == "length"
+        assert served.service.num_pending == 0
 
 
 # -- the server --------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from scripts.server.choices import ChatChoice
 from scripts.server.engine_thread import EngineThread
 from scripts.server.generation import Defaults, GenerationRequest
 from scripts.server.protocol import ApiError, ChatBody, CompletionBody, validation_error
+from scripts.server.responses_body import ResponsesBody
 from trainer.rl.tools import SCHEMAS
 
 TOKENIZER = ChatTokenizer()
@@ -118,7 +119,28 @@ def test_what_a_client_leaves_open_may_be_null_or_spelt_otherwise():
     whole = request_of(messages=USER, seed=1.0, n=2.0, max_tokens=32.0, top_k=5.0, temperature=1).params
     assert [params.max_new_tokens for params in whole] == [32, 32] and whole[0].top_k == 5 and whole[1].seed == 2
     assert request_of(messages=USER, stop=["", "x"]).params[0].stop == ("x",)
+    assert request_of(messages=USER, stop="x" * 17).params[0].stop == ("x" * 17,)
+    with pytest.raises(ApiError, match="at most 16 items"):
+        request_of(messages=USER, stop=["x"] * 17)
     assert request_of(prompt="x", max_tokens=3.0).params[0].max_new_tokens == 3
+
+
+def test_results_are_read_in_the_order_of_their_calls():
+    calls = [{"id": city, "type": "function", "function": {"name": "f", "arguments": {"a": city}}}
+             for city in ("paris", "rome")]
+    results = [{"role": "tool", "tool_call_id": city, "content": city.upper()} for city in ("paris", "rome")]
+    asked = [*USER, assistant(content=None, tool_calls=calls)]
+    in_order = request_of(messages=[*asked, *results]).prompts
+    assert request_of(messages=[*asked, *results[::-1]]).prompts == in_order
+    unknown = [results[1] | {"tool_call_id": "x"}, results[0]]
+    assert request_of(messages=[*asked, *unknown]).prompts != in_order  # nothing tells which is whose
+    items = [{"role": "user", "content": USER[0]["content"]},
+             *({"type": "function_call", "call_id": city, "name": "f", "arguments": f'{{"a": "{city}"}}'}
+               for city in ("paris", "rome")),
+             *({"type": "function_call_output", "call_id": city, "output": city.upper()}
+               for city in ("rome", "paris"))]
+    read_messages = ResponsesBody(input=items).to_chat_body(None).messages
+    assert [message.content for message in read_messages[2:]] == ["PARIS", "ROME"]
 
 
 def test_tools_are_read_without_what_is_not_for_the_model():

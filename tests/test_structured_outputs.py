@@ -121,6 +121,11 @@ def test_calls_are_of_the_tools_that_were_offered():
     assert {len(calls_of(sequence)) for sequence in answers([required] * 16)} > {1}
 
 
+def test_a_call_that_is_required_comes_even_where_a_schema_of_the_answer_is_given():
+    grammar = chat_grammar(TOKENIZER, answer=json_rule(CLOSED_CITY), tools=TOOLS, call_required=True)
+    assert all(len(calls_of(sequence)) for sequence in answers([grammar] * 8))
+
+
 def test_text_may_stand_before_calls_that_are_not_required():
     grammar = chat_grammar(TOKENIZER, tools=[tool["function"] for tool in TOOLS])  # flat, as our rows may have them
     turns = answers([grammar] * 24, logit_bias=((CALL, 8.0), (EOS, 7.0)))

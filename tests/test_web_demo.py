@@ -340,6 +340,7 @@ def test_a_sum_is_worked_out_and_shown_on_a_card(page):
 
 def test_what_a_card_shows_cannot_break_out_of_it():
     assert parts.code("12 * 12") == "`12 * 12`" and parts.code("a`b") == "`` a`b ``"
+    assert parts.code("a``b") == "``` a``b ```"
 
 
 def test_what_another_tool_says_is_typed_into_its_card(page):

@@ -106,7 +106,7 @@ def chat_grammar(tokenizer: ChatTokenizer, open_thinking: bool = False, answer: 
     else:
         rules = ["TEXT: /(.|\\n)*/ & ~/(.|\\n)*<\\/?(tool_call|think)>(.|\\n)*/",
                  f"text_and_call[suffix={call}]: TEXT", f"thought[suffix={end_think}]: TEXT"]
-    answers = [] if answer is None else [answer]
+    answers = [] if answer is None or call_required else [answer]
     if tools:
         functions = " | ".join(function_rule(tool.get("function", tool)) for tool in tools)
         more = f' ("\\n" {call} arguments)*' if parallel_calls else ""

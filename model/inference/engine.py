@@ -108,16 +108,24 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One more token for every decoding sequence, a chunk of the prompts. → the sequences that got a token"""
+        """One more token for every decoding sequence, a chunk of the prompts. → the sequences that got a token
+
+        When it raises, nobody knows how far the running sequences are: they are cancelled.
+        """
         batches = self.scheduler.schedule()
         if not batches:
             return []
         self.threads.begin()
-        logits = self.runner.run(batches)
-        sequences = [batch.sequences[row] for batch in batches for row in batch.sampled_rows]
-        if sequences:  # else there were only chunks of longer prompts
-            tokens = self._sample(logits, sequences)
-            self._finish(sequences, *tokens)
+        try:
+            logits = self.runner.run(batches)
+            sequences = [batch.sequences[row] for batch in batches for row in batch.sampled_rows]
+            if sequences:  # else there were only chunks of longer prompts
+                tokens = self._sample(logits, sequences)
+                self._finish(sequences, *tokens)
+        except Exception:
+            for sequence in self.slots.running:
+                self.cancel(sequence)
+            raise
         self.threads.end(STEP_COST + sum(len(chunk) for batch in batches for chunk in batch.chunks))
         return sequences
 

@@ -41,33 +41,35 @@ class ChatClient:
     def __init__(self, base_url: str, api_key: str | None = None, model: str = "", send_reasoning: bool = False,
                  max_retries: int = 2, timeout: float = 600):
         self.base_url, self.model, self.send_reasoning = base_url, model, send_reasoning
-        self._client = openai.OpenAI(base_url=base_url, api_key=api_key or "none", max_retries=max_retries,
-                                     timeout=timeout)
+        try:
+            (api_key or "").encode("ascii")  # it travels in a header
+            self._client = openai.OpenAI(base_url=base_url, api_key=api_key or "none", max_retries=max_retries,
+                                         timeout=timeout)
+        except Exception as error:  # the SDK has no error of its own for a URL that is none
+            raise UserError(f"{base_url}: {first_line(error)}") from None
 
     def complete(self, messages: list[dict], tools: list[dict] | None = None, **options) -> tuple[dict, str]:
         """The answer to `messages`, verbatim, as a message to append to them; and its finish_reason.
 
         `tools` default to those on the first message. `options` go to the request; those that are None do not.
         """
+        body = to_body(messages, tools, options, self.send_reasoning)
         with self._errors():
-            choice = self._create(messages, tools, options).choices[0]
+            choice = self._create(body).choices[0]
             return from_openai(choice.message), choice.finish_reason
 
     def stream(self, messages: list[dict], tools: list[dict] | None = None, **options) -> Iterator[Event]:
         """The same answer as events while it is written. Special tokens in its text (`<think>`, …) are parsed."""
         options |= {"stream": True, "stream_options": {"include_usage": True}}
-        with self._errors(), self._create(messages, tools, options) as chunks:
+        body = to_body(messages, tools, options, self.send_reasoning)
+        with self._errors(), self._create(body) as chunks:
             yield from events_of(chunks)
 
-    def _create(self, messages: list[dict], tools: list[dict] | None, options: dict):
-        converted, first_tools = to_openai(messages, self.send_reasoning)
-        options = {key: value for key, value in options.items() if value is not None}
-        if tools := first_tools if tools is None else tools:
-            options["tools"] = tools
+    def _create(self, body: dict):
         self.model = self.model or next((model.id for model in self._client.models.list()), "")
         if not self.model:
             raise UserError(f"{self.base_url} serves no model")
-        return self._client.chat.completions.create(model=self.model, messages=converted, **options)
+        return self._client.chat.completions.create(model=self.model, **body)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -79,9 +81,20 @@ class ChatClient:
                             "python scripts/serve_openai_api.py") from None
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             raise RequestRefused(f"{self.base_url}: {first_line(error)}") from None
-        except (openai.OpenAIError, IndexError, TypeError) as error:  # the last two: a reply without choices
+        except openai.OpenAIError as error:
             kind = UserError if 400 <= getattr(error, "status_code", 0) < 500 else Failure
             raise kind(f"{self.base_url}: {first_line(error)}") from None
+        except (AttributeError, IndexError, TypeError, ValueError) as error:  # what the SDK makes of other answers
+            raise Failure(f"{self.base_url} does not answer as OpenAI's API does ({first_line(error)}); does the URL "
+                          "end in /v1?") from None
+
+
+def to_body(messages: list[dict], tools: list[dict] | None, options: dict, send_reasoning: bool) -> dict:
+    """The body of a request, without the model. Raises ValueError for tools that cannot be read."""
+    converted, first_tools = to_openai(messages, send_reasoning)
+    tools = first_tools if tools is None else tools
+    return {"messages": converted, **({"tools": tools} if tools else {}),
+            **{key: value for key, value in options.items() if value is not None}}
 
 
 def to_openai(messages: list[dict], send_reasoning: bool = False) -> tuple[list[dict], list[dict]]:
@@ -148,6 +161,7 @@ def events_of(chunks: Iterator) -> Iterator[Event]:
     """The SDK's chunks → events. A call's arguments come in parts; a chunk is about a token until the usage says more.
     """
     parser, calls, finish_reason, num_tokens, num_chunks = MessageParser(None), {}, None, None, 0
+    chunk = None
     for chunk in chunks:
         num_tokens = chunk.usage.completion_tokens if chunk.usage else num_tokens
         for choice in chunk.choices[:1]:
@@ -163,6 +177,8 @@ def events_of(chunks: Iterator) -> Iterator[Event]:
                 call = calls.setdefault(part.index, {"name": "", "arguments": ""})
                 call["name"] += part.function.name or ""
                 call["arguments"] += part.function.arguments or ""
+    if chunk is None:
+        raise ValueError("an empty stream")
     yield from parser.finish()
     for call in calls.values():
         yield "tool_call", tool_call(**call)

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +91,7 @@ class TextChoice:
         self.index, self.tokenizer, self.finish_reason, self.text = index, tokenizer, None, ""
         self.logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         self._has_logprobs, self._offset = has_logprobs, 0
+        self._decoder = getincrementaldecoder("utf-8")("replace")
 
     def first_chunk(self) -> None:
         """A plain completion has none."""
@@ -102,12 +104,13 @@ class TextChoice:
         entries = {key: [] for key in self.logprobs}
         if self._has_logprobs:
             for token, logprob, top_logprobs in delta.tokens:
-                name = token_text(self.tokenizer, token)
-                top = {token_text(self.tokenizer, i): max(value, MIN_LOGPROB) for i, value in top_logprobs}
+                name = token_name(self.tokenizer, token)
+                top = {token_name(self.tokenizer, i): max(value, MIN_LOGPROB) for i, value in top_logprobs}
                 for key, value in zip(entries, (name, logprob, top, self._offset), strict=True):
                     entries[key].append(value)
                     self.logprobs[key].append(value)
-                self._offset += len(name)
+                if token >= self.tokenizer.num_special:  # the others are no part of the text
+                    self._offset += len(self._decoder.decode(self.tokenizer.token_bytes[token]))
         if text or self.finish_reason or entries["tokens"]:
             yield self._response(text, entries)
 
@@ -118,6 +121,14 @@ class TextChoice:
     def _response(self, text: str, logprobs: dict) -> dict:
         return {"index": self.index, "text": text, "logprobs": logprobs if self._has_logprobs else None,
                 "finish_reason": self.finish_reason}
+
+
+def token_name(tokenizer: ChatTokenizer, token: int) -> str:
+    """A token as plain completions write it: its text, or its bytes where they are no whole characters."""
+    try:
+        return tokenizer.token_bytes[token].decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes[token])
 
 
 def token_text(tokenizer: ChatTokenizer, token: int) -> str:

@@ -36,7 +36,7 @@ class EngineThread:
 
     def __init__(self, new_engine: Callable[[], Engine], max_queue: int = 128):
         self.engine, self._new_engine, self.max_queue = new_engine(), new_engine, max_queue
-        self.stopping = False
+        self.stopping = self._is_broken = False
         self.num_pending = 0
         self.prompt_tokens = self.generated_tokens = 0
         self.num_responses: Counter[tuple[str, int]] = Counter()  # by path and status
@@ -85,12 +85,12 @@ class EngineThread:
 
     def _run(self) -> None:
         while True:
-            while not self.engine.busy or not self._inbox.empty():
-                command = self._inbox.get()
-                if command is None:
-                    return
-                command()
             try:
+                while self._is_broken or not self.engine.busy or not self._inbox.empty():
+                    command = self._inbox.get()
+                    if command is None:
+                        return
+                    command()
                 self._post(self._dispatch, [self._delta(sequence) for sequence in self.engine.step()])
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
@@ -106,6 +106,8 @@ class EngineThread:
     def _add(self, request: GenerationRequest, accepted: asyncio.Future) -> None:
         error = None
         try:
+            if self._is_broken:
+                self._replace_engine()
             for index, (prompt, params) in enumerate(zip(request.prompts, request.params, strict=True)):
                 request.sequences.append(self.engine.add(prompt, params))
                 self._owners[request.sequences[-1]] = request, index
@@ -118,9 +120,9 @@ class EngineThread:
 
     def _cancel(self, request: GenerationRequest) -> None:
         unfinished = [sequence for sequence in request.sequences if self._owners.pop(sequence, None)]
+        self._post(self._release, len(unfinished))
         for sequence in unfinished:
             self.engine.cancel(sequence)
-        self._post(self._release, len(unfinished))
 
     def _delta(self, sequence: Sequence) -> tuple[GenerationRequest, int, TokenDelta]:
         """What a step added to a sequence, and for which choice of which request."""
@@ -133,10 +135,17 @@ class EngineThread:
         """The engine broke in the middle of a step: all its requests fail, and a new engine serves the next ones."""
         owners = list(self._owners.values())
         self._owners.clear()
-        self.engine = self._new_engine()
         for request in {request for request, _ in owners}:
             self._post(request.deltas.put_nowait, error)
         self._post(self._release, len(owners))
+        self._is_broken = True
+        try:
+            self._replace_engine()
+        except Exception:  # there may be no memory for it yet: each request tries again
+            traceback.print_exc(file=sys.stderr)
+
+    def _replace_engine(self) -> None:
+        self.engine, self._is_broken = self._new_engine(), False
 
     # -- in the event loop ---------------------------------------------------------------------------------------------
 

@@ -24,8 +24,12 @@ class AuthMiddleware:
             await self.app(scope, receive, send)
             return
 
+        has_started = False
+
         async def send_counted(message: Message) -> None:
+            nonlocal has_started
             if message["type"] == "http.response.start":
+                has_started = True
                 path = scope["path"] if scope["path"] in PATHS else "other"
                 self.service.num_responses[path, message["status"]] += 1
             await send(message)
@@ -33,8 +37,13 @@ class AuthMiddleware:
         if self.api_key and scope["path"].startswith("/v1") and not self.has_key(scope):
             error = ApiError(401, "a wrong API key, or none: send Authorization: Bearer KEY", code="invalid_api_key")
             await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send_counted)
-        else:
+            return
+        try:
             await self.app(scope, limit_body(receive), send_counted)
+        except Exception as error:  # answered here, where it is counted and gets CORS headers, and logged further out
+            if not has_started:
+                await error_response(internal_error(error))(scope, receive, send_counted)
+            raise
 
     def has_key(self, scope: Scope) -> bool:
         authorization = dict(scope["headers"]).get(b"authorization", b"")
@@ -61,3 +70,8 @@ def limit_body(receive: Receive) -> Receive:
 
 def error_response(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers)
+
+
+def internal_error(error: Exception) -> ApiError:
+    """A client learns that the server failed, and no more; the server's own log has the rest."""
+    return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")

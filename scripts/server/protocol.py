@@ -5,6 +5,7 @@ Sources: the API reference of OpenAI (chat completions, completions, errors) and
 """
 
 import json
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -78,7 +79,7 @@ class GenerationBody(StrictModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-2**63, lt=2**63)
-    stop: str | list[str] | None = Field(None, max_length=16)
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
     guided_json: dict[str, Any] | None = None  # vLLM's names: a schema, or a regular expression, of the answer
     guided_regex: str | None = None
@@ -127,6 +128,7 @@ class Message(StrictModel):
     reasoning_content: str | None = None
     reasoning: str | None = None  # vLLM's name of it
     tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None  # of a tool's result
     function_call: dict[str, Any] | None = None  # what OpenAI had before tool_calls
     audio: dict[str, Any] | None = None
 
@@ -160,6 +162,21 @@ class Message(StrictModel):
         message = {"role": {"developer": "system", "function": "tool"}.get(self.role, self.role), "content": content,
                    "reasoning_content": thinking or None if reasoning is None else reasoning, "tool_calls": calls}
         return {key: value for key, value in message.items() if key in ("role", "content") or value not in (None, [])}
+
+
+def in_order_of_calls(messages: list[Message]) -> list[Message]:
+    """Each turn's results in the order of its calls, by which alone the chat format tells whose they are.
+
+    Results of calls that the turn has not made stay where they are.
+    """
+    ordered: list[Message] = []
+    for is_result, group in groupby(messages, key=lambda message: message.role == "tool"):
+        run = list(group)
+        call_ids = [call.get("id") for call in ordered[-1].tool_calls or []] if is_result and ordered else []
+        if is_result and all(message.tool_call_id in call_ids for message in run):
+            run.sort(key=lambda message, call_ids=call_ids: call_ids.index(message.tool_call_id))
+        ordered += run
+    return ordered
 
 
 def unreadable_call(call: dict) -> str | None:
@@ -239,6 +256,7 @@ class ChatBody(GenerationBody):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
             raise ValueError("continue_final_message and add_generation_prompt: one is true and the other false")
+        self.messages = in_order_of_calls(self.messages)
         if self.functions and self.tools:
             raise ValueError("functions: send tools only")
         if self.functions:

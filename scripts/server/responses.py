@@ -80,11 +80,15 @@ class ResponsesRequest(GenerationRequest):
     async def _events(self) -> AsyncIterator[dict]:
         yield {"type": "response.created", "response": self.to_response()}
         yield {"type": "response.in_progress", "response": self.to_response()}
+        logprobs: list[dict] = []  # of tokens that have not become text yet, as the first bytes of a character
         async with aclosing(self.chunks()) as chunks:
             async for chunk in chunks:
-                logprobs = (chunk["logprobs"] or {}).get("content", [])
+                logprobs += (chunk["logprobs"] or {}).get("content", [])
                 for event in self._add(chunk["delta"], logprobs):
                     yield event
+                logprobs = [] if chunk["delta"] else logprobs
+        if self.output and self.output[-1]["type"] == "message":
+            self.output[-1]["content"][0]["logprobs"] += logprobs
         is_complete = self.choices[0].finish_reason != "length"
         if is_complete and all(item["type"] == "reasoning" for item in self.output):  # an answer without a text
             for event in self._add({"content": ""}, []):

@@ -134,7 +134,7 @@ class ResponsesBody(GenerationBody):
             if item.type == "item_reference":
                 item = InputItem.model_validate(find_item(item.id))
             if item.type == "function_call_output":
-                messages.append({"role": "tool", "content": to_content(item.output)})
+                messages.append({"role": "tool", "content": to_content(item.output), "tool_call_id": item.call_id})
                 continue
             if item.type in (None, "message") and item.role != "assistant":
                 messages.append({"role": item.role, "content": to_content(item.content)})
@@ -144,7 +144,7 @@ class ResponsesBody(GenerationBody):
                 turn = {"role": "assistant", "content": "", "reasoning": None, "tool_calls": []}
                 messages.append(turn)
             if item.type == "function_call":
-                turn["tool_calls"].append({"name": item.name, "arguments": item.arguments})
+                turn["tool_calls"].append({"id": item.call_id, "name": item.name, "arguments": item.arguments})
             elif item.type == "reasoning":
                 parts = item.content if isinstance(item.content, list) else item.summary or []
                 turn["reasoning"] = (turn["reasoning"] or "") + "".join(part.value for part in parts)

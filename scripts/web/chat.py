@@ -1,5 +1,6 @@
 """The page of the web demo to chat on: several turns, thinking folded, tool calls as cards, stop and retry."""
 
+import itertools
 import json
 from collections.abc import Callable
 
@@ -72,7 +73,8 @@ def give_results(results: list[str]) -> None:
     """Append the tools' results, and ask for the next message, but not for ever."""
     state = st.session_state
     state.messages += [{"role": "tool", "content": result} for result in results]
-    state.pending = any(message["role"] == "user" for message in state.messages[-2 * MAX_ROUNDS:])
+    since_question = itertools.takewhile(lambda message: message["role"] != "user", reversed(state.messages))
+    state.pending = sum(message["role"] == "assistant" for message in since_question) < MAX_ROUNDS
 
 
 def send(text: str | None = None) -> None:

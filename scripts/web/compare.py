@@ -36,11 +36,14 @@ def main() -> None:
                       "在下面提问：两个模型同时回答，设置与随机种子相同。"))
         return
     st.chat_message("user", avatar=":material/person:").markdown(state.pair_question)
-    bubbles = []
-    for column in st.columns(2, gap="large"):
+    bubbles, columns = [], st.columns(2, gap="large")
+    for column in columns:
         with column, st.chat_message("assistant", avatar=":material/spa:"):
             bubbles.append(Bubble())
     parts.stream_replies(state.pair, bubbles)
+    for column, reply in zip(columns, state.pair, strict=True):
+        if reply.error:
+            column.error(reply.error, icon=":material/error:")
 
 
 def send() -> None:

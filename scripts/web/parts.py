@@ -1,6 +1,7 @@
 """What the pages of the web demo share: two languages, the choice of a model, settings, and how an answer is drawn."""
 
 import argparse
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,11 @@ def choose_model() -> LocalModel | RemoteModel | None:
         key = st.text_input(tr("API key, if needed", "API 密钥（如需要）"), key="api_key", type="password", **PERSIST)
         name = st.text_input(tr("Model name", "模型名"), key="model_name", **PERSIST,
                              placeholder=tr("the first it serves", "服务的第一个模型"))
-        return RemoteModel(url.strip(), key.strip(), name.strip()) if url.strip() else None  # no SDK default
+        try:
+            return RemoteModel(url.strip(), key.strip(), name.strip()) if url.strip() else None  # no SDK default
+        except Failure as error:
+            st.error(str(error), icon=":material/error:")
+            return None
     names = list(find_models(parse_args().save_dir))
     name = names and st.selectbox(tr("Weight", "权重"), names, key="weight", label_visibility="collapsed", **PERSIST)
     return local_model(name, "chat") if name else None
@@ -208,7 +213,9 @@ def with_breaks(text: str) -> str:
 def code(value: object) -> str:
     """Markdown of the value as code, whatever it contains."""
     text = str(value)
-    return f"`` {text} ``" if "`" in text else f"`{text}`"
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
 def facts_line(facts: dict) -> str:

@@ -95,6 +95,8 @@ class RemoteRolloutEngine:
             completion = self._complete(ids, sampling)
             sampled, logprobs, reason, _ = completion
             is_whole = 0 < len(sampled) == len(logprobs) and None not in logprobs
+            if is_whole and reason == "length" and sampled[-1] in sampling.stop_ids:  # SGLang looks at the length first
+                completion = completion._replace(finish_reason=(reason := "stop"))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise Failure(f"{self.url}: an unreadable answer ({type(error).__name__}: {error}); is it the kind of "
                           "server that --rollout_engine names, and recent?") from None
