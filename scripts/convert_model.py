@@ -188,10 +188,14 @@ def import_peft(model: nn.Module, folder: Path) -> LoRA:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except Exception as error:
         raise UserError(f"--lora {folder}: not a peft adapter folder: {first_line(error)}") from None
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
+                                   "alora_invocation_tokens") if config.get(key)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         raise UserError(f"--lora {folder}: plain LoRA of one rank can be read, not one with "
                         f"{', '.join(unsupported) or config.get('peft_type')}")
+    if (init := config.get("init_lora_weights")) not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        raise UserError(f"--lora {folder}: {init} changes the base model, which is not in the folder; save it as plain "
+                        "LoRA with save_pretrained(…, path_initial_model_for_weight_conversion=…) of peft")
     if config.get("use_rslora"):  # alpha / sqrt(rank) instead of alpha / rank
         alpha *= math.sqrt(rank)
     stacks = [name.rsplit(".", 1)[1] for name in config.get("target_parameters") or ()]
@@ -216,7 +220,9 @@ def write(args: argparse.Namespace, draft: Path) -> str:
         return export_peft(args.source, draft)
     source, tokenizer, metadata = read_source(args.source, args.tokenizer)
     ids = tokenizer.encode(SAMPLE)[0]
-    model, source_logits = from_hf_model(source), logits(source, ids)
+    model, source_logits = from_hf_model(source), logits(source, ids)[:, :tokenizer.vocab_size]
+    if model.config.vocab_size > tokenizer.vocab_size:  # padding, which a .pth and llama.cpp do not allow
+        model.resize_token_embeddings(tokenizer.vocab_size)
     if args.format in ("torch", "lora") and draft.name != f"{file_stem(weight_name(draft), model.config)}.pth":
         stem = file_stem("NAME", model.config)
         raise UserError(f"--target {args.target}: a weight of this size is called {stem}.pth")
@@ -260,8 +266,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.target is None and args.format not in ("transformers", "minimind"):
         raise UserError(f"--format {args.format} writes no folder like minimind-3; name the --target")
     args.target = args.target or ROOT / "minimind-3"
+    if args.target.exists():
+        raise UserError(f"--target {args.target}: it is already there; remove it or name another")
     beside = {"gguf": [".Modelfile"], "torch": [".json"], "lora": [".json"]}.get(args.format, [])
-    for path in [args.target, *map(args.target.with_suffix, beside)]:
+    for path in map(args.target.with_suffix, beside):
         if path.exists():
             raise UserError(f"--target {args.target}: {path} is already there; remove it or name another")
     if args.dtype != "f16" and args.format in ("torch", "lora"):

@@ -214,6 +214,16 @@ def test_a_lora_is_merged_into_any_format(tmp_path, source, kind):
         assert_close(model(some_ids()).logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["torch", "gguf"])
+def test_rows_of_the_embedding_that_no_token_has_are_cut(tmp_path, form):
+    model, target = filled(vocab_size=TOKENIZER.vocab_size + 64), tmp_path / "cut_64.pth"
+    save_folder(model, tmp_path / "folder", TOKENIZER)
+    convert(tmp_path / "folder", target, form)
+    weight = read_weight(target, TOKENIZER)[0] if form == "torch" else gguf_file.read_gguf(target, small_model().config)
+    expected = model(some_ids()).logits[..., :TOKENIZER.vocab_size]
+    assert_close(weight.eval()(some_ids()).logits, expected, rtol=0, atol=1e-5)
+
+
 def test_a_conversion_that_went_wrong_leaves_nothing(tmp_path, source, monkeypatch, capsys):
     path, save = source("dense"), convert_model.save_folder
 
@@ -231,6 +241,8 @@ def test_mistakes_are_told_in_one_line(tmp_path, source, capsys):
     refused(capsys, 2, "no such file", tmp_path / "absent.pth", tmp_path / "x", "gguf")
     refused(capsys, 2, "already there", path, tmp_path, "transformers")
     refused(capsys, 2, "already there", path, path, "torch")
+    with pytest.raises(UserError, match="already there"):
+        convert_model.parse_args(["--format", "gguf", "--target", "/"])
     (tmp_path / "mine.Modelfile").touch()
     refused(capsys, 2, "mine.Modelfile is already there", path, tmp_path / "mine.gguf", "gguf")
     refused(capsys, 2, "called NAME_64.pth", path, tmp_path / "x_32.pth", "torch")

@@ -264,7 +264,9 @@ def test_errors_are_one_line(lab, capsys, tmp_path):
     to_peft(lab.out / "lora_medical_64.pth", tmp_path / "adapter")
     with pytest.raises(UserError, match="this model has no module for"):
         convert_model.import_peft(small_model(use_moe=True), tmp_path / "adapter")
-    for name, change, message in (("a", {"use_dora": True}, "use_dora"), ("b", {"r": None}, "not a peft adapter")):
+    for name, change, message in (("a", {"use_dora": True}, "use_dora"), ("b", {"r": None}, "not a peft adapter"),
+                                  ("c", {"alora_invocation_tokens": [50]}, "alora_invocation_tokens"),
+                                  ("d", {"init_lora_weights": "pissa"}, "pissa changes the base model")):
         folder = tmp_path / name
         to_peft(lab.out / "lora_medical_64.pth", folder)
         config = json.loads((folder / "adapter_config.json").read_text())
