@@ -11,6 +11,7 @@ and the clients. Weights are random. Clients and server share the machine.
 """
 
 import asyncio
+import copy
 import json
 import random
 import statistics
@@ -31,7 +32,7 @@ from benchmarks.machine import clock, model_config, model_parser, random_prompt,
 from benchmarks.plain import TEMPERATURE, TOP_P, plain_loop
 from model.chat import ChatTokenizer
 from model.cli import Failure, positive_int, run_main
-from model.device import choose_device
+from model.device import choose_device, inference_dtype
 from model.inference.engine import SamplingParams, generate
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import ROOT, load_weight, save_weight
@@ -133,6 +134,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_weight(MiniMindForCausalLM(config), "random", Path(folder), ChatTokenizer())
         model = load_weight("random", Path(folder))[0].eval().requires_grad_(False).to(device)
+        served = copy.deepcopy(model).to(inference_dtype(device, config.use_moe))  # as the server loads it
         if device.type == "cuda":
             model.half()
         plain_loop(model, prompts(1), 4)  # warm-up
@@ -164,7 +166,7 @@ def main() -> None:
                     print(f"{num_clients:3} clients  llama.cpp {dtype}: {peer['tokens_per_s']:,.1f} tokens/s, first "
                           f"token p50 {peer['first_token_p50_s']:.3f} s; ours is {ratio:.2f} times as fast", flush=True)
                 start = time.perf_counter()
-                generate(model, prompts(count), SamplingParams(args.tokens), ChatTokenizer(), max_batch=num_clients)
+                generate(served, prompts(count), SamplingParams(args.tokens), ChatTokenizer(), max_batch=num_clients)
                 result |= {"ratio": result["tokens_per_s"] / plain, "engine_alone_s": clock(device) - start}
                 results[str(num_clients)] = result
                 print(f"{num_clients:3} clients  {result['tokens_per_s']:8,.1f} tokens/s  "

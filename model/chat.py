@@ -25,7 +25,7 @@ try:
 except ImportError:  # optional: faster
     tiktoken = None
 
-from model.cli import UserError
+from model.cli import UserError, first_line
 
 TOKENIZER_DIR = Path(__file__).resolve().parent
 PAD, BOS, EOS = 0, 1, 2  # <|endoftext|> <|im_start|> <|im_end|>
@@ -35,6 +35,7 @@ CALL, END_CALL, RESPONSE, END_RESPONSE, THINK, END_THINK = SPECIAL_TOKENS.values
 ROLES = ("system", "user", "assistant", "tool")
 
 Segment = tuple[str | int, bool]  # text or the id of a special token, and whether it is a target of the loss
+MAX_TIKTOKEN_CHARS = 900_000  # it panics at a million spaces in a row
 
 
 def unicode_to_byte() -> dict[str, int]:
@@ -92,7 +93,10 @@ class ChatTokenizer:
             raise UserError(f"{path}: no tokenizer there; --tokenizer names a folder that holds tokenizer.json")
         text = path.read_text("utf-8")
         self.folder = Path(folder)
-        self.hashes = tokenizer_hashes(text)
+        try:
+            self.hashes = tokenizer_hashes(text)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a tokenizer of byte-level BPE ({first_line(error)})") from None
         self.hash, settings = self.hashes[0], json.loads(text)
         added = {token["content"]: token["id"] for token in settings["added_tokens"]}
         for token, expected in self.required_tokens.items():
@@ -115,7 +119,7 @@ class ChatTokenizer:
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         """`encode_text` of many texts at once. Other Python threads run meanwhile."""
-        if self._tiktoken:
+        if self._tiktoken and max(map(len, texts), default=0) < MAX_TIKTOKEN_CHARS:
             return [self._tiktoken.encode_ordinary(text) for text in texts]
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(texts, add_special_tokens=False)]
 

@@ -126,6 +126,8 @@ class Parser(argparse.ArgumentParser):
         for name in OUTPUTS:
             for other, values in vars(args).items():
                 for value in values if isinstance(values, list) else [values]:
+                    if not isinstance(value, (str, os.PathLike)):  # os takes a number for an open file
+                        continue
                     with suppress(OSError, TypeError, ValueError):  # not files
                         if other != name and os.path.samefile(getattr(args, name, None), value):
                             self.error(f"--{name} {value} is what --{other} reads, and would be lost; name another")

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -56,14 +57,18 @@ def add_loading_args(parser: Parser) -> None:
     parser.add_aliases(lora_name="lora_weight", out_dir="save_dir")
 
 
-def load_from_args(args: argparse.Namespace, weight: str) -> tuple[nn.Module, ChatTokenizer]:
-    """The model that the flags of `add_loading_args` describe, with the weights `weight`, and its tokenizer."""
+def load_from_args(args: argparse.Namespace, weight: str,
+                   dtype: torch.dtype | None = None) -> tuple[nn.Module, ChatTokenizer]:
+    """The model that the flags of `add_loading_args` describe, with the weights `weight`, and its tokenizer.
+
+    `dtype`: as of `load_for_inference`.
+    """
     if args.tokenizer and not is_native(args.load_from):
         raise UserError(f"--tokenizer {args.tokenizer}: {args.load_from} has its own tokenizer; leave the flag out")
     use_moe = None if args.use_moe is None else bool(args.use_moe)
     model, tokenizer = load_for_inference(
         args.load_from, weight, args.save_dir, args.tokenizer, choose_device(args.device), args.hidden_size, use_moe,
-        args.inference_rope_scaling, args.lora_weight)
+        args.inference_rope_scaling, args.lora_weight, dtype)
     check_sizes(args, model.config, f"weight {weight}" if is_native(args.load_from) else args.load_from)
     return model, tokenizer
 
@@ -86,7 +91,8 @@ def is_native(load_from: str) -> bool:
 def is_ours(folder: str | Path) -> bool:
     """Whether `folder` means model/ of this project: the word itself, its path, or ../model from anywhere."""
     path = Path(folder).expanduser()
-    return str(folder) == "model" or path.resolve() == TOKENIZER_DIR or path.name == "model" and not path.exists()
+    names = (Path("model"), Path("../model"))
+    return str(folder) == "model" or path.resolve() == TOKENIZER_DIR or path in names and not path.exists()
 
 
 def continues_text(load_from: str, weight: str) -> bool:
@@ -109,8 +115,9 @@ def load_native(path: Path, tokenizer_dir: str | Path | None = None,
 def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_dir: str | Path | None, device: str,
                        hidden_size: int | None = None, use_moe: bool | None = None,
                        inference_rope_scaling: bool = False,
-                       lora_weight: str | None = None) -> tuple[nn.Module, ChatTokenizer]:
-    """A frozen model in evaluation mode on `device`, in the dtype of `inference_dtype`, and its tokenizer.
+                       lora_weight: str | None = None,
+                       dtype: torch.dtype | None = None) -> tuple[nn.Module, ChatTokenizer]:
+    """A frozen model in evaluation mode on `device`, in `dtype` (None: that of `inference_dtype`), and its tokenizer.
 
     `load_from`: "model", or a folder with a tokenizer and no model, for the weights `weight` of `save_dir`; anything
     else is a transformers folder. `tokenizer_dir`: None for the tokenizer that `load_from` or the weights' .json names.
@@ -129,5 +136,5 @@ def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_di
     if lora_weight:
         load_lora(model, lora_weight, save_dir)
         merge_lora(model)
-    dtype = inference_dtype(device, getattr(model.config, "use_moe", False))
+    dtype = dtype or inference_dtype(device, getattr(model.config, "use_moe", False))
     return model.to(device, dtype).eval().requires_grad_(False), tokenizer

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -94,7 +95,10 @@ def read_template(folder: str | Path) -> str:
     path, settings = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
     if path.is_file():
         return path.read_text("utf-8")
-    template = json.loads(settings.read_text("utf-8")).get("chat_template") if settings.is_file() else ""
+    try:
+        template = json.loads(settings.read_text("utf-8")).get("chat_template") if settings.is_file() else ""
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{settings}: not JSON, or not of a tokenizer ({first_line(error)})") from None
     if isinstance(template, list):  # several, by name
         template = next((each["template"] for each in template if each["name"] == "default"), "")
     return template or ""
@@ -252,7 +256,7 @@ def load_folder(folder: str | Path, flag: str = "--load_from") -> tuple[nn.Modul
                 "n_shared_experts": settings["use_moe"] * settings["n_shared_experts"]})
         model, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
                                                              trust_remote_code=False, **overrides)
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{flag} {folder}: {first_line(error)}") from None
     if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random, behind a warning
         raise UserError(f"{flag} {folder}: its weights lack {missing[0]} and {len(missing) - 1} others")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -221,8 +222,11 @@ def find_tokenizer(tokenizer_hash: str, path: Path, metadata: dict) -> Path | No
     trained_with = Path(metadata.get("tokenizer_folder", TOKENIZER_DIR)) / "tokenizer.json"
     files = [TOKENIZER_DIR / "tokenizer.json", trained_with, *sorted(path.parent.glob("*/tokenizer.json")),
              *sorted(ROOT.glob("*/tokenizer.json"))]
-    return next((file.parent for file in files
-                 if file.is_file() and tokenizer_hash in tokenizer_hashes(file.read_text("utf-8"))), None)
+    for file in files:
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a tokenizer of another kind
+            if tokenizer_hash in tokenizer_hashes(file.read_text("utf-8")):
+                return file.parent
+    return None
 
 
 def tokenizer_of(path: Path, tokenizer_dir: str | Path | None) -> Path:
@@ -263,7 +267,7 @@ def infer_config(state: dict, path: Path) -> dict:
                         "take a weight that was published since")
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
-        q_norm = state.get(f"{layer}self_attn.q_norm.weight")
+        q_norm, head = state.get(f"{layer}self_attn.q_norm.weight"), state.get("lm_head.weight")
         head_dim = len(q_norm) if q_norm is not None else hidden_size // 8
         use_moe = f"{layer}mlp.gate.weight" in state
         stacked, single = f"{layer}mlp.experts.down_proj", f"{layer}mlp.experts.0.down_proj.weight"
@@ -277,6 +281,7 @@ def infer_config(state: dict, path: Path) -> dict:
             "intermediate_size": down.shape[-1], "norm_topk_prob": True,
             "num_experts": len(state[f"{layer}mlp.gate.weight"]) if use_moe else 4,
             "n_shared_experts": shared, "num_experts_per_tok": 2 if shared else 1,
+            "tie_word_embeddings": head is None or torch.equal(head, state["model.embed_tokens.weight"]),
             **({} if q_norm is not None else {"qk_norm": False, "rms_norm_eps": 1e-5}),
         }
     except (KeyError, AttributeError) as error:

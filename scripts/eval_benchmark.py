@@ -15,6 +15,7 @@ import math
 import statistics
 import sys
 from collections import defaultdict
+from itertools import islice, pairwise
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
@@ -74,7 +75,7 @@ def measure_context(model: nn.Module, ids: list[int], lengths: list[int]) -> dic
     max_length = max(lengths)
     if len(ids) < max_length:
         raise UserError(f"--long_text has {len(ids):,} tokens, fewer than the longest of --lengths, {max_length:,}")
-    ends = [max_length + (len(ids) - max_length) * i // (NUM_POSITIONS - 1) for i in range(NUM_POSITIONS)]
+    ends = window_ends(len(ids), max_length)
     requests = [ScoringRequest(ids[end - length:end - NUM_PREDICTED], [ids[end - NUM_PREDICTED:end]])
                 for length in lengths for end in ends]
     scalings = {"plain": False, "yarn": True} if isinstance(model, MiniMindForCausalLM) else {"plain": False}
@@ -85,6 +86,11 @@ def measure_context(model: nn.Module, ids: list[int], lengths: list[int]) -> dic
                         for i in range(0, len(nats), NUM_POSITIONS)]
     model.config.inference_rope_scaling = original
     return curves
+
+
+def window_ends(num_tokens: int, max_length: int) -> list[int]:
+    """Where windows of up to `max_length` tokens end, spread over a text of `num_tokens`."""
+    return [max_length + (num_tokens - max_length) * i // (NUM_POSITIONS - 1) for i in range(NUM_POSITIONS)]
 
 
 def draw_context(lengths: list[int], curves: dict[str, list[float]], path: Path) -> None:
@@ -104,14 +110,16 @@ def draw_context(lengths: list[int], curves: dict[str, list[float]], path: Path)
 
 def with_examples(questions: list[Question], examples: list[Question], shots: int) -> list[Question]:
     """The same questions, each after the first `shots` answered examples of its subject."""
-    by_subject = defaultdict(list)
+    by_subject, result = defaultdict(list), []
     for example in examples:
-        by_subject[example.subject].append(f"{example.context} {example.options[example.gold]}\n\n")
-    for subject in {question.subject for question in questions}:
-        if len(by_subject[subject]) < shots:
-            raise UserError(f"--fewshot {shots}: --fewshot_path has {len(by_subject[subject])} of subject {subject!r}")
-    return [question._replace(context="".join(by_subject[question.subject][:shots]) + question.context)
-            for question in questions]
+        by_subject[example.subject].append(example)
+    for question in questions:
+        others = (example for example in by_subject[question.subject] if example != question)  # the files may be one
+        chosen = [f"{example.context} {example.options[example.gold]}\n\n" for example in islice(others, shots)]
+        if len(chosen) < shots:
+            raise UserError(f"--fewshot {shots}: --fewshot_path has {len(chosen)} of subject {question.subject!r}")
+        result.append(question._replace(context="".join(chosen) + question.context))
+    return result
 
 
 def encode(tokenizer: ChatTokenizer, question: Question) -> ScoringRequest:
@@ -173,6 +181,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--benchmark {unknown[0]}: not one of {', '.join(FORMATS)}")
     if bool(args.fewshot) != bool(args.fewshot_path) or args.fewshot and len(args.benchmark) != 1:
         parser.error("--fewshot and --fewshot_path go together, with one --benchmark")
+    if args.picture and args.picture.suffix != ".png":
+        parser.error(f"--picture {args.picture}: the curves are written as a PNG, so name a file that ends in .png")
     if min(args.lengths) <= NUM_PREDICTED:
         parser.error(f"--lengths {min(args.lengths)}: a window is longer than its {NUM_PREDICTED} predicted tokens")
     return args
@@ -197,8 +207,7 @@ def main() -> None:
         examples = read_questions(args.benchmark[0][0], args.fewshot_path)
         benchmarks = {key: with_examples(questions, examples, args.fewshot) for key, questions in benchmarks.items()}
     long_text = "\n".join(read_texts(args.long_text)) if args.long_text else ""
-    model, tokenizer = load_from_args(args, args.weight)
-    model.to(getattr(torch, args.dtype))
+    model, tokenizer = load_from_args(args, args.weight, getattr(torch, args.dtype))
     figures = {"weight": args.weight if args.load_from == "model" else args.load_from, "lora": args.lora_weight,
                "dtype": args.dtype, "texts": {}, "benchmarks": {}}
     if texts:
@@ -221,16 +230,19 @@ def main() -> None:
                         for metric in ("acc", "acc_norm")), f"{summary['random']:.1%}")
         total["subjects"] = subjects
     if long_text:
-        curves = measure_context(model, tokenizer.encode_text(long_text), args.lengths)
-        figures["context"] = {"text": str(args.long_text), "lengths": args.lengths, **curves}
-        print_header(f"perplexity of {NUM_POSITIONS * NUM_PREDICTED:,} tokens, window of",
+        ids = tokenizer.encode_text(long_text)
+        curves, ends = measure_context(model, ids, args.lengths), window_ends(len(ids), max(args.lengths))
+        num_predicted = NUM_PREDICTED + sum(min(NUM_PREDICTED, end - before) for before, end in pairwise(ends))
+        figures["context"] = {"text": str(args.long_text), "lengths": args.lengths, "tokens": num_predicted, **curves}
+        print_header(f"perplexity of {num_predicted:,} tokens, window of",
                      *(f"{length:,}" for length in args.lengths))
         for name, values in curves.items():
             print_row(name, *(f"{value:.2f}" for value in values))
-        if args.picture:
-            draw_context(args.lengths, curves, args.picture)
     if args.json:
         write_atomically(args.json, json.dumps(figures, indent=1, ensure_ascii=False))
+    if long_text and args.picture:
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_context(args.lengths, curves, args.picture)
 
 
 if __name__ == "__main__":

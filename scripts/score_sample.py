@@ -11,7 +11,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 from dataset.reader import read_rows
 from dataset.sample_world import is_correct
 from model.chat import parse_message
-from model.cli import Parser, nonneg_int, positive_int, run_main
+from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
+from model.files import write_atomically
 from model.inference.engine import SamplingParams, generate
 from model.loading import add_loading_args, load_from_args
 from model.weights import ROOT
@@ -29,6 +30,14 @@ def score(model, tokenizer, cases: list[dict], max_new_tokens: int = 128) -> lis
               for answer, thinks in zip(answers, thinking, strict=True)]
     return [case | {"answer": answer, "correct": is_correct(case["conversations"][-1], answer)}
             for case, answer in zip(cases, parsed, strict=True)]
+
+
+def parse_case(row: dict) -> dict:
+    """The row itself. Raises ValueError if it is no case."""
+    messages = row.get("conversations")
+    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(each, dict) for each in messages):
+        raise ValueError("a case is a conversation of two messages or more, the last of which is the expected answer")
+    return row
 
 
 def share_per_skill(results: list[dict]) -> dict[str, float]:
@@ -49,8 +58,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the scores there")
     parser.add_argument("--show_wrong", type=nonneg_int, default=0, help="print so many wrong answers a skill")
     args = parser.parse_args()
+    cases = [{"skill": path.stem} | row for path in args.data_path for _, row in read_rows(path, parse_case)]
+    if not cases:
+        raise UserError(f"{args.data_path[0]}: no case in it")
     model, tokenizer = load_from_args(args, args.weight)
-    cases = [{"skill": path.stem} | row for path in args.data_path for _, row in read_rows(path)]
     results = score(model, tokenizer, cases, args.max_new_tokens)
 
     scores = share_per_skill(results)
@@ -63,7 +74,7 @@ def main() -> None:
             *context, expected = result["conversations"]
             print(f"  {skill}: {context[-1]['content']!r}\n    expected {expected}\n    answered {result['answer']}")
     if args.json:
-        args.json.write_text(json.dumps(scores, indent=1), "utf-8")
+        write_atomically(args.json, json.dumps(scores, indent=1))
 
 
 if __name__ == "__main__":

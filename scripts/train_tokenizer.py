@@ -143,10 +143,9 @@ def main() -> None:
     if args.vocab_size < (minimum := len(ADDED_TOKENS) + 256):
         raise UserError(f"--vocab_size must be at least {minimum}: the added tokens and the bytes")
     folder = args.tokenizer_dir
-    is_needed = folder.resolve() == TOKENIZER_DIR or (folder / "config.json").exists()  # by weights
-    if is_needed and (folder / "tokenizer.json").exists():
-        raise UserError(f"--tokenizer_dir {folder}: weights need the tokenizer.json in it; move it away first, "
-                        "or name another folder")
+    if (folder / "tokenizer.json").exists():
+        raise UserError(f"--tokenizer_dir {folder}: there is a tokenizer.json in it, which weights may need; move it "
+                        "away first, or name another folder")
     for path in [*args.data_path, *([args.val_data_path] if args.val_data_path else [])]:
         if not path.is_file():  # checked now rather than after minutes of training
             raise UserError(f"{path}: no such file")

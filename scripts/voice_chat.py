@@ -31,7 +31,7 @@ from scripts.lib.terminal import AnswerPrinter
 
 SAMPLE_RATE = 16_000
 PIECE = SAMPLE_RATE // 10  # samples
-SENTENCE = re.compile(r"(.+?(?:[。！？!?\n]|\.(?=\s|$)))\s*", re.S)
+SENTENCE = re.compile(r"(.+?(?:[。！？!?\n]|\.(?=\s)))\s*", re.S)
 Speak = Callable[[str], None]
 
 
@@ -66,6 +66,8 @@ def read_wav(path: Path) -> np.ndarray:
         raise UserError(f"--wav {path}: not a wav file of 16 bits: {error}") from None
     if width != 2:
         raise UserError(f"--wav {path}: {8 * width} bits per sample; save it with 16")
+    if not len(samples):
+        raise UserError(f"--wav {path}: no sound in it")
     positions = np.arange(0, len(samples), rate / SAMPLE_RATE)
     return np.interp(positions, np.arange(len(samples)), samples).astype(np.float32)
 

@@ -1,6 +1,7 @@
 """Flags of every program: what cannot be is refused in one line, before anything is read, made or written."""
 
 import importlib
+import os
 import sys
 from argparse import ArgumentError
 from pathlib import Path
@@ -9,7 +10,8 @@ from unittest import mock
 import pytest
 from lab import ROOT
 
-from model.cli import Parser
+from model.cli import Parser, UserError
+from scripts import score_sample
 from trainer import train_agent, train_pretrain
 
 PROGRAMS = sorted(str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for pattern in (
@@ -83,3 +85,14 @@ def test_a_file_that_is_read_is_not_written_over(tmp_path, capsys):
         parser.parse_args(["--cases", str(path), "--json", str(tmp_path / "." / "cases.jsonl")])
     assert "is what --cases reads, and would be lost" in capsys.readouterr().err
     assert parser.parse_args(["--cases", str(path), "--json", str(tmp_path / "scores.json")]).json
+    assert parser.parse_args(["--json", os.devnull]).json  # a number among the flags is no open file, such as stdin
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"conversations": [{"role": "user", "content": "x"}]}', ":1: a case is a conversation of two messages or more"),
+    ('{"text": "x"}', ":1: a case is a conversation"), ("\n", "no case in it")])
+def test_cases_that_are_none_are_told_in_one_line(tmp_path, line, words):
+    (tmp_path / "cases.jsonl").write_text(f"{line}\n")
+    with mock.patch.object(sys, "argv", ["", "--data_path", str(tmp_path / "cases.jsonl")]), \
+            pytest.raises(UserError, match=f"cases.jsonl:? ?{words}"):
+        score_sample.main()

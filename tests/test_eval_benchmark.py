@@ -23,7 +23,7 @@ from model.transformers_io import save_folder
 from model.weights import save_weight
 from scripts import eval_benchmark
 from scripts.eval_benchmark import answer, measure_context, measure_texts, summarise, with_examples
-from scripts.lib.benchmark_formats import FORMATS, read_questions
+from scripts.lib.benchmark_formats import FORMATS, Question, read_questions
 
 
 def sharp_model(**options):
@@ -311,6 +311,22 @@ def test_a_longer_context_is_measured_on_the_same_tokens(run, tmp_path, model):
     assert found["plain"][1] != found["yarn"][1]
 
 
+def test_a_question_is_no_example_for_itself():
+    questions = [Question(f"q{i}", ["a", "b"], 0) for i in range(3)]
+    contexts = [question.context for question in with_examples(questions, questions, 2)]
+    assert contexts == ["q1 a\n\nq2 a\n\nq0", "q0 a\n\nq2 a\n\nq1", "q0 a\n\nq1 a\n\nq2"]
+
+
+def test_weights_are_measured_in_fp32_whatever_the_machine_is_fast_in(run, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(loading, "inference_dtype", lambda *_: torch.bfloat16)
+    (tmp_path / "text.txt").write_text("the cat")
+    result = {"tokens": 1, "bytes": 1, "perplexity": 1.0, "bits_per_byte": 1.0}
+    with mock.patch.object(eval_benchmark, "measure_texts", return_value=result) as measured:
+        run("--text", tmp_path / "text.txt")
+    weight = measured.call_args.args[0].model.embed_tokens.weight
+    assert torch.equal(weight, model.model.embed_tokens.weight.half().float())
+
+
 def test_yarn_is_left_as_it_was(model):
     measure_context(model, [5] * 600, [300])
     assert model.config.inference_rope_scaling is False
@@ -321,6 +337,7 @@ def test_yarn_is_left_as_it_was(model):
     (["--benchmark", "arc", "none.jsonl"], ["none.jsonl", "no such file"]), (["--text", "none.txt"], ["none.txt"]),
     (["--long_text", "{place}/short.txt"], ["tokens", "8,192"]), (["--text", "{place}/short.jsonl"], [":1:", "text"]),
     (["--text", "{place}/empty.txt"], ["empty.txt", "empty"]), (["--text", "{place}/latin.txt"], ["latin.txt:1:"]),
+    (["--long_text", "x", "--picture", "x.jpg"], ["--picture x.jpg", ".png"]),
     (["--long_text", "x", "--lengths", "256"], ["--lengths"]), (["--fewshot", "1", "--text", "x"], ["--fewshot_path"]),
 ])
 def test_mistakes_are_told_in_one_line(run, tmp_path, capsys, arguments, words):
@@ -333,4 +350,4 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, capsys, arguments, words):
 
 def test_too_few_examples_are_told(run, tmp_path, capsys):
     path = write_json(tmp_path / "law.jsonl", hub_rows()["cmmlu"][:2])
-    fails(run, capsys, ["--benchmark", "cmmlu", path, "--fewshot", 3, "--fewshot_path", path], "has 2", "'law'")
+    fails(run, capsys, ["--benchmark", "cmmlu", path, "--fewshot", 3, "--fewshot_path", path], "has 1", "'law'")

@@ -5,6 +5,7 @@ transformers is the referee: its template renderer, its Llama and Qwen3.
 
 import json
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,11 +18,11 @@ from model.chat import BOS, CALL, END_THINK, TOKENIZER_DIR, ChatTokenizer, parse
 from model.cli import UserError, run_main
 from model.inference.constraints import chat_grammar
 from model.inference.engine import SamplingParams, generate
-from model.loading import load_for_inference
+from model.loading import is_ours, load_for_inference
 from model.model_lora import load_lora, merge_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.transformers_io import TemplateTokenizer, open_tokenizer, save_folder
-from model.weights import save_weight
+from model.weights import infer_config, save_weight
 from scripts import convert_model
 from trainer import train_full_sft, train_pretrain
 
@@ -339,3 +340,10 @@ def test_broken_numbers_are_refused(tmp_path, capsys, value):
     save_folder(model, tmp_path / "folder", ChatTokenizer())
     with pytest.raises(UserError, match="holds NaN or infinite numbers"):
         load_for_inference(str(tmp_path / "folder"), "", tmp_path, None, "cpu")
+
+
+def test_a_head_of_its_own_is_kept_without_metadata_and_no_folder_that_is_absent_is_ours():
+    for tied in (True, False):
+        state = small_model(tie_word_embeddings=tied).state_dict()
+        assert infer_config(state, Path("x.pth"))["tie_word_embeddings"] is tied
+    assert is_ours("../model") and not is_ours("/nowhere/qwen3/model")

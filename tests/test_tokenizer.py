@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from dataset.reader import read_rows
 from model.chat import TOKENIZER_DIR, ChatTokenizer
-from model.cli import run_main
+from model.cli import UserError, run_main
+from model.weights import find_tokenizer
 from scripts import train_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -292,8 +293,7 @@ def test_bad_flags_are_said_before_training(tmp_path, run_script, monkeypatch, f
     data = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}])
     (tmp_path / "a_file").touch()
     (tmp_path / "a_model").mkdir()
-    for name in ("config.json", "tokenizer.json"):
-        (tmp_path / "a_model" / name).touch()
+    (tmp_path / "a_model" / "tokenizer.json").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_tokenizer, "train", lambda *_: pytest.fail("trained"))
     stopped, _, complaint = run_script("--data_path", data, "--tokenizer_dir", "t", f"--{flag}", value)
@@ -361,3 +361,18 @@ def test_a_tokenizer_that_tiktoken_would_read_otherwise_keeps_its_own_library(tm
     change(layout)
     (tmp_path / "tokenizer.json").write_text(json.dumps(layout))
     assert ChatTokenizer(tmp_path)._tiktoken is None
+
+
+def test_a_million_spaces_in_a_row_are_tokenised():  # at which tiktoken panics
+    tokenizer, text = ChatTokenizer(), "a" + " " * 1_000_000 + "b"
+    assert tokenizer.decode(tokenizer.encode_text(text)) == text
+
+
+@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1", "[]",
+                                     '{"model": {"type": "WordPiece", "vocab": {}}, "added_tokens": []}'])
+def test_a_tokenizer_of_another_kind_is_refused_by_name_and_passed_over_in_a_search(tmp_path, content):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="bert/tokenizer.json: not a tokenizer of byte-level BPE"):
+        ChatTokenizer(tmp_path / "bert")
+    assert find_tokenizer("0" * 16, tmp_path / "pretrain_64.pth", {}) is None

@@ -49,6 +49,7 @@ def test_the_question_follows_the_wake_word(text, wake_word, question):
 
 def test_sentences_end_where_one_breathes():
     assert SENTENCE.findall("It is 3.5. 你好！Fine\nand so on") == ["It is 3.5.", "你好！", "Fine\n"]
+    assert SENTENCE.findall("It is 3.") == []  # while it is written: 3.5 may follow
 
 
 def test_what_is_missing_is_named(tmp_path, capsys):
@@ -57,6 +58,8 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     assert "no such file" in refused(capsys, "--recogniser", "pocketsphinx", "--wav", tmp_path / "absent.wav")
     assert "nothing is spoken" in refused(capsys, "--recogniser", "x", "--out", tmp_path / "b.wav")
     assert "exists already" in refused(capsys, "--recogniser", "x", "--voice", tmp_path, "--out", wav)
+    write_wav(tmp_path / "empty.wav", np.zeros(0))
+    assert "no sound in it" in refused(capsys, "--recogniser", "pocketsphinx", "--wav", tmp_path / "empty.wav")
     (tmp_path / "text.wav").write_text("no sound")
     assert "not a wav file" in refused(capsys, "--recogniser", "pocketsphinx", "--wav", tmp_path / "text.wav")
     with mock.patch.dict(sys.modules, {"sherpa_onnx": None, "sounddevice": None}):
