@@ -58,8 +58,8 @@ REWARD_MODEL = {"reward_weight": "reward"}  # beside the rules
 PUBLISHED = {"all": {"use_compile": 1, "eval_interval": 500},  # the stages' defaults are the published recipe
              "grpo": {**ROLLOUTS, **REWARD_MODEL, "loss_type": "grpo"},
              "cispo": {**ROLLOUTS, **REWARD_MODEL, "loss_type": "cispo"}, "agent": ROLLOUTS}
-PAIRS = {"optimizer": "adamw", "batch_size": 2, "accumulation_steps": 4, "max_steps": 300, "log_interval": 10,
-         "eval_interval": 60}
+PAIRS = {"optimizer": "adamw", "batch_size": 2, "accumulation_steps": 4, "max_steps": 60, "log_interval": 5,
+         "eval_interval": 20}
 # about two and a half hours on two cores with bf16 units: one pass over ../shared/data
 CPU = {"all": {"hidden_size": 256, "use_compile": 1, "optimizer": "muon", "weight_decay": 0.1, "epochs": 1,
                "batch_size": 8, "accumulation_steps": 1, "eval_interval": 500, "save_interval": 200},
