@@ -67,9 +67,10 @@ class PromptDataset:
 
 
 def parse_ground_truth(row: dict) -> list[str]:
-    """The values of `gt` as text, numbers as Python writes them; none where it is absent or null.
+    """The values of `gt` as text; none where it is absent or null.
 
-    Raises ValueError when it is not a list of values.
+    Numbers become what Python writes, 1.50 becomes 1.5; a text keeps its spelling. Raises ValueError when it is not a
+    list of values.
     """
     values = row.get("gt")
     values = [] if values is None else values

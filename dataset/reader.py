@@ -151,7 +151,7 @@ def unreadable(path: Path, number: int, error: Exception) -> UserError:
 
 
 def parse_row(line: bytes) -> dict:
-    """The JSON text of a row → the row. Raises ValueError saying what is wrong."""
+    """The JSON text of a row → the row; of a key that it repeats the last counts. Raises ValueError."""
     try:
         row = read_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -165,6 +165,13 @@ def test_a_mistake_is_told_in_one_line(lab, capsys, words, flags):
     lab().fails(capsys, 2, *words, **flags)
 
 
+def test_flags_that_change_nothing_are_told(lab, capsys):
+    lab().train(max_steps=1, eval_interval=1, global_batch_size=2)  # and accumulation_steps, as every lab gives it
+    assert capsys.readouterr().err.splitlines() == [
+        "--accumulation_steps is not used: it follows from --global_batch_size",
+        "nothing is validated: --eval_interval and --eval_first need --val_data_path"]
+
+
 def test_a_parent_that_does_not_fit_is_told_in_one_line(lab, capsys):
     lab = lab()
     lab.train(max_steps=1)
