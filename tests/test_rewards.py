@@ -71,6 +71,12 @@ def test_exact_hits_what_is_true_and_no_list_of_everything(text, gt, score):
     assert accuracy(*sample(text, gt)) == score
 
 
+@pytest.mark.parametrize("text, gt, score", [("The area is 12 m².", "12", 1), ("It is 10⁵.", "105", 0),
+                                             ("12 (H₂O)", "12", 1)])
+def test_small_digits_are_no_digits_of_a_number(text, gt, score):
+    assert accuracy(*sample(text, (gt,))) == score
+
+
 def test_exact_takes_every_canonical_answer_of_the_sample():
     world = World()
     for number in range(600):

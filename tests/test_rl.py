@@ -26,6 +26,7 @@ from trainer.losses import kl_k3, policy_losses, policy_objective, value_losses
 from trainer.rl.advantages import GAE, GroupRelative, SPOValueTracker, gae, group_advantages
 from trainer.rl.episodes import EpisodeEngine
 from trainer.rl.packing import colorize_advantages, group_by_prefix
+from trainer.rl.rewards import Rewards
 from trainer.rl.rollouts import RolloutStream
 from trainer.rl.trajectory import RolloutGroup, Trajectory
 from trainer.rollout_engine import LocalRolloutEngine, add_rollout_engine_args
@@ -95,6 +96,21 @@ def test_the_loss_and_its_gradient_are_those_of_trl(kind, theirs, level, low, hi
     for one, other in itertools.pairwise(torch.autograd.grad(loss, new, retain_graph=True)[0]
                                          for loss in (ours, expected)):
         assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_gspo_counts_the_answers_that_are_clipped():
+    ratios = torch.tensor([0.01, -0.01, 0.02, -0.02, 0.01, 0.02])  # the first answer's ratio is exactly 1
+    batch = {"old_logprobs": torch.zeros(6), "rollout_logprobs": torch.zeros(6), "advantage": torch.ones(6),
+             "weight": torch.ones(6), "document": torch.tensor([0, 0, 0, 0, 1, 1])}
+    _, metrics = losses.policy_objective(ratios, batch, "gspo", 3e-4, 4e-4, 0.0, 0.0)
+    assert metrics["clipped"] == 2
+
+
+def test_equal_rewards_have_no_advantage_at_all():
+    assert not group_advantages(torch.full((1, 6), 7.3), True).any()
+    weights = {"exact": 1.0, "format": 0.2, "length": 0.1}
+    scores = torch.tensor([0.3, 0.7, 0.9]).expand(7, 3)
+    assert len(set(Rewards(dict.fromkeys(weights), weights).total(scores).tolist())) == 1
 
 
 def test_a_clipped_token_has_no_gradient_in_grpo_and_one_in_cispo():
@@ -369,6 +385,7 @@ def test_learning_from_a_rollout_ends_when_the_policy_has_moved_too_far():
     rollouts.next_batch(1)
     assert rollouts.rollouts == 1
     moved(None, {})
+    assert rollouts.can_checkpoint  # at once, so that a run can save, stop and end
     rollouts.next_batch(2)
     assert rollouts.rollouts == 2
 

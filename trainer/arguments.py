@@ -124,7 +124,8 @@ def rl_parser(description: str, **defaults) -> Parser:
     group.add_argument("--update_epochs", type=positive_int, default=1, help="passes over a rollout")
     group.add_argument("--mini_batches", type=positive_int, default=1, help="optimizer steps per pass")
     group.add_argument("--target_kl", type=nonneg_float, default=0.0,
-                       help="drop the rest of a rollout once the policy moved so far: KL in nats per token (0: never)")
+                       help="drop the rest of a rollout, and sample the next, once the policy moved so far: KL in nats "
+                            "per token (0: never); acts where a rollout has 3 steps or more")
     group.add_argument("--is_cap", type=nonneg_float, default=0.0,
                        help="truncated importance sampling against the sampler's rounding: the largest weight (0: off)")
     group.add_argument("--show_samples", type=nonneg_int, default=0,
@@ -159,7 +160,7 @@ def policy_parser(description: str, **defaults) -> Parser:
     group.add_argument("--resample", **SWITCH, default=0,
                        help="replace prompts whose answers all get the same reward (DAPO)")
     group.add_argument("--spo_half_life", type=nonneg_float, default=0.06,
-                       help="spo: KL per token after which a prompt's past rewards count half")
+                       help="spo: a prompt's past rewards count 2^(-KL per token / this), kept within 0.875 and 0.96")
     parser.set_defaults(**defaults)
     return parser
 
@@ -173,6 +174,8 @@ def parse_policy_args(parser: Parser, argv: list[str] | None = None) -> argparse
     args.aggregation = args.aggregation or aggregation
     if args.loss_type == "spo":
         args.num_generations = 1
+        if not args.spo_half_life:
+            parser.error("--spo_half_life 0 would forget everything at once; give more than 0")
         if args.resample:
             parser.error("--resample compares the answers to one prompt, of which --loss_type spo has one")
     elif args.num_generations < 2:
@@ -182,7 +185,8 @@ def parse_policy_args(parser: Parser, argv: list[str] | None = None) -> argparse
 
 def policy_settings(args: argparse.Namespace) -> dict:
     """Flags of the loss that must be unchanged when a run is resumed."""
-    return {name: getattr(args, name) for name in ("loss_type", "epsilon", "epsilon_high", "beta", "is_cap")}
+    return {name: getattr(args, name) for name in (
+        "loss_type", "epsilon", "epsilon_high", "beta", "is_cap", "scale_rewards", "spo_half_life", "target_kl")}
 
 
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -177,14 +177,19 @@ def policy_losses(new: Tensor, old: Tensor, advantage: Tensor, loss_type: str, c
     gspo: the same, where ρ is the geometric mean over its sequence, `document` [M] (Zheng et al. 2025, eq. 5-7).
     cispo: -sg(min(ρ, clip_high))·A·new; the weight is clipped, so no token loses its gradient (MiniMax 2025, eq. 4-5).
     """
-    log_ratio = new - old
+    ratio = policy_ratio(new, old, loss_type, document)
     if loss_type == "cispo":
-        return -log_ratio.exp().clamp(max=clip_high).detach() * advantage * new
+        return -ratio.clamp(max=clip_high).detach() * advantage * new
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+def policy_ratio(new: Tensor, old: Tensor, loss_type: str, document: Tensor) -> Tensor:
+    """π / π_old of each token [M]; with gspo the geometric mean over its answer."""
+    log_ratio = new - old
     if loss_type == "gspo":
         total, count = (x.new_zeros(len(x)).index_add(0, document, x) for x in (log_ratio, torch.ones_like(log_ratio)))
         log_ratio = (total / count)[document]
-    ratio = log_ratio.exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    return log_ratio.exp()
 
 
 def policy_objective(new: Tensor, batch: dict[str, Tensor], loss_type: str, clip_low: float, clip_high: float,
@@ -200,7 +205,7 @@ def policy_objective(new: Tensor, batch: dict[str, Tensor], loss_type: str, clip
     log_mismatch = old - batch["rollout_logprobs"]
     if tis_cap:
         losses = losses * log_mismatch.exp().clamp(max=tis_cap)
-    ratio = (new - old).detach().exp()
+    ratio = policy_ratio(new.detach(), old, loss_type, batch["document"])
     is_clipped = ratio > clip_high if loss_type == "cispo" else (ratio > 1 + clip_high) | (ratio < 1 - clip_low)
     metrics = {"entropy": -weight * new.detach(), "mismatch": weight * log_mismatch.abs(),
                "approx_kl": weight * kl_k3(old, new.detach()), "clipped": weight * is_clipped}

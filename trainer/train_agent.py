@@ -40,6 +40,8 @@ def main() -> None:
                      f"--max_total_len {args.max_total_len} leaves no room after --max_seq_len {args.max_seq_len}")
     if args.constrained and (args.rollout_engine != "local" or not args.val_data_path):
         parser.error("--constrained 1 is for validating: it needs --val_data_path and --rollout_engine local")
+    if args.judge_url or args.reward_model_path:
+        parser.error("--judge_url and --reward_model_path score single answers; --reward_weight scores episodes")
     with Run(args) as run:
         policy = run.prepare(run.load_model())
         prompts, val_prompts = run.load_prompts()

@@ -56,6 +56,8 @@ def read_cases(path: Path, tokenizer: ChatTokenizer, make_prompt: Callable[..., 
         data = PromptDataset(path, tokenizer, max_len, thinking_ratio=float(thinking))
         for line in data.warnings:
             print(line)
+        if unknown := [prompt.source for prompt in data.prompts if not prompt.ground_truth]:
+            raise UserError(f"{unknown[0]}: no gt, with which an answer could be compared ({len(unknown)} such rows)")
         return [Case(path.stem, prompt, prompt.messages[-1]["content"]) for prompt in data.prompts]
     answers_path = path.with_name(f"{path.stem}_answers{path.suffix}")
     if not answers_path.is_file():

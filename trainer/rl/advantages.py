@@ -56,6 +56,7 @@ def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
 
     GRPO (Shao et al. 2024, section 4.1.2); without the division: Dr. GRPO (Liu et al. 2025).
     """
+    rewards = rewards - rewards[:, :1]  # so that equal rewards have exactly no advantage
     advantages = rewards - rewards.mean(1, keepdim=True)
     return advantages / (rewards.std(1, keepdim=True) + 1e-4) if scale else advantages
 

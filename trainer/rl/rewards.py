@@ -24,6 +24,7 @@ from trainer.rl.trajectory import Trajectory
 RewardFn = Callable[[Prompt, Trajectory], float]
 BatchRewardFn = Callable[[list[Prompt], list[Trajectory]], Tensor | list[float]]
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)\]])-)?(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?)")
+SMALL_DIGITS = re.compile("[\u00b2\u00b3\u00b9\u2070-\u2099]")
 LENGTH_WINDOW = (4, 256)  # tokens of content that are neither too few nor too many
 NGRAM = 4  # tokens in a row that count as a repetition when they come again
 NUM_SPECIAL = 36  # ids below are special tokens
@@ -94,7 +95,8 @@ def last_turn(trajectory: Trajectory) -> list[int]:
 
 
 def normalize(text: str) -> str:
-    """One spelling for what reads the same."""
+    """One spelling for what reads the same. Small digits are left out: m² is no 2, and 10⁵ no 105."""
+    text = SMALL_DIGITS.sub("", text)
     return " ".join(unicodedata.normalize("NFKC", text).replace("−", "-").casefold().split())
 
 
@@ -136,7 +138,7 @@ class Rewards:
 
     def total(self, scores: Tensor) -> Tensor:
         """The weighted sum [n] of `scores` [n, C]."""
-        return scores @ self.weights
+        return (scores * self.weights).sum(1)  # a matrix product may round equal rows differently
 
 
 def find_failing_row(component: BatchRewardFn, prompts: list[Prompt], trajectories: list[Trajectory],

@@ -74,8 +74,15 @@ class RolloutStream:
 
     @property
     def can_checkpoint(self) -> bool:
-        """Whether all that was sampled has been learned from."""
+        """Whether all that was sampled has been learned from, or is dropped. All ranks call it."""
+        self._drop_if_moved()
         return not self._pending
+
+    def _drop_if_moved(self) -> None:
+        """Drop the rest of the rollout once the policy has moved further than --target_kl from the one that sampled."""
+        if self._pending and self.args.target_kl and \
+                float(self.world.sum(self._approx_kl.clone())) / self._num_items > self.args.target_kl:
+            self._pending.clear()
 
     def epoch(self, step: int) -> float:
         """How often the prompts have been answered."""
@@ -92,8 +99,7 @@ class RolloutStream:
 
     def next_batch(self, step: int) -> GlobalBatch:
         """The next mini-batch of this rollout, or the first of a new one."""
-        if self._pending and 0 < self.args.target_kl < float(self.world.sum(self._approx_kl)) / self._num_items:
-            self._pending.clear()  # the policy has moved far enough from the one that sampled
+        self._drop_if_moved()
         if not self._pending:
             self.rollout()
         mini_batch = self._pending.pop(0)._replace(metrics=self._metrics)
