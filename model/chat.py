@@ -328,7 +328,7 @@ def parse_json(value: object, name: str, kind: type) -> list | dict:
 
 
 def refuse_number(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is no finite number")
 
 
 def finite_float(text: str) -> float:

@@ -110,7 +110,8 @@ class Lab:
                  "checkpoint_dir": self.checkpoints, **FLAGS, **flags}
         if kind == "rlaif":
             flags = {name: value for name, value in flags.items() if name not in ("cache_dir", "num_workers")}
-        return [f"--{name}={value}" if value is not True else f"--{name}" for name, value in flags.items()]
+        return [f"--{name}={value}" if value is not True else f"--{name}" for name, value in flags.items()
+                if value is not None]
 
     def train(self, stage=train_pretrain, **flags) -> None:
         with mock.patch.object(sys, "argv", [stage.__file__, *self.flags(stage, **flags)]):

@@ -235,10 +235,7 @@ def test_a_run_validates_without_dropout_and_trains_with_it(lab, monkeypatch):
 def test_the_data_follows_the_name(lab, capsys, monkeypatch):
     monkeypatch.setattr(train_lora, "ROOT", lab().data)
     for flags, name in (({}, "lora_medical"), ({"lora_name": "lora_x"}, "lora_x")):
-        argv = ["", *(flag for flag in lab().flags(train_lora, **flags) if not flag.startswith("--data_path"))]
-        with mock.patch.object(sys, "argv", argv), pytest.raises(SystemExit):
-            run_main(train_lora.main)
-        assert str(lab().data / f"dataset/{name}.jsonl") in capsys.readouterr().err
+        lab().fails(capsys, 2, str(lab().data / f"dataset/{name}.jsonl"), stage=train_lora, data_path=None, **flags)
 
 
 def test_dropout_only_acts_in_training(tmp_path):

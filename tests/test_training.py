@@ -229,7 +229,8 @@ def test_a_state_that_does_not_fit_is_told_in_one_line(lab, data, capsys, tmp_pa
                                 ("weight_decay", 0.0, 0.01),
                                 ("data_path", data / "pretrain_val.jsonl", data / "pretrain.jsonl")):
         lab.fails(capsys, 2, f"--{name} {value}: ", f"pretrain_64_resume.pth was made with {before};",
-                  f"{way_on} --from_weight pretrain", from_resume=1, **{name: value})
+                  f"{way_on} --from_weight pretrain", from_resume=1, **{name: value},
+                  **({"accumulation_steps": None} if name == "global_batch_size" else {}))
     for name, before in (("num_hidden_layers", 2), ("num_key_value_heads", 4)):
         lab.fails(capsys, 2, f"--{name} 1: ", f"was made with {before};", way_on, from_resume=1, **{name: 1})
     lab.fails(capsys, 2, f"--data_path {data / 'pretrain.jsonl'}: what it holds, or how it is read, has changed since",
