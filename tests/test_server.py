@@ -84,8 +84,7 @@ class Served:
 
     def settles(self, condition: Callable[[], bool] | None = None) -> bool:
         """Whether the condition (by default: nothing runs or waits) holds before long."""
-        engine = self.service.engine
-        condition = condition or (lambda: not (self.service.num_pending or engine.num_running or engine.num_waiting))
+        condition = condition or (lambda: not (self.service.num_pending or self.service.engine.busy))
         deadline = time.monotonic() + 60
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.01)
