@@ -60,7 +60,7 @@ PUBLISHED = {"all": {"use_compile": 1, "eval_interval": 500},  # the stages' def
              "cispo": {**ROLLOUTS, **REWARD_MODEL, "loss_type": "cispo"}, "agent": ROLLOUTS}
 PAIRS = {"optimizer": "adamw", "batch_size": 2, "accumulation_steps": 4, "max_steps": 60, "log_interval": 5,
          "eval_interval": 20}
-# about two and a half hours on two cores with bf16 units: one pass over ../shared/data
+# about three and a half hours on two cores with bf16 units: one pass over ../shared/data
 CPU = {"all": {"hidden_size": 256, "use_compile": 1, "optimizer": "muon", "weight_decay": 0.1, "epochs": 1,
                "batch_size": 8, "accumulation_steps": 1, "eval_interval": 500, "save_interval": 200},
        "pretrain": {"num_hidden_layers": 8, "max_seq_len": 512, "learning_rate": 2e-3},

@@ -129,11 +129,11 @@ def test_results_are_read_in_the_order_of_their_calls():
     calls = [{"id": city, "type": "function", "function": {"name": "f", "arguments": {"a": city}}}
              for city in ("paris", "rome")]
     results = [{"role": "tool", "tool_call_id": city, "content": city.upper()} for city in ("paris", "rome")]
-    asked = [*USER, assistant(content=None, tool_calls=calls)]
-    in_order = request_of(messages=[*asked, *results]).prompts
-    assert request_of(messages=[*asked, *results[::-1]]).prompts == in_order
+    turn = [*USER, assistant(content=None, tool_calls=calls)]
+    in_order = request_of(messages=[*turn, *results]).prompts
+    assert request_of(messages=[*turn, *results[::-1]]).prompts == in_order
     unknown = [results[1] | {"tool_call_id": "x"}, results[0]]
-    assert request_of(messages=[*asked, *unknown]).prompts != in_order  # nothing tells which is whose
+    assert request_of(messages=[*turn, *unknown]).prompts != in_order  # nothing tells which is whose
     items = [{"role": "user", "content": USER[0]["content"]},
              *({"type": "function_call", "call_id": city, "name": "f", "arguments": f'{{"a": "{city}"}}'}
                for city in ("paris", "rome")),

@@ -1,4 +1,4 @@
-"""Held-out real pairs that DPO and the reward model get right, 8.3 M parameters on two cores, from their logs."""
+"""Held-out pairs, three of four real, that DPO and the reward model of 8.3 M parameters get right, from their logs."""
 
 import json
 from pathlib import Path
