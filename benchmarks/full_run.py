@@ -11,6 +11,9 @@ all.device=cpu`). The same command goes on where it was stopped: a finished stag
 what it starts from, have changed. Everything is written to out/{preset}[_moe], so that no other weight is overwritten
 (to chat: `eval_llm.py --save_dir out/tiny`), and the report to docs/report/. Data are the published files where
 --data has them; where not, --data's own rows for pretrain, sft and dpo, and the synthetic sample world.
+
+To compare with the plain recipe (padded rows, fp32, AdamW, eager) after the same time, name the stages plain_pretrain
+and plain_sft, too, and give them the share of the data that this time allows (`--set plain_pretrain.epochs=0.1`).
 """
 
 import argparse
@@ -43,7 +46,10 @@ from scripts.score_sample import score, share_per_skill
 
 STAGES = {stage.name: stage for stage in stages.STAGES if stage.name not in ("small_sft", "full_dist", "ppo_actor")}
 STAGES["reward"] = replace(STAGES["reward"], rows="dpo")  # the published data have no pairs of their own for it
+PLAIN_STAGES = {"plain_pretrain": "pretrain", "plain_sft": "full_sft"}  # the same stages by the plain recipe
+STAGES |= {name: replace(STAGES[stage], name=name) for name, stage in PLAIN_STAGES.items()}
 NAMES = ("data", *STAGES, "evaluation")
+OPTIONAL = ("cispo", *PLAIN_STAGES)  # only where --stages names them
 
 # the flags of a preset: for all stages, then for each; tiny: beside those of the demo
 TINY = {"all": {"hidden_size": 64, "use_compile": 0, "save_interval": 100},
@@ -69,6 +75,7 @@ CPU = {"all": {"hidden_size": 256, "use_compile": 1, "optimizer": "muon", "weigh
        "dpo": {**PAIRS, "learning_rate": 1e-5}, "reward": {**PAIRS, "learning_rate": 1e-4},
        "grpo": {**ONLINE, **REWARD_MODEL}, "cispo": {**ONLINE, **REWARD_MODEL, "loss_type": "cispo"},
        "agent": {**ONLINE, "num_generations": 4}}
+PLAIN = {"packing": 0, "dtype": "float32", "use_compile": 0, "optimizer": "adamw", "weight_decay": 0.01}
 PRESETS = {"tiny": TINY, "cpu": CPU, "zero": PUBLISHED, "full": PUBLISHED}
 
 # the published file of each kind of rows, and what serves instead in other --data folders, beside the sample world
@@ -96,14 +103,18 @@ def recipe(args: argparse.Namespace, folder: Path) -> dict[str, dict]:
     preset, flags_of = PRESETS[args.preset], {}
     for name, stage in STAGES.items():
         flags = stage.sample_flags if preset is TINY else {}
-        flags |= preset["all"] | preset.get(name, {}) | stage.data_flags(folder / "data")
+        flags |= preset["all"] | preset.get(PLAIN_STAGES.get(name, name), {}) | stage.data_flags(folder / "data")
+        if name in PLAIN_STAGES:
+            flags |= PLAIN
         flags |= {"save_weight": name, "save_dir": folder, "checkpoint_dir": folder / "checkpoints", "eval_first": 1}
         if stage.rows in TOKENISED:
             flags["data_path"] = folder / f"data/{stage.rows}_tokens"
         if stage.rows not in ("rlaif", "agent_rl"):  # whose prompts are not tokenised ahead
             flags["cache_dir"] = folder / "cache"
-        if name == "pretrain":
+        if stage.script.endswith("pretrain.py"):
             flags["use_moe"] = int(args.moe)
+        if name == "plain_sft":
+            flags["from_weight"] = "plain_pretrain"
         for target in ("all", name):
             flags |= {flag: value for changed, flag, value in args.set if changed == target}
         flags_of[name] = flags
@@ -114,7 +125,8 @@ def parents(step: str, flags: dict[str, dict]) -> list[str]:
     """The steps whose results a step works with."""
     if step == "data":
         return []
-    parent = {"pretrain": "data", "full_sft": "pretrain"}.get(step, "full_sft")
+    parent = {"pretrain": "data", "full_sft": "pretrain",
+              "plain_pretrain": "data", "plain_sft": "plain_pretrain"}.get(step, "full_sft")
     return [parent, "reward"] if flags.get(step, {}).get("reward_weight") == "reward" else [parent]
 
 
@@ -262,8 +274,9 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, required=True)
     parser.add_argument("--moe", action="store_true", help="4 experts per layer: 198 M parameters, 64 M active")
-    parser.add_argument("--stages", nargs="+", choices=NAMES, default=[name for name in NAMES if name != "cispo"],
-                        metavar="STAGE", help=f"only these of {' '.join(NAMES)} (default: all but cispo)")
+    parser.add_argument("--stages", nargs="+", choices=NAMES, default=[name for name in NAMES if name not in OPTIONAL],
+                        metavar="STAGE",
+                        help=f"only these of {' '.join(NAMES)} (default: all but {', '.join(OPTIONAL)})")
     parser.add_argument("--data", type=Path, nargs="+", default=[ROOT / "dataset", ROOT.parent / "shared/data"],
                         help="folders of data files, the first that has one gives it (default: %(default)s)")
     parser.add_argument("--set", nargs="+", type=flag_change, default=[], metavar="STAGE.FLAG=VALUE",

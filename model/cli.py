@@ -169,6 +169,14 @@ def nonneg_float(text: str) -> float:
     return float(text)
 
 
+def num_passes(text: str) -> float:
+    """The type of a number of passes over the data, such as 2 or 0.25."""
+    with suppress(ValueError):
+        if 0 < float(text) <= 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number above 0, up to a million")
+
+
 def optional_name(text: str) -> str | None:
     return None if text == "None" else text
 

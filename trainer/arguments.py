@@ -13,6 +13,7 @@ from model.cli import (
     nonneg_float,
     nonneg_int,
     notice,
+    num_passes,
     num_positions,
     positive_int,
     seed_int,
@@ -51,7 +52,7 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--from_resume", **SWITCH, default=0, help="continue from the resume state, if there is one")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
+    group.add_argument("--epochs", type=num_passes, default=2, help="passes over the data; 0.25: over a quarter")
     group.add_argument("--max_steps", type=nonneg_int, default=0,
                        help="stop after so many steps (0: never); the schedule still spans all epochs")
     group.add_argument("--batch_size", type=num_rows,

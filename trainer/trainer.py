@@ -189,7 +189,7 @@ class Trainer:
         if not self.world.main:
             return
         eta = duration((self.last_step - self.step) * self.interval.seconds_per_step)
-        parts = [f"{self.args.save_weight} {row['epoch']:.2f}/{self.args.epochs} step "
+        parts = [f"{self.args.save_weight} {row['epoch']:.2f}/{self.args.epochs:g} step "
                  f"{self.step:,}/{self.last_step:,}",
                  f"loss {row['loss']:.4f} lr {row['lr']:.2e} norm {row['grad_norm']:.2f} "
                  f"{row['tokens_per_s']:,.0f} tok/s mfu {row['mfu']:.0%} {row['memory_gb']:.1f} GB eta {eta}"]
@@ -276,8 +276,8 @@ class Trainer:
         self.run.print_main(f"resume: going on after step {self.step:,}")
         if (steps := state.get("steps", self.stream.steps)) != self.stream.steps:
             change = "stretches" if steps < self.stream.steps else "cuts"
-            self.run.print_main(f"resume: --epochs {self.args.epochs} {change} the schedule of the learning rate from "
-                                f"{steps:,} to {self.stream.steps:,} steps, from here on")
+            self.run.print_main(f"resume: --epochs {self.args.epochs:g} {change} the schedule of the learning rate "
+                                f"from {steps:,} to {self.stream.steps:,} steps, from here on")
         return state["tracker"]
 
 
