@@ -23,18 +23,18 @@ from pathlib import Path
 from dataset.prompts import Prompt
 from eval_llm import Chat, add_chat_args
 from model.chat import TOKENIZER_DIR, AssistantMessage, ChatTokenizer, parse_json
-from model.cli import SWITCH, Parser, UserError, add_sampling_args, num_positions, run_main, whole_number
+from model.cli import SWITCH, Parser, UserError, add_sampling_args, notice, num_positions, run_main, whole_number
 from model.files import write_atomically
 from model.inference.engine import Engine, SamplingParams
 from model.loading import add_loading_args, load_from_args
 from scripts.chat_api import ApiChat
-from scripts.lib.openai_client import LOCAL_SERVER, ChatClient, as_strict
+from scripts.lib.openai_client import LOCAL_SERVER, ChatClient, RequestRefused, as_strict
 from scripts.lib.terminal import interact
 from scripts.lib.tool_cases import Case, held_out_tasks, is_accepted, read_cases
 from trainer.rl.agent_rewards import answer_reward
-from trainer.rl.episodes import call_grammar, run_calls, run_episodes
+from trainer.rl.episodes import call_grammar, offered_tools, run_calls, run_episodes
 from trainer.rl.rewards import NUMBER
-from trainer.rl.tools import SCHEMAS, call_tool
+from trainer.rl.tools import SCHEMAS, call_offered_tool, call_tool
 from trainer.rl.trajectory import Trajectory
 
 MAX_TURNS = 5
@@ -64,14 +64,22 @@ def local_rollouts(model, tokenizer: ChatTokenizer, args: argparse.Namespace) ->
 
 
 def api_rollouts(client: ChatClient, args: argparse.Namespace) -> RolloutFn:
-    """Episodes of a model behind a server, some at a time."""
+    """Episodes of a model behind a server, some at a time.
+
+    A refused request, such as one that has become too long for the server, ends its episode.
+    """
     def run_episode(prompt: Prompt, max_turns: int, seed: int) -> Trajectory:
-        episode, messages = Trajectory(prompt), list(prompt.messages)
+        episode, messages, offered = Trajectory(prompt), list(prompt.messages), offered_tools(prompt)
         tools = as_strict(parse_json(prompt.tools, "tools", list)) if args.constrained else None
         while not episode.finish_reason:
-            message, finish_reason = client.complete(
-                messages, tools, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens,
-                seed=seed, extra_body={"open_thinking": args.open_thinking})
+            try:
+                message, finish_reason = client.complete(
+                    messages, tools, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens,
+                    seed=seed, extra_body={"open_thinking": args.open_thinking})
+            except RequestRefused as error:
+                refusals.append(error)
+                episode.finish_reason = "refused"
+                break
             calls = message.get("tool_calls", [])
             episode.answer = AssistantMessage(
                 message["content"], message.get("reasoning_content", ""),
@@ -85,7 +93,8 @@ def api_rollouts(client: ChatClient, args: argparse.Namespace) -> RolloutFn:
             elif len(episode.turns) >= max_turns:
                 episode.finish_reason = "turns"
             else:
-                results = [call_tool(**call, seed=args.seed) for call in calls]
+                results = [call_offered_tool(**call, offered=offered, call=partial(call_tool, seed=args.seed))
+                           for call in calls]
                 episode.calls += zip(calls, results, strict=True)
                 messages += [message, *({"role": "tool", "content": json.dumps(result, ensure_ascii=False)}
                                         for result in results)]
@@ -94,7 +103,14 @@ def api_rollouts(client: ChatClient, args: argparse.Namespace) -> RolloutFn:
     def rollout(prompts: list[Prompt], max_turns: int) -> list[Trajectory]:
         with ThreadPoolExecutor(API_CONCURRENCY) as pool:
             seeds = range(args.seed, args.seed + len(prompts))
-            return list(pool.map(run_episode, prompts, [max_turns] * len(prompts), seeds))
+            episodes = list(pool.map(run_episode, prompts, [max_turns] * len(prompts), seeds))
+        if refusals and len(refusals) == len(prompts):
+            raise refusals[0]
+        if refusals:
+            notice(f"{len(refusals)} of {len(prompts)} episodes ended in a refused request: {refusals[0]}")
+        refusals.clear()
+        return episodes
+    refusals: list[RequestRefused] = []
     return rollout
 
 
@@ -196,6 +212,14 @@ def parse_arguments() -> argparse.Namespace:
     args.top_k, args.repetition_penalty = 0, 1.0  # which Chat wants
     if len(args.weight) > 1 and (args.backend == "api" or not (args.benchmark or args.cases)):
         raise UserError("several weights are compared with --benchmark N or --cases FILE, and only local ones")
+    if args.benchmark or args.cases:
+        parser.note_unused(args, ("prompt", "tools"), "in a conversation")
+    else:
+        parser.note_unused(args, ("json",), "with --benchmark or --cases")
+    if args.backend == "api":
+        parser.note_unused(args, ("weight", "load_from", "lora_weight"), "with --backend local")
+    else:
+        parser.note_unused(args, ("api_base_url", "api_key", "model"), "with --backend api")
     return args
 
 

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 SWITCH = {"type": int, "choices": (0, 1)}  # keyword arguments of `add_argument` for a flag that is 0 or 1
@@ -135,6 +135,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         exit_with(2, f"error: {message} (--help lists the flags)")
+
+    def note_unused(self, args: argparse.Namespace, flags: Iterable[str], condition: str) -> None:
+        """Say which of `flags` were given though they change nothing. `condition`: when they do, "with --x y"."""
+        for flag in flags:
+            if getattr(args, flag) != self.get_default(flag):
+                notice(f"--{flag} is not used: it has an effect {condition}")
 
     def add_aliases(self, **flags: str | None) -> None:
         """Also accept flags by their names in MiniMind's scripts, alias="flag"; --help does not list them.

@@ -17,7 +17,7 @@ from model.cli import Failure, Parser, add_sampling_args, run_main
 from scripts.lib.openai_client import ChatClient, add_endpoint_args, arguments_text, as_strict
 from scripts.lib.terminal import AnswerPrinter, interact
 from trainer.rl.builtin_tools import MOCKED
-from trainer.rl.tools import SCHEMAS, call_tool
+from trainer.rl.tools import SCHEMAS, call_offered_tool
 
 
 class ApiChat:
@@ -28,7 +28,7 @@ class ApiChat:
 
     def __init__(self, client: ChatClient, tools: list[str], max_turns: int = 5, strict: bool = False,
                  **options):
-        self.client, self.max_turns, self.options = client, max_turns, options
+        self.client, self.tool_names, self.max_turns, self.options = client, tools, max_turns, options
         schemas = [SCHEMAS[name] for name in tools]
         self.tools = as_strict(schemas) if strict else schemas
         self.messages: list[dict] = []
@@ -41,7 +41,7 @@ class ApiChat:
             for _ in range(self.max_turns):
                 calls = self._reply()
                 for call in calls:
-                    result = json.dumps(call_tool(**call), ensure_ascii=False)
+                    result = json.dumps(call_offered_tool(**call, offered=self.tool_names), ensure_ascii=False)
                     print(f"[{call['name']} {arguments_text(call['arguments'])} → {result}]")
                     self.messages.append({"role": "tool", "content": result})
                 if not calls:

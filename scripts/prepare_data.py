@@ -10,6 +10,7 @@ Two bytes per token, three where targets are marked (sft, dpo); the file itself 
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -56,6 +57,7 @@ def main() -> None:
     if not args.data_path.is_file():
         raise UserError(f"--data_path {args.data_path}: no such file")
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the unfinished folder is removed
     start = time.perf_counter()
     length = args.max_seq_len or DEFAULT_LENGTHS[args.kind]
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".prepare") as cache:

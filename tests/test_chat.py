@@ -6,6 +6,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
+from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
 from model.chat import (
@@ -136,6 +137,13 @@ def test_ids_and_mask_are_those_of_transformers_template_in_random_conversations
     rng = random.Random(0)
     for _ in range(100):
         assert_same_ids(tokenizer, reference, random_conversation(rng), rng.choice([None, TOOLS]))
+
+
+@pytest.mark.parametrize(("messages", "said"), [
+    ([{"role": "observer", "content": "x"}], "roles"), ([{"role": "system", "content": "", "tools": "[]"}], "list")])
+def test_the_template_raises_an_error_for_what_it_cannot_render(reference, messages, said):
+    with pytest.raises(TemplateError, match=said):
+        reference.apply_chat_template(messages)
 
 
 def test_tools_and_calls_as_json_text_say_the_same(tokenizer):

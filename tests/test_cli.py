@@ -59,6 +59,30 @@ def test_sizes_and_counts_that_cannot_be_are_told_in_one_line(lab, capsys, words
     lab().fails(capsys, 2, *words, **flags)
 
 
+@pytest.mark.parametrize(("program", "flags", "unused"), [
+    ("train_grpo", "--judge_model x --trust_remote_code 1 --rollout_url http://x --max_mismatch 1 --epsilon 0.1",
+     "judge_model trust_remote_code rollout_url max_mismatch epsilon"),
+    ("train_grpo", "--loss_type grpo --epsilon 0.1 --spo_half_life 1", "spo_half_life"),
+    ("train_grpo", "--loss_type spo --scale_rewards 0 --spo_half_life 1", "scale_rewards"),
+    ("train_dpo", "--simpo_gamma 1", "simpo_gamma"), ("train_dpo", "--simpo_gamma 1 --loss_type simpo", ""),
+    ("train_distillation", "--teacher_load_from . --teacher_hidden_size 64 --teacher_use_moe 0",
+     "teacher_hidden_size teacher_use_moe"),
+    ("train_distillation", "--teacher_hidden_size 64 --teacher_use_moe 0", ""),
+    ("eval_toolcall", "--benchmark 1 --prompt x --tools calculate_math --model m", "prompt tools model"),
+    ("eval_toolcall", "--backend api --weight pretrain --json x", "json weight")])
+def test_flags_without_an_effect_are_named(program, flags, unused, monkeypatch, capsys):
+    module = importlib.import_module(program if program.startswith("eval") else f"trainer.{program}")
+    monkeypatch.setattr(sys, "argv", ["x", *flags.split()])
+    if program.startswith("eval"):
+        module.parse_arguments()
+    else:  # parses its flags before anything else
+        monkeypatch.setattr(module, "Run", mock.Mock(side_effect=KeyError))
+        with pytest.raises(KeyError):
+            module.main()
+    said = [line.split(" is not used: it has an effect ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == [f"--{flag}" for flag in unused.split()]
+
+
 def test_the_largest_seed_is_a_seed(lab):
     plain = lab()
     plain.train(seed=2**64 - 1, max_steps=1)

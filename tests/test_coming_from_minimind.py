@@ -16,7 +16,6 @@ from lab import TOKENIZER
 from dataset.lm_dataset import SFTDataset
 from model.chat import END_THINK, THINK
 from trainer import train_full_sft
-from trainer.arguments import parse_args
 from trainer.rl.tools import SCHEMAS, call_tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,13 +134,6 @@ def test_published_flags_are_accepted_with_their_meaning(program, flags, expecte
     assert capsys.readouterr() == ("", "")
     text = parser_of(ROOT / program).format_help()
     assert not re.search("--(sglang|ppo_update|early_stop_kl|debug|historys|api_model|out_dir|student)", text)
-
-
-@pytest.mark.parametrize(("answers", "mini_batches"), [(2, 4), (3, 3), (8, 1), (99, 1)])
-def test_mini_batch_size_counts_answers_in_a_step(answers, mini_batches):
-    parser = parser_of(ROOT / "trainer/train_ppo.py")
-    flags = f"--batch_size 2 --accumulation_steps 2 --num_generations 2 --mini_batch_size {answers}"
-    assert parse_args(parser, flags.split()).mini_batches == mini_batches
 
 
 @pytest.mark.parametrize(("folder", "program"), [("scripts", "eval_toolcall.py"), ("trainer", "train_tokenizer.py")])

@@ -266,6 +266,41 @@ def test_a_server_whose_call_cannot_be_read_is_told_so_and_goes_on(run, tmp_path
     assert case["turns"][0]["malformed"] == ["1 + 2"] and not case["right_call"]
 
 
+class Limited(JsonHandler):
+    """Refuses what has grown too long; calls a tool that is not on offer and answers with what it is told."""
+
+    requests: list[dict] = []
+
+    def do_POST(self):
+        self.requests.append(body := self.body())
+        question, last = body["messages"][0]["content"], body["messages"][-1]
+        if "long" in question:
+            return self.reply(400, {"error": {"message": "too long", "type": "invalid_request_error"}})
+        call = {"id": "a", "type": "function", "function": {"name": "text_length", "arguments": '{"text": "abc"}'}}
+        return self.complete({"role": "assistant", "content": None, "tool_calls": [call]} if last["role"] == "user"
+                             else {"role": "assistant", "content": "3"})
+
+
+def test_a_refused_request_ends_its_episode_alone(run, tmp_path, capsys):
+    def write(*questions: str) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps({"conversations": [OFFER, user(question), says("")], "gt": ["3"]}) + "\n"
+                                for question in questions))
+        return f"--cases={path}"
+
+    with lab.serving(Limited) as url:
+        api = ("--backend=api", f"--api_base_url={url}", "--prompt=x")
+        run_main(lambda: print(run(*api, write("1 + 2?", "long"))))
+        printed = capsys.readouterr()
+        assert "minimind rows: 1/2" in printed.out and "prediction none (refused)" in printed.out
+        with pytest.raises(SystemExit, match="2"):  # no request is accepted: nothing was measured
+            run(*api, write("long", "long"))
+        assert "too long" in capsys.readouterr().err
+    assert "text_length" in SCHEMAS  # and not on offer
+    assert "unknown tool 'text_length'; offered: calculate_math" in next(
+        body["messages"][-1]["content"] for body in Limited.requests if body["messages"][-1]["role"] == "tool")
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--weight", "a", "b"], "--benchmark"), (["--benchmark=0"], "0"), (["--weight", "nothing"], "nothing_*.pth"),
     (["--backend=api", "--api_base_url=http://127.0.0.1:9/v1", "--benchmark=1"], "no server"),

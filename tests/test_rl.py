@@ -247,7 +247,7 @@ def make_stream(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: 
     flags = [str(part) for pair in defaults.items() for part in pair] + [str(flag) for flag in flags]
     parser = policy_parser("", data_path="x", from_weight="x", save_weight="x")
     add_rollout_engine_args(parser)
-    parser.set_defaults(reward_mix="")
+    parser.set_defaults(reward_mix="", reward_weight=None, reward_model_path=None, judge_url=None)
     args = parse_policy_args(parser, flags)
     rng = np.random.default_rng(0)
     prompts = object.__new__(PromptDataset)
@@ -257,6 +257,14 @@ def make_stream(size: int = 1, rank: int = 0, engine=None, rewards=None, flags: 
                           summon_full_params=nullcontext, tokenizer=TOKENIZER)
     estimator = GroupRelative(scale=bool(args.scale_rewards))
     return RolloutStream(run, small_model(), prompts, engine or Scripted(), rewards or Seeded(), estimator, reference)
+
+
+@pytest.mark.parametrize(("flags", "num_ranks", "mini_batches"), [
+    ((), 1, 6), ((), 2, 12), (("--loss_type", "spo"), 1, 2), (("--mini_batch_size", 99), 1, 1),
+    (("--mini_batch_size", 5), 1, 3)])
+def test_mini_batch_size_counts_the_answers_of_all_ranks_in_a_step(flags, num_ranks, mini_batches):
+    rollouts = make_stream(num_ranks, flags=("--mini_batch_size", 2, *flags))
+    assert rollouts.steps_per_rollout == rollouts.settings["mini_batches"] == mini_batches
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])

@@ -190,6 +190,21 @@ def policy_settings(args: argparse.Namespace) -> dict:
         "loss_type", "epsilon", "epsilon_high", "beta", "is_cap", "scale_rewards", "spo_half_life", "target_kl")}
 
 
+# Flags, when they have an effect, and how to say so.
+CONDITIONAL_FLAGS = (
+    (("judge_model",), lambda args: args.judge_url, "--judge_url"),
+    (("trust_remote_code",), lambda args: args.reward_model_path, "--reward_model_path"),
+    (("rollout_url", "rollout_dir", "max_mismatch"), lambda args: args.rollout_engine != "local",
+     "--rollout_engine sglang or vllm"),
+    (("epsilon",), lambda args: args.loss_type != "cispo", "--loss_type grpo, gspo or spo"),
+    (("spo_half_life",), lambda args: args.loss_type == "spo", "--loss_type spo"),
+    (("scale_rewards",), lambda args: args.loss_type != "spo", "--loss_type grpo, gspo or cispo"),
+    (("simpo_gamma",), lambda args: args.loss_type == "simpo", "--loss_type simpo"),
+    (("from_teacher_weight", "teacher_hidden_size", "teacher_num_layers", "teacher_use_moe"),
+     lambda args: args.teacher_load_from == "model", "--teacher_load_from model"),
+)
+
+
 def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; paths become absolute, so that nothing depends on the current directory later."""
     sizes = ("batch_size", "accumulation_steps")
@@ -198,6 +213,9 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
         notice("--accumulation_steps is not used: it follows from --global_batch_size")
     if args.deepspeed_config and args.parallel != "deepspeed":
         parser.error("--deepspeed_config is for --parallel deepspeed")
+    for flags, has_effect, condition in CONDITIONAL_FLAGS:
+        if hasattr(args, flags[0]) and not has_effect(args):
+            parser.note_unused(args, flags, f"with {condition}")
     if (args.eval_interval or args.eval_first) and not args.val_data_path:
         notice("nothing is validated: --eval_interval and --eval_first need --val_data_path")
     args.adapt_batch = all(getattr(args, name) is None for name in sizes)  # to the size of the data
@@ -207,9 +225,6 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     args.tokenizer = TOKENIZER_DIR if args.tokenizer == "model" else args.tokenizer
     if getattr(args, "temperature", 1.0) == 0:
         parser.error("--temperature 0 leaves no distribution to learn from; give more than 0")
-    if getattr(args, "mini_batch_size", None):
-        num_answers = (args.global_batch_size or args.batch_size * args.accumulation_steps) * args.num_generations
-        args.mini_batches = -(-num_answers // args.mini_batch_size)
     for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir",
                  "deepspeed_config"):
         value = getattr(args, name, None)

@@ -31,7 +31,7 @@ from model.chat import EOS, AssistantMessage, ChatTokenizer, parse_json, parse_m
 from model.cli import UserError
 from model.inference.constraints import Grammar, chat_grammar
 from model.inference.engine import Engine, SamplingParams, Sequence
-from trainer.rl.tools import call_tool
+from trainer.rl.tools import call_offered_tool, call_tool
 from trainer.rl.trajectory import Trajectory
 
 TURN_SEED_STRIDE = 1_000_003  # between the seeds of an episode's turns: far from those of its neighbours
@@ -105,11 +105,8 @@ def finish_turn(episode: Trajectory, sequence: Sequence, tokenizer: ChatTokenize
 
 def run_calls(answer: AssistantMessage, offered: list[str], call: CallFn) -> list[tuple[dict, dict]]:
     """Run the calls of a turn. → ({"name", "arguments"}, result) of each, malformed ones last and without a name"""
-    results = []
-    for tool_call in answer.tool_calls:
-        name = tool_call["name"]
-        unknown = {"error": f"unknown tool {name!a:.80}; offered: {', '.join(offered) or 'none'}"}
-        results.append((tool_call, call(**tool_call) if name in offered else unknown))
+    results = [(tool_call, call_offered_tool(**tool_call, offered=offered, call=call))
+               for tool_call in answer.tool_calls]
     malformed = {"error": 'malformed call; write {"name": its name, "arguments": {its arguments}}'}
     return results + [({"name": "", "arguments": {}}, malformed) for _ in answer.malformed]
 

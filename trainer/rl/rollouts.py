@@ -33,7 +33,8 @@ MAX_ROUNDING, MAX_GROWTH, MIN_BOUND = 4, 5, 1e-4
 NUM_ROUNDED = 16  # trajectories that the copy scores
 MAX_RESAMPLES = 4  # times that prompts are drawn for one rollout, to replace groups without a difference
 SETTINGS = ("batch_size", "num_generations", "update_epochs", "mini_batches", "temperature",
-            "max_gen_len", "thinking_ratio", "aggregation", "resample", "reward_mix")
+            "max_gen_len", "thinking_ratio", "aggregation", "resample", "reward_mix", "reward_weight",
+            "reward_model_path", "judge_url")
 
 
 class RolloutStream:
@@ -50,6 +51,8 @@ class RolloutStream:
         args = self.args
         self.prompts_per_rollout = global_batch_size(args, self.world)
         num_answers = self.prompts_per_rollout * args.num_generations
+        if args.mini_batch_size:  # answers per step, as in MiniMind
+            args.mini_batches = math.ceil(num_answers / args.mini_batch_size)
         if num_answers < max(2, args.mini_batches):
             raise UserError(f"a rollout of {num_answers} answers is too small to compare them or for "
                             f"{args.mini_batches} --mini_batches; raise --batch_size or --num_generations")

@@ -10,7 +10,7 @@ import queue
 import threading
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from model.chat import check_text, parse_json
@@ -96,6 +96,13 @@ def call_tool(name: str, arguments: dict | str, seed: int | None = None) -> dict
         return result
     except Exception as error:  # a user's tool may raise anything, and the conversation goes on
         return {"error": f"{first_line(error)!s:.200}".encode("ascii", "backslashreplace").decode()}
+
+
+def call_offered_tool(name: str, arguments: dict | str, offered: Iterable[str], call: Callable = call_tool) -> dict:
+    """The same by `call`, for a tool that is one of `offered`; else {"error": …}, whatever tools there are."""
+    if name in offered:
+        return call(name=name, arguments=arguments)
+    return {"error": f"unknown tool {name!a:.80}; offered: {', '.join(offered) or 'none'}"}
 
 
 def run_with_timeout(seconds: float | None, function: Callable, arguments: dict) -> object:
