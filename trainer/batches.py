@@ -72,7 +72,7 @@ class BatchStream:
     can_checkpoint = True  # after every step
 
     def __init__(self, dataset: TokenDataset, args, world: World):
-        self.dataset, self.seed, self.world = dataset, args.seed, world
+        self.dataset, self.seed, self.epochs, self.world = dataset, args.seed, args.epochs, world
         self.rows_per_step = global_batch_size(args, world)
         rows = self.rows_per_step // world.size
         self.grad_accum_steps = next(n for n in range(-(-rows // args.batch_size), rows + 1) if rows % n == 0)
@@ -94,8 +94,8 @@ class BatchStream:
         return sampler_indices(step * self.rows_per_step, self.rows_per_step, self.seed, len(self.dataset))
 
     def epoch(self, step: int) -> float:
-        """Passes over the data before step `step`."""
-        return step * self.rows_per_step / len(self.dataset)
+        """Passes over the data before step `step`, of which the last one may go on into the next."""
+        return min(step * self.rows_per_step / len(self.dataset), self.epochs)
 
     def state_dict(self) -> dict:
         """What the next batch depends on beside the step: nothing."""

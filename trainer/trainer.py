@@ -180,8 +180,7 @@ class Trainer:
         self._check_finite()
         metrics = self.interval.collect(self.world)
         mfu = metrics["tokens_per_s"] * self.flops_per_token / self.peak_flops
-        epoch = min(self.stream.epoch(self.step), self.args.epochs)  # the last step may go on into the next epoch
-        return {"step": self.step, "epoch": epoch, "tokens": self.tokens, **metrics, "mfu": mfu,
+        return {"step": self.step, "epoch": self.stream.epoch(self.step), "tokens": self.tokens, **metrics, "mfu": mfu,
                 "memory_gb": peak_memory(self.device)}
 
     def log(self, row: dict) -> None:

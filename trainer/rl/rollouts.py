@@ -88,7 +88,7 @@ class RolloutStream:
             self._pending.clear()
 
     def epoch(self, step: int) -> float:
-        """How often the prompts have been answered."""
+        """How often the prompts have been answered: more than --epochs where --target_kl or --resample drop answers."""
         return self.cursor / len(self.prompts)
 
     def state_dict(self) -> dict:
