@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 FLAGS = {**SMALL, "max_seq_len": 64, "batch_size": 2, "accumulation_steps": 2, "dtype": "float32", "device": "cpu",
          "from_weight": "none", "log_interval": 1, "num_workers": 1}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = dict(os.environ)  # of other processes
 CLOCKS = ("tokens_per_s", "mfu", "memory_gb", "rollout_s", "scoring_s", "rollout_tokens_per_s")
 DEADLINE = 300  # seconds for another process, on a busy machine
 TOKENIZER = ChatTokenizer()

@@ -121,9 +121,8 @@ def split_commands(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("flags, commands", blocks(), ids=[f"{name}-{i}" for i, name in enumerate(blocks().values())])
-def test_a_marked_block_runs(copy, tmp_path, monkeypatch, flags, commands):
+def test_a_marked_block_runs(copy, tmp_path, flags, commands):
     """At tiny size; the blocks of a chapter run in their order, so that one may use what another wrote."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     log = tmp_path / "log"
     for program, *arguments in split_commands(commands):
         assert program == "python", f"a runnable block holds python commands only, not {program}"

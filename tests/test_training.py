@@ -380,6 +380,8 @@ def test_an_epoch_takes_every_row_once_in_an_order_of_its_own():
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert (row_stream(1).rows(3) == rows[24:32]).all()  # and needs no memory of the steps before
     assert (row_stream(1, seed=4).rows(0) != rows[:8]).any()
+    half = row_stream(1, epochs=0.5)
+    assert half.steps == -(-stream.steps // 8) and half.epoch(half.steps) == 0.5
 
 
 def test_rows_that_ranks_cannot_share_evenly_are_a_mistake():
