@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.machine import save_result, train
-from model.cli import Parser, UserError, fraction, nonneg_float, num_positions, positive_int, run_main
+from model.cli import Parser, UserError, fraction, nonneg_float, num_positions, positive_float, positive_int, run_main
 from model.loading import add_model_args
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT
@@ -195,9 +195,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=positive_int, default=8, help="processes, one GPU each (default: 8)")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per rank and step (default: 8)")
     parser.add_argument("--max_seq_len", type=num_positions, default=340, help="tokens in a row (default: 340)")
-    parser.add_argument("--tflops", type=nonneg_float, default=71, help="of a rank in bf16 (default: a 3090's 71)")
+    parser.add_argument("--tflops", type=positive_float, default=71, help="of a rank in bf16 (default: a 3090's 71)")
     parser.add_argument("--mfu", type=fraction, default=0.4, help="share of them that training reaches (assumed: 0.4)")
-    parser.add_argument("--link", type=nonneg_float, default=300, help="GB/s between ranks (default: NVLink's 300)")
+    parser.add_argument("--link", type=positive_float, default=300, help="GB/s between ranks (default: NVLink's 300)")
     parser.add_argument("--width", type=int, choices=(2, 4), default=2, help="bytes of an activation")
     parser.add_argument("--price_per_hour", type=nonneg_float, default=1.3, help="yuan (default: 1.3)")
     parser.add_argument("--check", action="store_true", help="measure 64 M on this machine beside the formulas")
@@ -205,6 +205,8 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # be a rank, write there what it holds,
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)  # and train with these flags, after --
     args = parser.parse_args()
+    if not args.mfu:
+        parser.error("--mfu 0: nothing would ever be done; give more than 0")
     if args.measure:
         return train_and_measure(args.measure, args.flags)
     if args.check:

@@ -169,7 +169,7 @@ def gather(files: list[Path], target: Path) -> int:
         for file in files:
             val_file, num_held_out = file.with_name(file.name.replace(".jsonl", "_val.jsonl")), 0
             if has_val_file := val_file.is_file():
-                val.writelines(line for _, line in read_lines(val_file))
+                val.writelines(line.rstrip(b"\r\n") + b"\n" for _, line in read_lines(val_file))
             for row, (_, line) in enumerate(read_lines(file), 1):
                 hold_out = not has_val_file and num_held_out < MAX_HELD_OUT and row % 20 == 0
                 num_held_out += hold_out
@@ -225,9 +225,10 @@ def evaluate(args: argparse.Namespace, folder: Path, finished: dict[str, float],
                   if (path := find(args.data, f"eval/{file}"))}
     device, result = choose_device(flags["full_sft"].get("device", "auto")), {
         "bits_per_byte": {}, "benchmarks": {}, "exam": {}, "answers": {}, "sampled": {}}
+    sizes = {"hidden_size": int(flags["pretrain"].get("hidden_size", 768)), "use_moe": args.moe}  # as of no earlier run
     for name in (name for name, stage in STAGES.items() if name in finished and name != "reward"):
         weight, lora = ("full_sft", name) if name == "lora_identity" else (name, None)
-        model, tokenizer = load_for_inference("model", weight, folder, None, device, lora_weight=lora)
+        model, tokenizer = load_for_inference("model", weight, folder, None, device, **sizes, lora_weight=lora)
         result["bits_per_byte"][name] = {
             language: measure_texts(model, tokenizer, documents[::args.every], 512)["bits_per_byte"]
             for language, documents in languages.items() if documents[::args.every]}
@@ -246,7 +247,8 @@ def evaluate(args: argparse.Namespace, folder: Path, finished: dict[str, float],
         if name == "full_sft" and (path := find(args.data, "long_zh.txt.gz")):
             ids = tokenizer.encode_text("\n".join(read_texts(path)))
             result["context"] = {"lengths": LENGTHS, **measure_context(model, ids, LENGTHS)}
-    flags_of_tools = {"save_dir": folder, "device": device,
+    flags_of_tools = {"save_dir": folder, "device": device, "hidden_size": sizes["hidden_size"],
+                      "use_moe": int(args.moe),
                       "weight": tuple(name for name in ("full_sft", "agent") if name in finished)}
     kinds = {"sample": {"benchmark": max(1, 48 // args.every)}}
     if path := find(args.data, "eval/bfcl_simple.jsonl"):

@@ -201,7 +201,7 @@ def default_flags(args: argparse.Namespace, folder: Path, num_steps: int, log_in
     flags = {name: getattr(args, name) for name in ("data_path", "hidden_size", "num_hidden_layers", "use_moe",
                                                     "batch_size", "device")}
     flags |= {"from_weight": "none", "accumulation_steps": 1, "max_steps": num_steps, "log_interval": log_interval,
-              "epochs": 1000, "use_compile": 1}
+              "epochs": 1000, "use_compile": 1, "max_seq_len": STAGES[args.stage][2]}  # of the plain recipe's rows
     # a cache of its own for DPO, which would find an earlier run's log-probabilities of the reference in the common one
     return flags | ({"cache_dir": folder} if args.stage == "dpo" else {})
 

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import random
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataset.reader import RowReport, read_rows
-from model.chat import ChatTokenizer
+from model.chat import ChatTokenizer, read_json
 from model.cli import UserError
 
 
@@ -73,7 +74,10 @@ def parse_ground_truth(row: dict) -> list[str]:
     list of values.
     """
     values = row.get("gt")
-    values = [] if values is None else values
+    values = [] if values in (None, "") else values
+    if isinstance(values, str):  # a cell of a csv file
+        with suppress(ValueError):
+            values = read_json(values)
     if not isinstance(values, list) or not all(isinstance(value, (str, int, float)) for value in values):
         raise ValueError('gt is a list of values, like ["42"]')
     return [str(value) for value in values]

@@ -175,12 +175,10 @@ def nonneg_float(text: str) -> float:
     return float(text)
 
 
-def num_passes(text: str) -> float:
-    """The type of a number of passes over the data, such as 2 or 0.25."""
-    with suppress(ValueError):
-        if 0 < float(text) <= 1e6:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number above 0, up to a million")
+def positive_float(text: str) -> float:
+    if not 0 < float(text) <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0, at most 1e9")
+    return float(text)
 
 
 def optional_name(text: str) -> str | None:

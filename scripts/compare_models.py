@@ -99,12 +99,14 @@ def markdown(names: list[str], prompts: list[list[dict]], answers: list[list[dic
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def grade(judge_spec: str, api_key: str | None, prompts: list[list[dict]],
-          answers: list[list[dict]]) -> list[list[float]]:
-    """The grade, 0 to 10, of each model's answer to each prompt. Raises ValueError when the judge gives none."""
+def make_judge(spec: str, api_key: str | None):
     from trainer.rl.reward_models import LLMJudge  # the only thing here that belongs to training
 
-    judge = LLMJudge(*split_endpoint(judge_spec), api_key, CONCURRENCY)
+    return LLMJudge(*split_endpoint(spec), api_key, CONCURRENCY)
+
+
+def grade(judge, prompts: list[list[dict]], answers: list[list[dict]]) -> list[list[float]]:
+    """The grade, 0 to 10, of each model's answer to each prompt. Raises ValueError when the judge gives none."""
     return [[10 * grade for grade in judge.grade([judge.question([*prompt, answer], [])
                                                   for prompt, answer in zip(prompts, model_answers, strict=True)])]
             for model_answers in answers]
@@ -121,10 +123,13 @@ def main() -> None:
     add_sampling_args(parser, max_new_tokens=256, temperature=0.0, seed=42)
     args = parser.parse_args()
     prompts = read_prompts(args.prompts) if args.prompts else [[{"role": "user", "content": q}] for q in QUESTIONS]
+    for spec in filter(partial(re.match, "https?://"), args.models):
+        split_endpoint(spec)  # whether all are named, before the first one answers
+    judge = make_judge(args.judge_url, args.api_key) if args.judge_url else None
     answers, grades, judge_error = [answers_of(spec, prompts, args) for spec in args.models], [], None
-    if args.judge_url:
+    if judge:
         try:
-            grades = grade(args.judge_url, args.api_key, prompts, answers)
+            grades = grade(judge, prompts, answers)
         except ValueError as error:
             judge_error = error  # the answers are worth keeping
     table = markdown(args.models, prompts, answers, grades)

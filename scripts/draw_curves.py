@@ -16,6 +16,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from model.cli import Parser, UserError, run_main
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def read_log(path: Path) -> list[dict]:
     """The rows of a log. Raises UserError when it is none."""
@@ -58,6 +60,8 @@ def main() -> None:
     parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="logs of training runs (jsonl)")
     parser.add_argument("--out", type=Path, required=True, help="the picture (png)")
     args = parser.parse_args()
+    if args.out.suffix.lower() not in PICTURES:
+        parser.error(f"--out {args.out}: a picture's name ends in {', '.join(PICTURES)}")
     draw_curves(args.logs, args.out)
 
 

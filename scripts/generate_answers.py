@@ -81,6 +81,8 @@ def main() -> None:
 
     def answer(key: str, prompt: list[dict]) -> dict:
         message, finish_reason = client.complete(prompt, temperature=args.temperature, max_tokens=args.max_new_tokens)
+        if finish_reason == "length":  # a half sentence that ends would be learned
+            raise ValueError(f"its answer is cut off at --max_new_tokens {args.max_new_tokens}")
         conversation = [*prompt, message]
         normalise({"conversations": conversation}, "chat")  # raises ValueError for one that cannot be learned from
         return {"conversations": conversation, "prompt": key, "teacher": args.model,

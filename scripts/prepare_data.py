@@ -43,6 +43,10 @@ def main() -> None:
     parser.add_argument("--seed", type=seed_int, default=42, help="sft: as of the stage (default: %(default)s)")
     add_sft_args(parser)
     args = parser.parse_args()
+    if args.clean:
+        parser.note_unused(args, ("kind", "data_path", "max_seq_len", "skip_bad_rows"), "without --clean")
+    else:
+        parser.note_unused(args, ("min_chars", "max_chars"), "with --clean")
     if args.inspect:
         if args.out or args.clean:
             parser.error("--inspect only prints: give it without --out and --clean")

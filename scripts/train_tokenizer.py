@@ -67,8 +67,8 @@ def texts_of(value: object) -> Iterator[str]:
 
 def read_texts(path: Path, every: int = 1) -> Iterator[list[str]]:
     """The texts of every `every`-th row of a data file, one row at a time."""
-    for number, line in read_lines(path):
-        if (number - 1) % every:
+    for row_number, (number, line) in enumerate(read_lines(path)):
+        if row_number % every:
             continue
         try:
             row = parse_row(line)

@@ -76,11 +76,11 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    def complete(self, message: str | dict, **headers: str) -> None:
+    def complete(self, message: str | dict, finish_reason: str = "stop", **headers: str) -> None:
         """Answer as a chat completion does."""
         message = message if isinstance(message, dict) else {"role": "assistant", "content": message}
         self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-            {"index": 0, "message": message, "finish_reason": "stop"}]}, **headers)
+            {"index": 0, "message": message, "finish_reason": finish_reason}]}, **headers)
 
     def log_message(self, *_):
         pass

@@ -68,6 +68,8 @@ def test_sizes_and_counts_that_cannot_be_are_told_in_one_line(lab, capsys, words
     ("train_distillation", "--teacher_load_from . --teacher_hidden_size 64 --teacher_use_moe 0",
      "teacher_hidden_size teacher_use_moe"),
     ("train_distillation", "--teacher_hidden_size 64 --teacher_use_moe 0", ""),
+    ("train_grpo", "--target_kl 0.1", "target_kl"), ("train_grpo", "--target_kl 0.1 --mini_batches 3", ""),
+    ("train_ppo", "", ""),
     ("eval_toolcall", "--benchmark 1 --prompt x --tools calculate_math --model m", "prompt tools model"),
     ("eval_toolcall", "--backend api --weight pretrain --json x", "json weight")])
 def test_flags_without_an_effect_are_named(program, flags, unused, monkeypatch, capsys):

@@ -119,7 +119,10 @@ def test_a_judge_that_fails_is_told_and_the_answers_are_kept(compare, endpoint, 
 def test_what_cannot_be_compared_is_told_in_one_line(compare, endpoint, capsys, tmp_path):
     fails(capsys, 2, ["nothing_*.pth"], compare, "nothing")
     fails(capsys, 2, ["none.txt"], compare, f"{endpoint.url}#m", prompts=tmp_path / "none.txt")
-    fails(capsys, 2, [f"{endpoint.url}#NAME"], compare, endpoint.url)
+    fails(capsys, 2, [f"{endpoint.url}#NAME"], compare, f"{endpoint.url}#m", endpoint.url)
+    fails(capsys, 2, [f"{endpoint.url}#NAME"], compare, f"{endpoint.url}#m", judge_url=endpoint.url)
+    fails(capsys, 2, ["--judge_url http://x:80a"], compare, f"{endpoint.url}#m", judge_url="http://x:80a#m")
+    assert not endpoint.heard  # before the first model has answered
     fails(capsys, 2, ["no server at http://127.0.0.1:9/v1"], compare, "http://127.0.0.1:9/v1#m")
     (tmp_path / "bad.jsonl").write_text('{"conversations": []}\n')
     fails(capsys, 2, ["bad.jsonl:1:"], compare, f"{endpoint.url}#m", prompts=tmp_path / "bad.jsonl")

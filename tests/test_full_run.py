@@ -14,10 +14,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from lab import ENVIRONMENT, ROOT, small_model, wait_for
+from lab import ENVIRONMENT, ROOT, TOKENIZER, small_model, wait_for
 
 from benchmarks import dry_run, full_run
 from model.cli import UserError, run_main
+from model.weights import save_weight
 from scripts.lib import stages
 
 SMALL = ("--sample_scale=0.01", "--every=96", "--set", "all.max_steps=2", "all.device=cpu",
@@ -47,6 +48,8 @@ def lived(tmp_path_factory) -> Path:
     questions = [{"query": f"Question: {word}?", "choices": ["yes", "no"], "gold": gold}
                  for gold, word in enumerate(("right", "wrong"))]
     (folder / "eval/arc_easy.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in questions * 96))
+    (folder / "tiny").mkdir()
+    save_weight(small_model(hidden_size=128), "full_sft", folder / "tiny", TOKENIZER)  # of another run
     (folder / "long_zh.txt.gz").write_bytes(gzip.compress("从前有一只狐狸。".encode() * 40))
     with mock.patch.object(full_run, "run", run_here), mock.patch.object(full_run, "LENGTHS", [260, 270]):
         start(folder, f"--data={folder}", *SMALL)
@@ -176,6 +179,10 @@ def test_published_files_come_first_and_what_is_held_out_is_not_trained_on(tmp_p
     assert full_run.gather(files, tmp_path / "joined.jsonl") == 57
     assert len((tmp_path / "joined.jsonl").read_text().splitlines()) == 56
     assert len((tmp_path / "joined_val.jsonl").read_text().splitlines()) == 4 + 1 + 3  # 1 of 20: it has no {name}_val
+    val = tmp_path / "sft_val.jsonl"
+    val.write_bytes(val.read_bytes().rstrip())  # the last row ends the file
+    full_run.gather(files, tmp_path / "joined.jsonl")
+    assert len((tmp_path / "joined_val.jsonl").read_text().splitlines()) == 4 + 1 + 3
     full_run.gather([tmp_path / "pretrain_t2t_mini.jsonl"], tmp_path / "alone.jsonl")
     train, val = ((tmp_path / f"alone{end}.jsonl").read_text().splitlines() for end in ("", "_val"))
     assert len(val) == 5 and len(train) == 95 and not set(train) & set(val)

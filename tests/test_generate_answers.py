@@ -17,7 +17,7 @@ class Teacher(JsonHandler):
     """Answers with the last message in capitals; `asked` keeps what it heard; from request `fails_at` on it refuses."""
 
     asked: list[dict] = []
-    fails_at, status, arguments, suffix = 10**9, 401, '{"zone": "Asia/Seoul"}', ""
+    fails_at, status, arguments, suffix, finish_reason = 10**9, 401, '{"zone": "Asia/Seoul"}', "", "stop"
 
     def do_POST(self):
         request = self.body()
@@ -31,7 +31,7 @@ class Teacher(JsonHandler):
                        "tool_calls": [{"id": "1", "type": "function", "function": function}]}
         if len(self.asked) > self.fails_at:
             return self.reply(self.status, {"error": {"message": "no such key"}})
-        self.complete(message)
+        self.complete(message, self.finish_reason)
 
 
 @pytest.fixture
@@ -120,6 +120,14 @@ def test_an_answer_that_fine_tuning_would_refuse_is_left_out(ask, teacher, capsy
     teacher.suffix = '<tool_call>{"name": </tool_call>'
     assert ask([row("one")]) == []
     assert "1 prompts have none, the first because: message 2: a <tool_call> is not JSON" in capsys.readouterr().out
+
+
+def test_an_answer_that_is_cut_off_is_left_out_and_asked_for_again(ask, teacher, capsys):
+    teacher.finish_reason = "length"
+    assert ask([row("one")]) == []
+    assert "the first because: its answer is cut off at --max_new_tokens 1024" in capsys.readouterr().out
+    teacher.finish_reason = "stop"
+    assert len(ask([row("one")], max_new_tokens=2048)) == 1
 
 
 def test_a_run_that_ended_early_goes_on_and_asks_nothing_twice(ask, teacher, tmp_path, capsys):

@@ -197,6 +197,7 @@ def test_prompts_without_gt_are_scored_by_our_reward_weight_or_a_warning_says_wh
     with_gt, without = sample("4", ["4"])[0], sample("4")[0]
     cases = (([without], own, [], "weight", "the weight reward"), ([with_gt, without], own, [], "repetition", ""),
              ([without], own, ["--reward_weight=none"], "repetition", ""),
+             ([with_gt], own, ["--reward_weight=none"], "repetition", ""),
              ([without], tmp_path, [], "repetition", "only format, length, repetition are learned"))
     for prompts, save_dir, flags, last, words in cases:
         assert make(*flags, prompts=prompts, save_dir=save_dir).names[-1] == last

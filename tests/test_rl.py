@@ -437,7 +437,8 @@ def test_a_bad_prompt_is_told_with_its_line(tmp_path, line, words):
     with pytest.raises(UserError, match=f"rows.jsonl:2: .*{words}"):
         PromptDataset(path, TOKENIZER, 64)
     assert len(PromptDataset(path, TOKENIZER, 64, skip_bad_rows=True)) == 1
-    assert parse_ground_truth({"gt": None}) == parse_ground_truth({}) == []
+    assert parse_ground_truth({"gt": None}) == parse_ground_truth({}) == parse_ground_truth({"gt": ""}) == []
+    assert parse_ground_truth({"gt": '["42", 7]'}) == ["42", "7"]  # a cell of a csv file
     with pytest.raises(UserError, match="too long"):
         PromptDataset(path, TOKENIZER, 3, skip_bad_rows=True)
 

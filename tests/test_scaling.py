@@ -272,6 +272,13 @@ def test_a_strategy_that_cannot_be_is_told_in_one_line(lab, capsys, monkeypatch,
     lab().fails(capsys, 2, *words, **flags)
 
 
+def test_more_processes_than_gpus_are_told_before_they_wait_for_each_other(lab, capsys, monkeypatch):
+    for name, value in {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    lab().fails(capsys, 2, "rank 2", "the 2 GPUs", "--device cpu", device="auto")
+
+
 def test_the_flag_that_the_deepspeed_launcher_adds_is_taken(lab):
     lab().train(max_steps=1, local_rank=0)
 

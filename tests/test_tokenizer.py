@@ -244,6 +244,9 @@ def test_every_takes_every_nth_row(tmp_path, run_script):
     assert run_script("--data_path", data, "--every", 3, "--tokenizer_dir", tmp_path / "t")[0] == 0
     small = Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json"))
     assert [len(small.encode(word)) == 1 for word in words[:3]] == [True, False, False]
+    data.write_text("\n".join(data.read_text().splitlines(keepends=True)))  # rows count, not lines
+    assert run_script("--data_path", data, "--every", 3, "--tokenizer_dir", tmp_path / "again")[0] == 0
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "t/tokenizer.json").read_bytes()
 
 
 def test_default_directory_does_not_depend_on_the_current_one(tmp_path):

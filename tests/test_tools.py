@@ -60,7 +60,8 @@ def test_nothing_but_sums_is_worked_out_and_soon(text):
 
 
 @pytest.mark.parametrize("value, unit, to, result", [
-    (6000, "m", "km", 6), (3, "h", "min", 180), (100, "celsius", "fahrenheit", 212), (32, "°F", "°C", 0),
+    (6000, "m", "km", 6), (3, "h", "min", 180), (100, "celsius", "fahrenheit", 212),
+    (100, "degrees Celsius", "degree fahrenheit", 212), (32, "°F", "°C", 0),
     (0, "C", "kelvin", 273.15), (1, "mile", "meters", 1609.344), (2, "Pounds", "kg", 0.9072),
     (1, "feet", "inches", 12), (5, "公里", "米", 5000),
     (36, "km/h", "m/s", 10), (0.1, "m", "cm", 10), (1, "gallon", "liters", 3.7854), (1, "mm", "km", 0.000001)])

@@ -672,7 +672,7 @@ def test_a_place_that_cannot_be_written_is_told_before_training(lab, capsys):
 
 
 def test_the_best_weights_are_those_of_the_lowest_val_loss_saved_or_not(lab, data, monkeypatch):
-    lab, val_losses = lab(), iter([3.0, 1.0, 2.0, 1.5])
+    lab, val_losses = lab(), iter([math.nan, 1.0, 2.0, 1.5])
     monkeypatch.setattr(loop.Trainer, "evaluate", lambda _: {"val_loss": next(val_losses), "val_bpb": 0.0})
     flags = {"val_data_path": data / "pretrain_val.jsonl", "learning_rate": 1e-2}
     lab.train(**flags, max_steps=3, eval_interval=1)

@@ -13,8 +13,8 @@ from model.cli import (
     nonneg_float,
     nonneg_int,
     notice,
-    num_passes,
     num_positions,
+    positive_float,
     positive_int,
     seed_int,
     whole_number,
@@ -52,7 +52,7 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--from_resume", **SWITCH, default=0, help="continue from the resume state, if there is one")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=num_passes, default=2, help="passes over the data; 0.25: over a quarter")
+    group.add_argument("--epochs", type=positive_float, default=2, help="passes over the data; 0.25: over a quarter")
     group.add_argument("--max_steps", type=nonneg_int, default=0,
                        help="stop after so many steps (0: never); the schedule still spans all epochs")
     group.add_argument("--batch_size", type=num_rows,
@@ -199,6 +199,8 @@ CONDITIONAL_FLAGS = (
     (("epsilon",), lambda args: args.loss_type != "cispo", "--loss_type grpo, gspo or spo"),
     (("spo_half_life",), lambda args: args.loss_type == "spo", "--loss_type spo"),
     (("scale_rewards",), lambda args: args.loss_type != "spo", "--loss_type grpo, gspo or cispo"),
+    (("target_kl",), lambda args: args.mini_batch_size or args.update_epochs * args.mini_batches > 2,
+     "--update_epochs x --mini_batches of 3 or more"),
     (("simpo_gamma",), lambda args: args.loss_type == "simpo", "--loss_type simpo"),
     (("from_teacher_weight", "teacher_hidden_size", "teacher_num_layers", "teacher_use_moe"),
      lambda args: args.teacher_load_from == "model", "--teacher_load_from model"),

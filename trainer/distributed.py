@@ -76,6 +76,9 @@ def init_distributed(device_name: str) -> Iterator[tuple[World, torch.device]]:
         yield World(), choose_device(device_name)
         return
     rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if device_name.partition(":")[0] in ("auto", "cuda") and local_rank >= (num_gpus := torch.cuda.device_count()) > 0:
+        raise UserError(f"rank {rank}: more processes than the {num_gpus} GPUs of this machine; start one per GPU, or "
+                        "give --device cpu")
     device = choose_device(device_name.partition(":")[0], local_rank)  # cuda:1 would be one device for all ranks
     # The others wait while the first rank tokenises: for more than the default ten minutes when the file is large.
     try:

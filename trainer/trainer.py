@@ -213,7 +213,8 @@ class Trainer:
     def _is_best(self, row: dict) -> bool:
         """Whether this row has the best validation so far: the highest val_reward, or the lowest val_loss."""
         score = -row["val_reward"] if "val_reward" in row else row.get("val_loss", math.inf)
-        is_best, self.best_score = score < self.best_score, min(score, self.best_score)
+        if is_best := score < self.best_score:  # which no score that is not a number is
+            self.best_score = score
         return is_best
 
     # -- saving and resuming -------------------------------------------------------------------------------------------

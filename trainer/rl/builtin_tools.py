@@ -99,8 +99,8 @@ def unit_converter(value: float, from_unit: str, to_unit: str) -> int | float:
 
 def find_unit(name: str) -> tuple[str, Fraction, Fraction]:
     """Dimension, size and zero point of a unit, in singular or plural."""
-    name = name.strip().lower()
-    spellings = {name, name.removesuffix("s"), name.removeprefix("degrees ")}
+    name = name.strip().lower().removeprefix("degrees ").removeprefix("degree ")
+    spellings = {name, name.removesuffix("s")}
     for dimension, units in UNITS.items():
         for names, size in units.items():
             if spellings & set(names.split()):

@@ -1,5 +1,6 @@
 """Rollout engines over HTTP: an SGLang or vLLM server samples, after loading the policy's weights from a folder."""
 
+import atexit
 import http.client
 import json
 import shutil
@@ -51,6 +52,7 @@ class RemoteRolloutEngine:
         self.max_batch, self.timeout = max_batch, timeout  # requests at a time, and seconds that one may take
         self.version, self.updates, self.temperature_checked = "", 0, False
         self.served_folder: Path | None = None
+        atexit.register(self._remove_served_folder)  # which the server has read
 
     def update(self) -> None:
         """Have the server load the weights as they are now. Every rank calls this; the first one acts."""
@@ -88,6 +90,10 @@ class RemoteRolloutEngine:
         self._load_weights(str(self.served_folder))
         if previous:
             shutil.rmtree(previous, ignore_errors=True)
+
+    def _remove_served_folder(self) -> None:
+        if self.world.main and self.served_folder:
+            shutil.rmtree(self.served_folder, ignore_errors=True)
 
     def _complete_checked(self, ids: list[int], sampling: SamplingParams) -> Completion:
         """`_complete`, after checking that the completion is whole and ends as it claims to."""

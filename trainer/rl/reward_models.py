@@ -121,7 +121,10 @@ class LLMJudge:
         self.url, self.model, self.grades = url, model, {}
         self.pool = ThreadPoolExecutor(concurrency)
         key = key or os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=4, timeout=60)
+        try:
+            self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=4, timeout=60)
+        except Exception as error:  # the SDK has no error of its own for a URL that is none
+            raise UserError(f"--judge_url {url}: {first_line(error)}") from None
 
     def __call__(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[float]:
         return self.grade([self.question(to_messages(trajectory), prompt.ground_truth)

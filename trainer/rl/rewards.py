@@ -195,7 +195,9 @@ def make_rewards(args: argparse.Namespace, tokenizer: ChatTokenizer, device: tor
         else:
             notice(f"warning: no prompt has a gt, so only {', '.join(list(rules)[1:])} are learned; add a model with "
                    "--reward_model_path DIR, --judge_url URL, or --reward_weight NAME (trainer/train_reward.py)")
-    if args.reward_weight not in (None, "none"):
+    if args.reward_weight == "none":
+        args.reward_weight = None  # one value for it in the resume state
+    if args.reward_weight:
         components["weight"] = MiniMindRewardModel(args, tokenizer, device)
     if args.reward_model_path:
         components["model"] = HFRewardModel(args.reward_model_path, bool(args.trust_remote_code), device)

@@ -184,14 +184,15 @@ class RolloutStream:
         samplings = [policy_sampling_params(args.max_gen_len, args.temperature, seed) for seed in seeds]
         trajectories = self.engine.generate(prompts, samplings)
         scores = self.rewards.score(prompts, trajectories)
-        self._sampled_tokens += sum(sum(trajectory.action_mask) for trajectory in trajectories)
         groups = []
         for number, i in enumerate(own):
             part = slice(number * n, number * n + n)
             total = self.rewards.total(scores[part])
             groups.append(RolloutGroup(int(order[i]), trajectories[part], scores[part], total))
         by_rank = self.world.gather(groups)
-        return [by_rank[i % self.world.size][i // self.world.size] for i in range(len(order))]
+        groups = [by_rank[i % self.world.size][i // self.world.size] for i in range(len(order))]
+        self._sampled_tokens += sum(sum(answer.action_mask) for group in groups for answer in group.trajectories)
+        return groups
 
     @torch.no_grad()
     def compute_old_and_ref_logprobs(self, batches: list[dict]) -> None:
