@@ -11,7 +11,7 @@ demo-all: .venv/users
 	$(BIN)/python scripts/demo.py --all
 
 test: .venv/developers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/developers
 	$(BIN)/ruff check .

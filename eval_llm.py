@@ -34,7 +34,12 @@ def parse_arguments() -> argparse.Namespace:
     mode = whole_number(0, len(MODES) - 1)
     parser.add_argument("--model_mode", dest="weight", type=lambda text: MODES[mode(text)], default=argparse.SUPPRESS,
                         help=argparse.SUPPRESS)  # MiniMind2's
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.prompt or args.questions:
+        parser.note_unused(args, ("history",), "in a conversation")
+    if args.prompt:
+        parser.note_unused(args, ("questions",), "without --prompt")
+    return args
 
 
 def add_chat_args(parser: Parser) -> None:
@@ -57,6 +62,7 @@ class Chat:
         self.engine.threads.announce = self.notices.append
         self.continues_text = continues_text(args.load_from, args.weight)
         self.messages: list[dict] = []
+        self.finish_reason: str | None = None  # of the last answer; None: Ctrl-C
 
     def answer(self, text: str) -> AssistantMessage:
         """Print the answer to `text` while it is written, and remember both. Ctrl-C ends it early."""
@@ -67,7 +73,16 @@ class Chat:
             turns = self.messages[len(system):]
             self.messages = system + turns[max(0, len(turns) - self.args.history):]
         self.messages.append({"role": "user", "content": text})
-        return self.reply(self.tokenizer.prompt(self.messages, open_thinking=bool(self.args.open_thinking)))
+        return self.reply_to_messages()
+
+    def reply_to_messages(self) -> AssistantMessage:
+        """Print the answer to the messages, and append it. Raises UserError where no prompt can be made of them."""
+        try:
+            prompt = self.tokenizer.prompt(self.messages, open_thinking=bool(self.args.open_thinking))
+        except ValueError as error:
+            del self.messages[-1:]
+            raise UserError(error) from None
+        return self.reply(prompt)
 
     def reply(self, prompt: list[int]) -> AssistantMessage:
         """Print what follows `prompt`, and append it to the messages. Raises UserError when the prompt is too long."""
@@ -93,6 +108,7 @@ class Chat:
             print(" …", end="")
         for event in parser.finish():
             print_event(*event)
+        self.finish_reason = sequence.finish_reason
         num_tokens = len(sequence.completion_ids)
         speed = num_tokens / (time.perf_counter() - start)
         show_speed = sys.stdout.isatty() if args.show_speed is None else args.show_speed

@@ -63,6 +63,11 @@ def local_rollouts(model, tokenizer: ChatTokenizer, args: argparse.Namespace) ->
     return rollout
 
 
+def thinking_body(args: argparse.Namespace) -> dict | None:
+    """The field that asks our server to think; strict servers refuse requests with a field they do not know."""
+    return {"open_thinking": 1} if args.open_thinking else None
+
+
 def api_rollouts(client: ChatClient, args: argparse.Namespace) -> RolloutFn:
     """Episodes of a model behind a server, some at a time.
 
@@ -75,7 +80,7 @@ def api_rollouts(client: ChatClient, args: argparse.Namespace) -> RolloutFn:
             try:
                 message, finish_reason = client.complete(
                     messages, tools, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens,
-                    seed=seed, extra_body={"open_thinking": args.open_thinking})
+                    seed=seed, extra_body=thinking_body(args))
             except RequestRefused as error:
                 refusals.append(error)
                 episode.finish_reason = "refused"
@@ -178,13 +183,13 @@ class ToolChat(Chat):
         answer = super().answer(text)
         for _ in range(MAX_TURNS - 1):
             calls = run_calls(answer, self.args.tools, call_tool)
-            if not calls:
+            if not calls or self.finish_reason != "stop":  # the calls of a turn that was cut off are not run
                 return
             for call, result in calls:
                 content = json.dumps(result, ensure_ascii=False)
                 print(f"[{call['name']} → {content}]")
                 self.messages.append({"role": "tool", "content": content})
-            answer = self.reply(self.tokenizer.prompt(self.messages, open_thinking=bool(self.args.open_thinking)))
+            answer = self.reply_to_messages()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -213,9 +218,9 @@ def parse_arguments() -> argparse.Namespace:
     if len(args.weight) > 1 and (args.backend == "api" or not (args.benchmark or args.cases)):
         raise UserError("several weights are compared with --benchmark N or --cases FILE, and only local ones")
     if args.benchmark or args.cases:
-        parser.note_unused(args, ("prompt", "tools"), "in a conversation")
+        parser.note_unused(args, ("prompt", "tools", "history", "show_speed"), "in a conversation")
     else:
-        parser.note_unused(args, ("json",), "with --benchmark or --cases")
+        parser.note_unused(args, ("json", "max_total_len"), "with --benchmark or --cases")
     if args.backend == "api":
         parser.note_unused(args, ("weight", "load_from", "lora_weight"), "with --backend local")
     else:
@@ -229,8 +234,8 @@ def main() -> None:
     if not (args.benchmark or args.cases):
         args.weight, = args.weight
         chat = ToolChat(*load_from_args(args, args.weight), args) if args.backend == "local" else ApiChat(
-            client, args.tools, MAX_TURNS, bool(args.constrained), temperature=args.temperature,
-            max_tokens=args.max_new_tokens, extra_body={"open_thinking": args.open_thinking})
+            client, args.tools, MAX_TURNS, bool(args.constrained), temperature=args.temperature, top_p=args.top_p,
+            seed=args.seed, max_tokens=args.max_new_tokens, extra_body=thinking_body(args))
         return chat.answer(args.prompt) if args.prompt else interact(chat)
     results = {}
     for name in [args.model] if args.backend == "api" else args.weight:

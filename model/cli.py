@@ -115,6 +115,11 @@ def decode(line: bytes) -> tuple[str, str]:
     return text, "UTF-8"
 
 
+def flatten(values: object) -> list:
+    """The values of a flag, which may be lists of lists."""
+    return [value for part in values for value in flatten(part)] if isinstance(values, list) else [values]
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line."""
 
@@ -125,7 +130,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = super().parse_known_args(args, namespace)
         for name in OUTPUTS:
             for other, values in vars(args).items():
-                for value in values if isinstance(values, list) else [values]:
+                for value in flatten(values):
                     if not isinstance(value, (str, os.PathLike)):  # os takes a number for an open file
                         continue
                     with suppress(OSError, TypeError, ValueError):  # not files

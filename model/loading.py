@@ -137,4 +137,6 @@ def load_for_inference(load_from: str, weight: str, save_dir: Path, tokenizer_di
         load_lora(model, lora_weight, save_dir)
         merge_lora(model)
     dtype = dtype or inference_dtype(device, getattr(model.config, "use_moe", False))
-    return model.to(device, dtype).eval().requires_grad_(False), tokenizer
+    for parameter in model.parameters():  # not the buffers: transformers keeps its rotary frequencies in one, in fp32
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device).eval().requires_grad_(False), tokenizer

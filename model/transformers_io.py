@@ -131,8 +131,11 @@ class TemplateTokenizer(ChatTokenizer):
         self._renderer = PreTrainedTokenizerFast(
             tokenizer_file=str(self.folder / "tokenizer.json"), bos_token="<|im_start|>", eos_token="<|im_end|>",
             pad_token="<|endoftext|>", unk_token="<|endoftext|>", chat_template=self.template)
-        self._thinks = {thinking: self._render([{"role": "user", "content": ""}], [], thinking).rstrip()
-                        .endswith("<think>") for thinking in (False, True)}
+        try:
+            self._thinks = {thinking: self._render([{"role": "user", "content": "?"}], [], thinking).rstrip()
+                            .endswith("<think>") for thinking in (False, True)}
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def prompt(self, messages: list[dict], tools: list | str | None = None, open_thinking: bool = False,
                continue_final_message: bool = False) -> list[int]:
@@ -243,13 +246,14 @@ def load_folder(folder: str | Path, flag: str = "--load_from") -> tuple[nn.Modul
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if not (Path(folder) / "config.json").is_file():
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
         hint = ", nor the word 'model'" if flag == "--load_from" else ""
         raise UserError(f"{flag} {folder}: not a transformers folder (no config.json){hint}")
     register()
     overrides = {}
     try:
-        settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
         if settings.get("model_type") == "minimind" and "n_routed_experts" in settings:  # MiniMind2's class
             overrides["config"] = MiniMindConfig(**settings | {
                 "qk_norm": False, "num_experts": settings["n_routed_experts"],
@@ -268,4 +272,6 @@ def load_folder(folder: str | Path, flag: str = "--load_from") -> tuple[nn.Modul
     if not 0 <= rows - tokenizer.vocab_size < MAX_PADDING:
         raise UserError(f"{flag} {folder}: its model embeds {rows:,} tokens, but its tokenizer has "
                         f"{tokenizer.vocab_size:,}")
+    if rows > tokenizer.vocab_size:  # padding, which must not be sampled
+        model.resize_token_embeddings(tokenizer.vocab_size)
     return model, tokenizer

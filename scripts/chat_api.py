@@ -60,6 +60,8 @@ class ApiChat:
                 elif kind in ("content", "reasoning"):
                     setattr(answer, kind, getattr(answer, kind) + value)
                     print_event(kind, value)
+                elif kind == "malformed":
+                    print_event(kind, value)
         except KeyboardInterrupt:
             print(" …", end="")
         print()
@@ -73,11 +75,11 @@ def main() -> None:
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--tools", action="store_const", const=list(SCHEMAS), default=[],
                         help=f"offer {', '.join(SCHEMAS)}; the results of {', '.join(MOCKED)} are invented")
-    add_sampling_args(parser, open_thinking=0, temperature=None, max_new_tokens=None)
+    add_sampling_args(parser, open_thinking=None, temperature=None, max_new_tokens=None)
     args = parser.parse_args()
     client = ChatClient(args.base_url, args.api_key, args.model, send_reasoning=True)
     chat = ApiChat(client, args.tools, temperature=args.temperature, max_tokens=args.max_new_tokens,
-                   extra_body={"open_thinking": args.open_thinking})
+                   extra_body=None if args.open_thinking is None else {"open_thinking": args.open_thinking})
     if args.prompt:
         chat.answer(args.prompt)
     else:

@@ -220,15 +220,15 @@ def write(args: argparse.Namespace, draft: Path) -> str:
         return export_peft(args.source, draft)
     source, tokenizer, metadata = read_source(args.source, args.tokenizer)
     ids = tokenizer.encode(SAMPLE)[0]
-    model, source_logits = from_hf_model(source), logits(source, ids)[:, :tokenizer.vocab_size]
-    if model.config.vocab_size > tokenizer.vocab_size:  # padding, which a .pth and llama.cpp do not allow
-        model.resize_token_embeddings(tokenizer.vocab_size)
+    model, source_logits = from_hf_model(source), logits(source, ids)
     if args.format in ("torch", "lora") and draft.name != f"{file_stem(weight_name(draft), model.config)}.pth":
         stem = file_stem("NAME", model.config)
         raise UserError(f"--target {args.target}: a weight of this size is called {stem}.pth")
     metadata = {"parent": weight_name(args.source), "tokens_seen": metadata.get("tokens_seen", 0)}
     if args.format == "lora":
-        base, (lora, _) = copy.deepcopy(model), attach(model, args.lora[0])
+        base, (lora, weight) = copy.deepcopy(model), attach(model, args.lora[0])
+        if weight != 1:
+            raise UserError(f"--lora {args.lora[0]}: --format lora writes it as it is; leave ={weight:g} out")
         source_logits = logits(model, ids)
         save_lora(model, weight_name(draft), draft.parent, tokenizer, lora, **metadata)
         for value in lora_state(model).values():
@@ -280,6 +280,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--format lora writes one adapter: name it with --lora")
     if args.format == "peft" and args.lora:
         raise UserError("--format peft writes the LoRA that --source names; leave --lora out")
+    if args.format == "peft":
+        parser.note_unused(args, ("dtype", "tokenizer"), "with other formats: an adapter is fp32, without a tokenizer")
     return args
 
 

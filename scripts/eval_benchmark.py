@@ -185,6 +185,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--picture {args.picture}: the curves are written as a PNG, so name a file that ends in .png")
     if min(args.lengths) <= NUM_PREDICTED:
         parser.error(f"--lengths {min(args.lengths)}: a window is longer than its {NUM_PREDICTED} predicted tokens")
+    if not args.long_text:
+        parser.note_unused(args, ("picture", "lengths"), "with --long_text")
+    if not args.text:
+        parser.note_unused(args, ("max_seq_len",), "with --text")
     return args
 
 

@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from dataset.reader import read_rows
 from dataset.sample_world import is_correct
-from model.chat import parse_message
+from model.chat import parse_message, render
 from model.cli import Parser, UserError, nonneg_int, positive_int, run_main
 from model.files import write_atomically
 from model.inference.engine import SamplingParams, generate
@@ -37,6 +37,7 @@ def parse_case(row: dict) -> dict:
     messages = row.get("conversations")
     if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(each, dict) for each in messages):
         raise ValueError("a case is a conversation of two messages or more, the last of which is the expected answer")
+    render(messages[:-1])  # raises ValueError for what no prompt can be made of
     return row
 
 

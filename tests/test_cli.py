@@ -71,11 +71,16 @@ def test_sizes_and_counts_that_cannot_be_are_told_in_one_line(lab, capsys, words
     ("train_grpo", "--target_kl 0.1", "target_kl"), ("train_grpo", "--target_kl 0.1 --mini_batches 3", ""),
     ("train_ppo", "", ""),
     ("eval_toolcall", "--benchmark 1 --prompt x --tools calculate_math --model m", "prompt tools model"),
+    ("eval_toolcall", "--benchmark 1 --history 2 --show_speed 1", "history show_speed"),
+    ("eval_llm", "--prompt x --questions --history 2", "history questions"),
+    ("scripts.eval_benchmark", "--benchmark arc x --picture x.png --lengths 300 --max_seq_len 9",
+     "picture lengths max_seq_len"),
     ("eval_toolcall", "--backend api --weight pretrain --json x", "json weight")])
 def test_flags_without_an_effect_are_named(program, flags, unused, monkeypatch, capsys):
-    module = importlib.import_module(program if program.startswith("eval") else f"trainer.{program}")
+    is_stage = program.startswith("train")
+    module = importlib.import_module(f"trainer.{program}" if is_stage else program)
     monkeypatch.setattr(sys, "argv", ["x", *flags.split()])
-    if program.startswith("eval"):
+    if not is_stage:
         module.parse_arguments()
     else:  # parses its flags before anything else
         monkeypatch.setattr(module, "Run", mock.Mock(side_effect=KeyError))

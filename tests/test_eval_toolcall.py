@@ -221,6 +221,12 @@ def test_a_conversation_shows_calls_and_results(run):
     assert "It is 3." in run("--tools", "calculate_math", "--prompt=1 + 2?", models={"full_sft": Reciter([KNOWN])})
 
 
+def test_the_calls_of_a_turn_that_was_cut_off_are_not_run(run):
+    out = run("--tools", "calculate_math", "--prompt=1 + 2?", "--max_new_tokens=12",
+              models={"full_sft": Reciter([KNOWN])})
+    assert "[malformed]" in out and "→" not in out
+
+
 @pytest.fixture(scope="module")
 def served():
     cases = held_out_tasks(3, 42, lambda messages, gt=(): prompt_of(
@@ -299,6 +305,18 @@ def test_a_refused_request_ends_its_episode_alone(run, tmp_path, capsys):
     assert "text_length" in SCHEMAS  # and not on offer
     assert "unknown tool 'text_length'; offered: calculate_math" in next(
         body["messages"][-1]["content"] for body in Limited.requests if body["messages"][-1]["role"] == "tool")
+
+
+def test_a_row_that_is_no_case_is_told_with_the_flags_of_this_program(run, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"conversations": []}\n')
+    with pytest.raises(SystemExit, match="2"):
+        run(f"--cases={tmp_path / 'rows.jsonl'}", models={"full_sft": Reciter([KNOWN])})
+    said = capsys.readouterr().err
+    assert "rows.jsonl:1:" in said and "skip_bad_rows" not in said
+    with pytest.raises(SystemExit, match="2"):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": [user("x"), says("")], "gt": ["3"]}) + "\n")
+        run(f"--cases={tmp_path / 'rows.jsonl'}", "--max_total_len=3", models={"full_sft": Reciter([KNOWN])})
+    assert "too long for --max_total_len 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, said", [

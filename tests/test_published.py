@@ -288,6 +288,24 @@ def test_yarn_on_a_qwen3_folder_is_that_of_our_decoder(tmp_path, capsys):
     assert "error" not in chat(capsys, "--load_from", tmp_path / "folder", "--inference_rope_scaling", "True")
 
 
+def test_in_half_precision_a_folder_keeps_exact_positions_and_no_padding(tmp_path):
+    model = small_model()
+    model.resize_token_embeddings(6500)  # more rows than there are tokens, as other projects have
+    save_folder(model, tmp_path / "folder", ChatTokenizer(), dtype=torch.float16)
+    loaded, _ = load_for_inference(str(tmp_path / "folder"), "", tmp_path, None, "cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in loaded.buffers()} == {torch.float32}  # of the rotary frequencies
+    assert loaded(torch.tensor([[30, 31]])).logits.shape[-1] == ChatTokenizer().vocab_size
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no') }}"])
+def test_a_template_that_cannot_be_rendered_is_told_in_one_line(tmp_path, capsys, template):
+    save_folder(small_model(), tmp_path / "folder", ChatTokenizer())
+    (tmp_path / "folder/chat_template.jinja").write_text(template)
+    said = chat(capsys, "--load_from", tmp_path / "folder")
+    assert said.startswith("error: the chat template of ") and said.count("\n") == 1, said
+
+
 def test_the_moe_with_a_shared_expert_trains_and_chats(lab, capsys):
     run = lab()
     run.train(train_pretrain, use_moe=1, n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2, max_steps=1)

@@ -103,6 +103,7 @@ def to_openai(messages: list[dict], send_reasoning: bool = False) -> tuple[list[
     A first system message that only carries tools is left out. Raises ValueError for tools that cannot be read.
     """
     tools = parse_json(messages[0].get("tools") or [], "tools", list)
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     converted, open_calls = [], []
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content") or ""

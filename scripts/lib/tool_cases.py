@@ -53,9 +53,13 @@ def read_cases(path: Path, tokenizer: ChatTokenizer, make_prompt: Callable[..., 
     """The cases of a file. Raises UserError when it is of neither kind."""
     rows = [(f"{path}:{number}", row) for number, row in read_rows(path)]
     if not rows or "function" not in rows[0][1]:
-        data = PromptDataset(path, tokenizer, max_len, thinking_ratio=float(thinking))
+        try:
+            data = PromptDataset(path, tokenizer, max_len, thinking_ratio=float(thinking))
+        except UserError as error:  # in the words of this program's flags
+            text = str(error).replace(" (--skip_bad_rows 1 leaves such rows out)", "")
+            raise UserError(text.replace("--max_seq_len", "--max_total_len")) from None
         for line in data.warnings:
-            print(line)
+            print(line.replace("--max_seq_len", "--max_total_len"))
         if unknown := [prompt.source for prompt in data.prompts if not prompt.ground_truth]:
             raise UserError(f"{unknown[0]}: no gt, with which an answer could be compared ({len(unknown)} such rows)")
         return [Case(path.stem, prompt, prompt.messages[-1]["content"]) for prompt in data.prompts]

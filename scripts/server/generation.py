@@ -21,6 +21,7 @@ from model.inference.engine import SamplingParams, Sequence
 from scripts.server.choices import ChatChoice, TextChoice
 from scripts.server.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, TemplateOptions
 
+MAX_TASK_CHARS = 20_000  # in which the example of a background task stands
 MAX_CHOICES = 1024  # of one request: many small prompts cost more memory than their text
 
 
@@ -179,7 +180,7 @@ def task_schema(body: ChatBody) -> dict | None:
     """
     text = body.messages[0].content if len(body.messages) == 1 else None
     pattern = r"### Task:\n.*?### Output:[^{}]*(\{[^{}]*\}).*<chat_history>"
-    match = isinstance(text, str) and re.match(pattern, text, re.S)
+    match = isinstance(text, str) and re.match(pattern, text[:MAX_TASK_CHARS], re.S)
     try:
         example = json.loads(match[1]) if match else {}
     except ValueError:
