@@ -181,9 +181,10 @@ def nonneg_float(text: str) -> float:
 
 
 def positive_float(text: str) -> float:
-    if not 0 < float(text) <= 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0, at most 1e9")
-    return float(text)
+    with suppress(ValueError):
+        if 0 < float(text) <= 1e9:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number above 0, at most 1e9")
 
 
 def optional_name(text: str) -> str | None:

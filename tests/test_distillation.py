@@ -109,7 +109,7 @@ def test_mistakes_are_told_in_one_line(lab, capsys, tmp_path):
     first, second = itertools.islice((token for token, number in vocabulary.items() if number > 300), 2)
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (tmp_path / "other/tokenizer.json").write_text(json.dumps(tokenizer))
-    lab.fails(capsys, 2, "--teacher_load_from", "vocabulary", "generate_answers.py", **DISTIL,
+    lab.fails(capsys, 2, "--teacher_load_from", "vocabulary", "generate_answers.py", **DISTIL | {"teacher_use_moe": 1},
               teacher_load_from=tmp_path / "other")
 
 
