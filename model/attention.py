@@ -66,6 +66,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout) -> Tensor:
     # 3. Whole rows.
     if q.is_cuda and (mask is not None or not _has_flash(q)):
         return _memory_efficient(q, k, v, mask).transpose(1, 2)
+    if q.device.type == "cpu":  # flash attention wants the numbers of a head side by side
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask_for_mps(q, mask), is_causal=mask is None,
                                          enable_gqa=True)
     return out.transpose(1, 2)
