@@ -590,3 +590,14 @@ def test_compiled_blocks_equal_plain_ones_and_compile_once_for_all_document_boun
             sum(losses).backward()
         same(*losses)
         same(gradients(compiled), gradients(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_rows_go_through_flash_attention_on_a_cpu(dtype):
+    """Whatever layout the products leave their results in; else memory grows with the square of the length."""
+    q, k, v = (torch.randn(1, heads, 32, 40, dtype=dtype).transpose(2, 3) for heads in (4, 2, 2))  # [B, H, T, D]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, T, H, D], the numbers of a head apart
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        out = attention(q, k, v, BatchLayout())
+    assert out.shape == q.shape
+    assert "aten::_scaled_dot_product_attention_math" not in {event.key for event in profile.key_averages()}
