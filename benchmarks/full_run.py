@@ -87,7 +87,6 @@ TOKENISED = ("pretrain", "sft")  # ahead, because they are large
 BENCHMARKS = {"cmmlu": "cmmlu_test_subset.jsonl", "arc": "arc_easy.jsonl", "piqa": "piqa.jsonl",
               "openbookqa": "openbook_qa.jsonl"}  # in the folder eval of --data
 LENGTHS = [288, 384, 512, 1024, 2048, 4096, 8192]  # of the windows of a long text, which end in 256 predicted tokens
-MAX_CPU_LENGTH = 2048  # of them on a CPU, which would need ten minutes for the longer ones
 PROMPTS = (
     *CHAT, "请介绍一下你自己。", "为什么天空是蓝色的？", "怎样才能睡得更好？",
     "请写一首关于秋天的短诗。", "把下面的句子翻译成英文：今天天气很好。", "我最近压力很大，应该怎么办？",
@@ -247,8 +246,7 @@ def evaluate(args: argparse.Namespace, folder: Path, finished: dict[str, float],
               *(f"{skill} {right:.0%}" for skill, right in result["exam"].get(name, {}).items()), flush=True)
         if name == "full_sft" and (path := find(args.data, "long_zh.txt.gz")):
             ids = tokenizer.encode_text("\n".join(read_texts(path)))
-            lengths = [length for length in LENGTHS if length <= MAX_CPU_LENGTH or device.type != "cpu"]
-            result["context"] = {"lengths": lengths, **measure_context(model, ids, lengths)}
+            result["context"] = {"lengths": LENGTHS, **measure_context(model, ids, LENGTHS)}
     flags_of_tools = {"save_dir": folder, "device": device, "hidden_size": sizes["hidden_size"],
                       "use_moe": int(args.moe),
                       "weight": tuple(name for name in ("full_sft", "agent") if name in finished)}
