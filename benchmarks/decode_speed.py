@@ -8,7 +8,7 @@ the repeats counts. "constrained" instead compares the engine with itself: 32 at
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --use_moe 1
     python benchmarks/decode_speed.py --peer llama.cpp    # instead of the plain loop (pip install xllamacpp gguf)
-    python benchmarks/decode_speed.py --profile   # instead: where the milliseconds of a step go, on a CPU
+    python benchmarks/decode_speed.py --profile   # instead: where the milliseconds of a step go
 """
 
 import argparse
@@ -29,6 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 from benchmarks.machine import clock, model_config, model_parser, random_prompt, result_name, save_result
 from benchmarks.plain import TEMPERATURE, TOP_P, plain_loop
@@ -238,6 +239,23 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
 
 
 @torch.inference_mode()
+def profile_on_gpu(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[str, float]:
+    """Milliseconds of a decoding step with so many sequences: until its tokens are there, and of all its kernels."""
+    engine, num_steps = Engine(model, max_batch=max(32, len(prompts)), compile=compile), 10
+    for number, prompt in enumerate(prompts):
+        engine.add(prompt, SamplingParams(200, TEMPERATURE, TOP_P, seed=number, stop_ids=()))
+    for _ in range(30):  # the steps that compile and capture
+        engine.step()
+    result = {"step": 1000 * median_seconds(engine.step)}
+    with torch.profiler.profile() as trace:
+        for _ in range(num_steps):
+            engine.step()
+    kernels = [event for event in trace.key_averages() if event.device_type != DeviceType.CPU]
+    result["kernels"] = sum(event.self_device_time_total for event in kernels) / 1000 / num_steps
+    return result | {"number of kernels": sum(event.count for event in kernels) / num_steps}
+
+
+@torch.inference_mode()
 def profile_requests(model: nn.Module, requests: list[Request], interval: int) -> dict[str, dict]:
     """Where the seconds go of requests that arrive every `interval` steps, or all at once.
 
@@ -288,7 +306,7 @@ def main() -> None:
     parser.add_argument("--compile", type=int, choices=(0, 1), default=0)
     parser.add_argument("--graphs", type=int, choices=(0, 1), default=1, help="decode by CUDA graphs where possible")
     parser.add_argument("--peer", choices=("llama.cpp",), help="compare with this instead, alone and at once, on a CPU")
-    parser.add_argument("--profile", action="store_true", help="instead: where the time of a step goes, on a CPU")
+    parser.add_argument("--profile", action="store_true", help="instead: where the time of a step goes")
     args = parser.parse_args()
     device = choose_device(args.device)
     if args.peer and (device.type != "cpu" or args.profile):
@@ -311,12 +329,15 @@ def main() -> None:
     }
     compiled = "_compiled" * args.compile
     if args.profile:
-        counts = (1, 8, 32)
-        results = {str(n): profile(fast, [random_prompt(rng, 64) for _ in range(n)], bool(args.compile))
+        on_gpu = device.type == "cuda"
+        counts, profile_step = ((1, 32, 256), profile_on_gpu) if on_gpu else ((1, 8, 32), profile)
+        results = {str(n): profile_step(fast, [random_prompt(rng, 64) for _ in range(n)], bool(args.compile))
                    for n in counts}
+        print(f"{'sequences':20}", *(f"{n:8}" for n in counts))
         for part in results["1"]:
-            print(f"{part:20}", *(f"{results[str(n)][part]:8.1f}" for n in counts), "ms")
-        if not args.compile:  # which would hide what a pass is made of
+            print(f"{part:20}", *(f"{results[str(n)][part]:8.2f}" for n in counts),
+                  "" if part.startswith("number") else "ms")
+        if not args.compile and not on_gpu:  # compilation would hide what a pass is made of
             # as benchmarks/serve_load.py --rounds 1 --tokens 64
             clients = [(random_prompt(rng, 200), 64) for _ in range(32)]
             for name, requests, every in (("arriving", cases["arriving"][0], 2), ("32 clients", clients, 0)):

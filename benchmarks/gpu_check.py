@@ -37,7 +37,7 @@ from model.cli import Failure, first_line, positive_int, run_main
 from model.device import choose_device, inference_dtype, training_dtype
 from model.inference.engine import Engine, SamplingParams, Sequence
 from model.inference.sampling import sample
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, RMSNorm
 from model.moe import Experts, has_grouped_mm
 from trainer.flops import peak_flops
 from trainer.losses import next_token_loss
@@ -47,7 +47,7 @@ from trainer.parallel import checkpoint_blocks
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {FP32: 1e-4, FP16: 5e-3, BF16: 3e-2}  # of ‖ours - reference‖ / ‖reference‖
 # the operators among which PyTorch chooses by device, dtype and shape
-KERNELS = re.compile("scaled_dot_product.*attention|varlen_attn|grouped_mm|bmm")
+KERNELS = re.compile("scaled_dot_product.*attention|varlen_attn|grouped_mm|bmm|fused_rms_norm")
 Row = dict[str, object]
 
 
@@ -189,6 +189,14 @@ def experts_row(num_tokens: int, device: torch.device, dtype: torch.dtype) -> Ro
                    [torch.randn(num_tokens, 256), torch.rand(num_tokens, 1)], device, dtype, autocast=dtype != FP32)
 
 
+def norm_row(device: torch.device, dtype: torch.dtype) -> Row:
+    """Of the heads of queries, with weights in fp32, as in training and in a rollout."""
+    norm = RMSNorm(96, 1e-6)
+    nn.init.normal_(norm.weight)
+    norms = {"cpu": norm, device.type: copy.deepcopy(norm).to(device)}
+    return compare(lambda x: norms[x.device.type](x), [torch.randn(4, 256, 8, 96)], device, dtype)
+
+
 def sampling_row(device: torch.device) -> Row:
     """The same logits and random numbers give the same tokens."""
     logits, params = 3 * torch.randn(32, 6400), [SamplingParams(1, 0.8, 0.9, top_k=50) for _ in range(32)]
@@ -227,6 +235,7 @@ def check_kernels(report: Report, args: Namespace, device: torch.device) -> None
                 report.check("kernels", f"attention: {name}, heads of {head_dim}, {str(dtype)[6:]}", partial(
                     attention_row, num_rows, num_queries, layout, head_dim, device, dtype))
     for dtype in dtypes:
+        report.check("kernels", f"RMSNorm, {str(dtype)[6:]}", partial(norm_row, device, dtype))
         for num_tokens in (32, 2048):
             report.check("kernels", f"4 experts, {num_tokens} tokens, {str(dtype)[6:]}",
                          partial(experts_row, num_tokens, device, dtype))

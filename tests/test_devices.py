@@ -119,6 +119,7 @@ def test_a_rank_takes_the_device_of_its_own_number(monkeypatch):
     chosen = []
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(distributed, "choose_device", lambda *args: chosen.append(args) or CUDA)
     monkeypatch.setattr(distributed.dist, "init_process_group", mock.Mock(side_effect=InterruptedError))
     with pytest.raises(InterruptedError), distributed.init_distributed("cuda:0"):
@@ -185,7 +186,7 @@ class OnMPS(torch.Tensor):
 
 
 def test_the_memory_of_a_program_is_its_own():
-    parent = torch.ones(2**27)  # 0.5 GB, more than a program that only imports torch has
+    parent = torch.ones(2**28)  # 1 GB, more than a program that only imports torch has, built for CUDA too
     code = "import torch\nfrom model.device import peak_memory\nprint(peak_memory(torch.device('cpu')))"
     peak = float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True))
     assert peak < parent.nbytes / 1e9

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import wave
+from importlib.util import find_spec
 from unittest import mock
 
 import numpy as np
@@ -52,7 +53,9 @@ def test_sentences_end_where_one_breathes():
     assert SENTENCE.findall("It is 3.") == []  # while it is written: 3.5 may follow
 
 
-def test_what_is_missing_is_named(tmp_path, capsys):
+def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
+    if not find_spec("pocketsphinx"):
+        monkeypatch.setitem(sys.modules, "pocketsphinx", mock.MagicMock())
     wav = tmp_path / "a.wav"
     write_wav(wav, np.zeros(100))
     assert "no such file" in refused(capsys, "--recogniser", "pocketsphinx", "--wav", tmp_path / "absent.wav")

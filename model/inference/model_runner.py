@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from model.inference.cuda_graphs import DecodeGraphs, can_capture
+from model.inference.cuda_graphs import DecodeGraphs, can_capture, graph_batch_size
 from model.inference.kv_cache import SlotManager, common_prefix_len
 from model.inference.prepacked import prepack, use_prepacked
 from model.inference.scheduler import Batch
@@ -50,7 +50,8 @@ class ModelRunner:
         # 2. A compiled or captured step is for few batch sizes: padding rows, in the next slots, fill it up.
         has_buckets = batch.is_decode and (self.compiled is not None or self.graphs is not None)
         if has_buckets:
-            num_padding = min(bucket_size(len(slots)), self.cache.num_slots) - len(slots)
+            bucket = (bucket_size if self.graphs is None else graph_batch_size)(len(slots))
+            num_padding = min(bucket, self.cache.num_slots) - len(slots)
             slots = [*slots, *range(len(slots), len(slots) + num_padding)]
             ids, positions = ids + [[0]] * num_padding, positions + [[self.cache.slot_len]] * num_padding
         ids, positions = torch.tensor([ids, positions], device=self.model.device)
