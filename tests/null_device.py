@@ -20,6 +20,7 @@ import numpy as np
 import real
 import torch
 from lab import TOKENIZER, Lab, write_rows
+from torch._decomp import decomposition_table
 from torch._dynamo.utils import counters
 
 from dataset.packing import Rows, collate
@@ -32,6 +33,9 @@ from trainer import train_dpo, train_grpo, train_pretrain
 from trainer.losses import next_token_loss
 from trainer.optimizer import make_optimizers
 from trainer.parallel import checkpoint_blocks
+
+for operator in (torch.ops.aten._fused_rms_norm.default, torch.ops.aten._fused_rms_norm_backward.default):
+    real.SPECIAL[operator._schema.name] = decomposition_table[operator]  # which a CPU has no kernel for
 
 NULL = ctypes.CDLL(os.environ["NULLCUDA_LIB"])
 DEVICE = choose_device("cuda")

@@ -1,4 +1,4 @@
-"""Perplexity of the same tokens with ever more text before them, with and without YaRN: the demo and a real model."""
+"""Perplexity of the same tokens with ever more text before them, with and without YaRN: the demo and real models."""
 
 import json
 from pathlib import Path
@@ -17,16 +17,17 @@ def plot(axis: Axes, lengths: list[int], curves: dict[str, list[float]], color: 
 
 
 def draw() -> Figure:
-    """Left: the demo's model as it is, and after 59 steps on long texts. Right: 64 M parameters on a novel."""
+    """Left: the demo's model as it is, and after 59 steps on long texts. Right: two models on a novel."""
     sample = json.loads((ROOT / "benchmarks/results/long_context_sample.json").read_text("utf-8"))
-    report = json.loads((ROOT / "docs/report/zero.json").read_text("utf-8"))
-    novel = report["stages"]["evaluation"]["context"]
+    reports = (json.loads((ROOT / f"docs/report/{name}.json").read_text("utf-8")) for name in ("cpu", "zero"))
+    small, novel = (report["stages"]["evaluation"]["context"] for report in reports)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.3))
     plot(left, sample["lengths"], sample["pretrain"], "C0", "short texts")
     plot(left, sample["lengths"], sample["long"], "C1", "then long texts")
     left.set(title="demo", ylabel="perplexity of the last tokens")
-    plot(right, novel["lengths"], novel, "C2", "rows of 340 and 768")
-    right.set(title="64 M, a novel")
+    plot(right, small["lengths"], small, "C3", "8.3 M, rows of 512")
+    plot(right, novel["lengths"], novel, "C2", "64 M, rows of 340 and 768")
+    right.set(title="a novel")
     for axis, lengths, values in ((left, sample["lengths"], (2, 4, 8, 16, 32)),
                                   (right, novel["lengths"], (100, 300, 1000, 3000))):
         axis.set_xscale("log", base=2)
