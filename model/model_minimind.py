@@ -174,8 +174,8 @@ class MoEFeedForward(nn.Module):
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
         self._register_load_state_dict_pre_hook(stack_expert_weights)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, H] → the same shape, and the `router_stats` [2, E]. `token_mask` [B, T] is 0 on padding."""
+    def forward(self, x: Tensor, layout: BatchLayout) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, H] → the same shape, and the `router_stats` [2, E]; none with a cache, which training has not."""
         x_NH = x.flatten(0, -2)
         prob_NE = self.gate(x_NH).softmax(-1, dtype=torch.float32)
         weight_NK, expert_NK = prob_NE.topk(self.top_k, dim=-1)
@@ -184,7 +184,7 @@ class MoEFeedForward(nn.Module):
         y = self.experts(x_NH, expert_NK, weight_NK).view_as(x).to(x.dtype)
         for shared_expert in self.shared_experts:
             y = y + shared_expert(x)
-        return y, router_stats(prob_NE, expert_NK, token_mask)
+        return y, router_stats(prob_NE, expert_NK, layout.token_mask) if layout.cache is None else None
 
 
 class Block(nn.Module):
@@ -199,12 +199,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: BatchLayout) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, H] → the same shape, and for MoE the `router_stats` [2, E]."""
+        """x [B, T, H] → the same shape, and for MoE without a cache the `router_stats` [2, E]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
         normed = self.post_attention_layernorm(x)
         if not self.use_moe:
             return x + self.mlp(normed), None
-        y, stats = self.mlp(normed, layout.token_mask)
+        y, stats = self.mlp(normed, layout)
         return x + y, stats
 
 
@@ -241,7 +241,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values=None, layout: BatchLayout | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """[B, T] → hidden states [B, T, H] and, for MoE, the load-balancing loss (not yet times its coefficient).
+        """[B, T] → hidden states [B, T, H] and, for MoE without a cache, the load-balancing loss (not yet times its
+        coefficient).
 
         `attention_mask` [B, S] or [B, 1, T, S] and `past_key_values`, a cache, are transformers' way to describe a
         batch (`causal_layout`); a `layout` replaces both. Raises TypeError for other keywords that ask for anything.
@@ -260,7 +261,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         for layer in self.layers:
             x, layer_stats = layer(x, cos, sin, layout)
             stats.append(layer_stats)
-        return self.norm(x), load_balancing_loss(stats) if self.config.use_moe else None
+        return self.norm(x), load_balancing_loss(stats) if self.config.use_moe and layout.cache is None else None
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):

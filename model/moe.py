@@ -40,7 +40,7 @@ class Experts(nn.Module):
     def forward(self, x_NH: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
         """Σ_k weight_k · expert_k(x) → [N, H]. Tokens are sorted by expert; none is dropped."""
         N, E = len(x_NH), len(self.gate_up_proj)
-        if use_dense_experts(x_NH, N, *self.gate_up_proj.shape[1:]):
+        if use_dense_experts(x_NH):
             y_ENH = self.swiglu(x_NH.expand(E, -1, -1), None)
             y_NKH = y_ENH[expert_NK, torch.arange(N, device=x_NH.device)[:, None]]
         else:
@@ -83,13 +83,12 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def use_dense_experts(x: Tensor, num_tokens: int, *widths: int) -> bool:
-    """Whether all experts take all tokens: few of them on a GPU, where one kernel for sorted tokens is not fast.
+def use_dense_experts(x_NH: Tensor) -> bool:
+    """Whether all experts take all tokens: few of them on a GPU, where sorting them takes longer than the products.
 
     Nothing then waits for the host, so that a CUDA graph can hold a decoding step.
     """
-    return x.device.type != "cpu" and num_tokens <= MAX_DENSE_TOKENS and \
-        not can_use_grouped_mm(x.device.type, matmul_dtype(x), *widths)
+    return x_NH.device.type != "cpu" and len(x_NH) <= MAX_DENSE_TOKENS
 
 
 def can_use_grouped_mm(device: str, dtype: torch.dtype, *widths: int) -> bool:

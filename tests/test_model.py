@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 from functools import partial
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -478,13 +477,22 @@ def test_few_tokens_that_go_to_all_experts_get_the_results_of_theirs(device, mon
 
 
 def test_which_experts_take_all_tokens(monkeypatch):
-    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert not moe.use_dense_experts(torch.zeros(1), 1, 8)
+    assert not moe.use_dense_experts(torch.zeros(1, 8))
+    assert moe.use_dense_experts(torch.zeros(256, 8, device="meta"))
+    assert not moe.use_dense_experts(torch.zeros(257, 8, device="meta"))
     for capability, one_kernel in (((9, 0), True), ((10, 0), True), ((8, 6), False), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, capability=capability: capability)
         assert moe.can_use_grouped_mm("cuda", torch.bfloat16, 8) == one_kernel
         assert not moe.can_use_grouped_mm("cuda", torch.float16, 8)
-        assert moe.use_dense_experts(x, 256, 8) != one_kernel and not moe.use_dense_experts(x, 257, 8)
+
+
+def test_a_step_with_a_cache_computes_no_load_balancing_loss(monkeypatch):
+    model, ids = minimind("moe-top2"), tokens(2, 12)
+    assert model(ids).aux_loss is not None
+    monkeypatch.setattr(mm, "router_stats", lambda *_: pytest.fail("it is only for training"))
+    out = model(ids, use_cache=True)
+    assert out.aux_loss is None
+    model(ids[:, :1], past_key_values=out.past_key_values)
 
 
 def test_the_host_counts_tokens_once_per_layer(monkeypatch):
