@@ -25,8 +25,8 @@ class Rows:
         return len(self.row_offsets) - 1
 
     def sum_per_row(self, values: np.ndarray) -> np.ndarray:
-        """values [sequences] → their sums [rows]."""
-        return np.add.reduceat(values, self.row_offsets[:-1], dtype=np.int64)
+        """values [sequences] → their sums [rows] int32."""
+        return np.add.reduceat(values, self.row_offsets[:-1], dtype=np.int32)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -60,7 +60,7 @@ def pack(start: np.ndarray, length: np.ndarray, capacity: int, packing: bool = T
     """
     num_sequences = int(np.sum(-(-length // capacity))) if split else len(start)
     starts, lengths = np.empty(num_sequences, np.int64), np.empty(num_sequences, np.int32)  # row by row
-    sizes, filled = [np.zeros(1, np.int64)], 0  # sequences per row
+    offsets, filled = [np.zeros(1, np.int64)], 0  # of rows
     for begin in range(0, len(start), WINDOW):
         window = start[begin:begin + WINDOW], length[begin:begin + WINDOW]
         sequence_start, sequence_length = split_long(*window, capacity) if split else window
@@ -68,8 +68,8 @@ def pack(start: np.ndarray, length: np.ndarray, capacity: int, packing: bool = T
         order = np.argsort(row_of, kind="stable")
         placed = slice(filled, filled + len(order))
         starts[placed], lengths[placed], filled = sequence_start[order], sequence_length[order], placed.stop
-        sizes.append(np.bincount(row_of))
-    return Rows(starts, lengths, np.cumsum(np.concatenate(sizes)))
+        offsets.append(offsets[-1][-1] + np.cumsum(np.bincount(row_of)))
+    return Rows(starts, lengths, np.concatenate(offsets))
 
 
 def split_long(start: np.ndarray, length: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:

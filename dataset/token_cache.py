@@ -106,7 +106,9 @@ class TokenDataset:
     def _save_row_index(self, packing: bool) -> None:
         ends = np.load(self.folder / "ends.npy")
         start = np.concatenate(([0], ends[:-1]))
-        rows, num_tokens, warnings = self.build_rows(start, ends - start - 1, packing)
+        length = (ends - start - 1).astype(np.int32)
+        del ends  # of millions of documents
+        rows, num_tokens, warnings = self.build_rows(start, length, packing)
         num_targets = num_tokens
         if self.has_loss_mask:
             mask = np.asarray(self.mask)  # a slice of a memmap is slow to make
