@@ -75,12 +75,17 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         return self.reply_to_messages()
 
+    def drop_question(self) -> None:
+        """Remove the last question, which cannot be answered, and what came after it."""
+        while self.messages and self.messages.pop()["role"] != "user":
+            pass
+
     def reply_to_messages(self) -> AssistantMessage:
         """Print the answer to the messages, and append it. Raises UserError where no prompt can be made of them."""
         try:
             prompt = self.tokenizer.prompt(self.messages, open_thinking=bool(self.args.open_thinking))
         except ValueError as error:
-            del self.messages[-1:]
+            self.drop_question()
             raise UserError(error) from None
         return self.reply(prompt)
 
@@ -93,7 +98,7 @@ class Chat:
                 args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=seed,
                 repetition_penalty=args.repetition_penalty, grammar=self.grammar))
         except ValueError as error:
-            del self.messages[-1:]
+            self.drop_question()
             raise UserError(error) from None
         parser, print_event = MessageParser(self.tokenizer, thinking), AnswerPrinter()
         start = time.perf_counter()
@@ -114,7 +119,7 @@ class Chat:
         show_speed = sys.stdout.isatty() if args.show_speed is None else args.show_speed
         print(f"\n[{num_tokens} tokens, {speed:.1f} tokens/s]" if show_speed else "")
         while self.notices:
-            notice(self.notices.pop())
+            notice(self.notices.pop(0))
         if not self.continues_text:
             self.messages.append(parser.message.to_dict())
         return parser.message

@@ -26,7 +26,7 @@ from model.chat import TOKENIZER_DIR, AssistantMessage, ChatTokenizer, parse_jso
 from model.cli import SWITCH, Parser, UserError, add_sampling_args, notice, num_positions, run_main, whole_number
 from model.files import write_atomically
 from model.inference.engine import Engine, SamplingParams
-from model.loading import add_loading_args, load_from_args
+from model.loading import MODEL_SIZES, add_loading_args, load_from_args
 from scripts.chat_api import ApiChat
 from scripts.lib.openai_client import LOCAL_SERVER, ChatClient, RequestRefused, as_strict
 from scripts.lib.terminal import interact
@@ -222,7 +222,9 @@ def parse_arguments() -> argparse.Namespace:
     else:
         parser.note_unused(args, ("json", "max_total_len"), "with --benchmark or --cases")
     if args.backend == "api":
-        parser.note_unused(args, ("weight", "load_from", "lora_weight"), "with --backend local")
+        in_conversation = () if args.benchmark or args.cases else ("history", "show_speed", "tokenizer")
+        parser.note_unused(args, ("weight", "load_from", "lora_weight", "save_dir", "device", "inference_rope_scaling",
+                                  *MODEL_SIZES, *in_conversation), "with --backend local")
     else:
         parser.note_unused(args, ("api_base_url", "api_key", "model"), "with --backend api")
     return args

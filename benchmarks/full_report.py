@@ -1,12 +1,12 @@
 """What a full run took and gained, from the logs of its stages: docs/report/{name}.md, .json and pictures."""
 
 import json
-import math
 from pathlib import Path
 
 from benchmarks.machine import machine
 from model.files import write_atomically
 from scripts.draw_curves import draw_curves, read_log
+from scripts.eval_benchmark import percent
 
 SCORES = {"val_bpb": "bits per byte", "val_accuracy": "pairs right", "val_reward": "reward", "val_loss": "loss"}
 NUM_PANELS = 3  # in a picture
@@ -92,7 +92,7 @@ def write_report(name: str, run_folder: Path, records: dict, folder: Path, price
         lines += ["", "## Benchmarks, no examples: acc ± one standard error (acc_norm)", "",
                   f"| weight | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         lines += [f"| {weight} | " + " | ".join(
-            f"{row['acc']:.1%} ± {row['acc_stderr'] or math.nan:.1%} ({row['acc_norm']:.1%})" for row in rows.values())
+            f"{row['acc']:.1%} ± {percent(row['acc_stderr'])} ({row['acc_norm']:.1%})" for row in rows.values())
             + " |" for weight, rows in benchmarks.items()]
         lines += ["| guessing | " + " | ".join(f"{row['random']:.1%}" for row in guesses.values()) + " |"]
     if context := evaluation.get("context"):

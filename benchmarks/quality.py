@@ -271,6 +271,8 @@ def main() -> None:
         parser.error("--choices levers are compared in the same time: give --seconds")
     if args.choices in ("epochs", "vocabulary") and not args.tokens:
         parser.error(f"--choices {args.choices} are compared on as many tokens: give --tokens")
+    if args.choices in ("router", "optimizer", "packing") and args.seconds + args.tokens:
+        parser.error(f"--choices {args.choices} are compared on the same rows: leave --seconds and --tokens out")
     if args.choices == "recipes" and not args.seconds + args.tokens:
         parser.error("--choices recipes: give --seconds or --tokens")
     choices = {name: flags for name, flags in CHOICES[args.choices].items() if not args.only or name in args.only}

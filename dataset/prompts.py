@@ -5,6 +5,7 @@ import json
 import random
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 
 from dataset.reader import RowReport, read_rows
@@ -80,4 +81,9 @@ def parse_ground_truth(row: dict) -> list[str]:
             values = read_json(values)
     if not isinstance(values, list) or not all(isinstance(value, (str, int, float)) for value in values):
         raise ValueError('gt is a list of values, like ["42"]')
-    return [str(value) for value in values]
+    return [decimal(value) if isinstance(value, float) else str(value) for value in values]
+
+
+def decimal(value: float) -> str:
+    """As Python writes it, but without an exponent: 0.00001, not 1e-05."""
+    return format(Decimal(repr(value)), "f")

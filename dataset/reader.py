@@ -37,18 +37,20 @@ LARGEST_VALUE = 256 << 20  # characters of one element of an array, or of one fi
 BETWEEN_VALUES, SCAN = re.compile(r"[\s,]*"), json.JSONDecoder().raw_decode
 SEPARATORS = {"csv": ",", "csv with tabs": "\t", "csv with semicolons": ";"}
 IMAGE = "an image: this model reads text only"
+PAGE = 'an HTML or XML page, as failed downloads leave: download the file itself (the "raw" link)'
 NOT_ROWS = {  # how a file begins: what it is, and the way out
     b"version https://git-lfs": "a Git LFS pointer, not the file itself, which `git lfs pull` fetches",
     b"\xff\xfe": "UTF-16 text, which `iconv -f UTF-16 -t UTF-8` converts",
     b"\xfe\xff": "UTF-16 text, which `iconv -f UTF-16 -t UTF-8` converts",
-    b"<": 'an HTML or XML page, as failed downloads leave: download the file itself (the "raw" link)',
+    **dict.fromkeys((b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML", b"<?xml"), PAGE),
     b"PK\x03\x04": "a zip archive: unpack it and name the file in it",
     b"BZh": "compressed by bzip2: unpack it with `bunzip2`",
     b"\xfd7zXZ": "compressed by xz: unpack it with `unxz`",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it with `zstd -d`",
     b"ARROW1": "an Arrow file: save it as .parquet or .jsonl",
     b"%PDF": "a PDF: extract its text first",
-    b"\x89PNG": IMAGE, b"\xff\xd8\xff": IMAGE, b"GIF8": IMAGE, b"RIFF": IMAGE,
+    b"\x89PNG": IMAGE, b"\xff\xd8\xff": IMAGE, b"GIF8": IMAGE,
+    b"RIFF": "an image or a sound: this model reads text only",
 }  # fmt: skip
 
 
@@ -243,7 +245,8 @@ def _parquet_rows(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _dump(value: object) -> bytes:
-    return json.dumps(value, default=_to_text).encode() + b"\n"
+    # half a surrogate pair stays an escape; all else is UTF-8, so that its bytes are counted as those of the file are
+    return json.dumps(value, default=_to_text, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _to_text(value: object) -> str:

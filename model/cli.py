@@ -175,9 +175,10 @@ num_positions = whole_number(1, 2**20)  # of a row: tables of so many entries ar
 
 
 def nonneg_float(text: str) -> float:
-    if not 0 <= float(text) <= 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1e9")
-    return float(text)
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1e9:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number from 0 to 1e9")
 
 
 def positive_float(text: str) -> float:
@@ -198,9 +199,10 @@ def boolean(text: str) -> bool:
 
 
 def fraction(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number between 0 and 1")
 
 
 SAMPLING_ARGS = {

@@ -153,6 +153,11 @@ def summarise(results: list[dict]) -> dict:
     return summary
 
 
+def percent(standard_error: float | None) -> str:
+    """A single question has no standard error."""
+    return f"{math.nan if standard_error is None else standard_error:.1%}"
+
+
 # -- the program -------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +235,7 @@ def main() -> None:
         figures["benchmarks"][f"{name} {path}"] = total = {"fewshot": args.fewshot, **summarise(results)}
         for label, summary in {**subjects, f"**{name}** {Path(path).name}": total}.items():
             print_row(label, f"{summary['questions']:,}",
-                      *(f"{summary[metric]:.1%} ± {summary[f'{metric}_stderr'] or math.nan:.1%}"
+                      *(f"{summary[metric]:.1%} ± {percent(summary[f'{metric}_stderr'])}"
                         for metric in ("acc", "acc_norm")), f"{summary['random']:.1%}")
         total["subjects"] = subjects
     if long_text:

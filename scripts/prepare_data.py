@@ -50,6 +50,7 @@ def main() -> None:
     if args.inspect:
         if args.out or args.clean:
             parser.error("--inspect only prints: give it without --out and --clean")
+        parser.note_unused(args, ("data_path", "skip_bad_rows"), "without --inspect")
         return inspect(args.inspect, args.kind, ChatTokenizer(args.tokenizer), args.max_seq_len, sft_options(args))
     if args.clean and args.out:
         return clean(args.clean, args.out, args.min_chars, args.max_chars)

@@ -65,17 +65,16 @@ def main() -> None:
     model, tokenizer = load_from_args(args, args.weight)
     results = score(model, tokenizer, cases, args.max_new_tokens)
 
-    scores = share_per_skill(results)
-    scores["all"] = sum(result["correct"] for result in results) / len(results)
-    summary = ", ".join(f"{skill} {value:.0%}" for skill, value in scores.items())
+    scores, share = share_per_skill(results), sum(result["correct"] for result in results) / len(results)
+    summary = ", ".join(f"{skill} {value:.0%}" for skill, value in [*scores.items(), ("all", share)])
     print(f"held-out answers of {args.weight}, exact: {summary}")
-    for skill in list(scores)[:-1]:
+    for skill in scores:
         wrong = [result for result in results if result["skill"] == skill and not result["correct"]]
         for result in wrong[:args.show_wrong]:
             *context, expected = result["conversations"]
             print(f"  {skill}: {context[-1]['content']!r}\n    expected {expected}\n    answered {result['answer']}")
     if args.json:
-        write_atomically(args.json, json.dumps(scores, indent=1))
+        write_atomically(args.json, json.dumps(scores | {"all": share}, indent=1))
 
 
 if __name__ == "__main__":

@@ -513,6 +513,15 @@ def test_a_step_that_fails_cancels_what_ran_and_nobody_after_it():
     assert last.finish_reason == "length" and not engine.busy
 
 
+def test_a_step_that_fails_after_a_sequence_has_finished_frees_its_slot_too(monkeypatch):
+    engine = Engine(lively_model(), max_batch=2)
+    first, second = [engine.add(prompt, SamplingParams(1, stop_ids=())) for prompt in some_prompts(5, 5)]
+    monkeypatch.setattr(second, "append_token", mock.Mock(side_effect=RuntimeError("too complex")))
+    with pytest.raises(RuntimeError, match="too complex"):
+        engine.step()
+    assert first.finish_reason == "length" and second.finish_reason == "cancelled" and not engine.busy
+
+
 def test_streams_of_several_threads_give_each_all_of_its_tokens_and_a_closed_one_is_cancelled():
     model, prompts = lively_model(), some_prompts(9, 3, 14, 6)
     engine = Engine(model, TOKENIZER)

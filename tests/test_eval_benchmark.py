@@ -22,7 +22,7 @@ from model.inference.likelihood import ScoringRequest, log_likelihoods
 from model.transformers_io import save_folder
 from model.weights import save_weight
 from scripts import eval_benchmark
-from scripts.eval_benchmark import answer, measure_context, measure_texts, summarise, with_examples
+from scripts.eval_benchmark import answer, measure_context, measure_texts, percent, summarise, with_examples
 from scripts.lib.benchmark_formats import FORMATS, Question, read_questions
 
 
@@ -183,6 +183,10 @@ def test_bits_a_byte_are_those_of_lm_eval(lm_eval, model):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_standard_error_of_zero_is_shown():
+    assert percent(0.0) == "0.0%" and percent(None) == "nan%"
+
+
 def as_published(name: str, rows: list[dict], place: Path) -> Path:
     """The rows of the hub, as the benchmark's authors laid them out."""
     if name in ("ceval", "cmmlu"):
@@ -200,7 +204,11 @@ def as_published(name: str, rows: list[dict], place: Path) -> Path:
             "stem": row["question" if name == "arc" else "question_stem"],
             "choices": [{"text": text, "label": label} for text, label in
                         zip(*(row["choices"][part] for part in ("text", "label")), strict=True)]}} for row in rows]
-    return write_json(path, rows)
+    write_json(path, rows)
+    if name == "piqa":  # the labels of a packed file are beside it, too
+        path.with_name("valid.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path = path.with_name("valid.jsonl.gz")
+    return path
 
 
 @pytest.mark.parametrize("name", FORMATS)

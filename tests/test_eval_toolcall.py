@@ -17,7 +17,7 @@ from test_server import serving
 import eval_toolcall
 from dataset import sample_world
 from dataset.prompts import Prompt
-from eval_toolcall import wilson_interval
+from eval_toolcall import ToolChat, wilson_interval
 from model.chat import CALL, END_THINK
 from model.cli import run_main
 from model.weights import ROOT, save_weight
@@ -44,7 +44,8 @@ def run(monkeypatch, capsys):
     """Run the program with flags, on `models` by name, with `lines` typed if any; → what it prints."""
 
     def run(*flags: str, models: dict | None = None, lines: tuple = ()) -> str:
-        monkeypatch.setattr(sys, "argv", ["eval_toolcall.py", "--device=cpu", *flags])
+        device = [] if "--backend=api" in flags else ["--device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["eval_toolcall.py", *device, *flags])
         if models is not None:
             monkeypatch.setattr(eval_toolcall, "load_from_args", lambda args, weight: (models[weight], TOKENIZER))
         typed = iter(lines)
@@ -114,6 +115,14 @@ def test_rows_of_agent_rl_are_cases(run, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     texts = [TOKENIZER.encode([*row["conversations"][:-1], says(f"= {row['gt'][0]}")])[0] for row in rows[:3]]
     assert "full_sft rows: 3/4" in run(f"--cases={path}", models={"full_sft": Reciter(texts)})
+
+
+def test_of_a_question_that_cannot_be_answered_to_its_end_nothing_stays():
+    chat = object.__new__(ToolChat)
+    first = [{"role": "system", "content": ""}, user("1 + 1?"), says("2")]
+    chat.messages = [*first, user("2 + 2?"), says("a call"), {"role": "tool", "content": "4"}]
+    chat.drop_question()
+    assert chat.messages == first
 
 
 DICE = {"name": "random_number", "parameters": {"type": "object", "required": ["min", "max"], "properties": {
@@ -327,6 +336,6 @@ def test_a_row_that_is_no_case_is_told_with_the_flags_of_this_program(run, tmp_p
 def test_mistakes_are_told_in_one_line(run, flags, said, tmp_path, capsys):
     save_weight(small_model(), "full_sft", tmp_path, TOKENIZER)
     with pytest.raises(SystemExit, match="2"):
-        run(f"--save_dir={tmp_path}", *flags)
+        run(*[] if "--backend=api" in flags else [f"--save_dir={tmp_path}"], *flags)
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1, error

@@ -25,9 +25,9 @@ from lab import TOKENIZER
 
 from dataset.formats import FORMATS, normalise
 from dataset.lm_dataset import SFTDataset
-from dataset.reader import CHUNK, parse_row, read_lines, read_rows
+from dataset.reader import CHUNK, RowReport, parse_row, read_lines, read_rows, read_text
 from model.chat import EOS, render
-from model.cli import UserError
+from model.cli import UserError, run_main
 from scripts import prepare_data
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -105,6 +105,7 @@ NOT_ROWS = {
     "UTF-16 without a mark": ('{"text": "x"}'.encode("utf-16-le"), "UTF-16 text"),
     "HTML": (b"\n<!DOCTYPE html><title>404</title>", "an HTML or XML page.* download"),
     "XML": (b"<?xml version='1.0'?><Error>", "an HTML or XML page"),
+    "WAV": (b"RIFF\0\0\0\0WAVEfmt \0", "an image or a sound"),
     "PNG": (b"\x89PNG\r\n\x1a\n\0\0", "an image: this model reads text only"),
     "JPEG": (b"\xff\xd8\xff\xe0", "an image"), "zip": (b"PK\x03\x04\x14\0", "a zip archive: unpack it"),
     "bzip2": (b"BZh91AY", "bzip2"), "xz": (b"\xfd7zXZ\0", "xz"), "zstd": (b"\x28\xb5\x2f\xfd", "zstd"),
@@ -128,6 +129,22 @@ def test_a_file_without_rows_is_named_for_what_it_is(tmp_path, name):
     with pytest.raises(UserError, match=words) as caught:
         read(tmp_path / "rows.jsonl", content)
     assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:") and "\n" not in str(caught.value)
+
+
+def test_progress_counts_the_bytes_of_the_file_also_where_json_was_written_anew(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"text": "今天天气很好" * 9}] * 20, ensure_ascii=False), "utf-8")
+    report = RowReport(path)
+    assert len(list(read_rows(path, report=report))) == 20
+    assert 0.95 < report.num_bytes / path.stat().st_size < 1.05
+    path.write_text('[{"text": "\\ud800"}]', "utf-8")
+    with pytest.raises(UserError, match=":1: .*surrogate"):
+        list(read_rows(path))
+
+
+def test_a_text_may_begin_with_a_bracket(tmp_path):
+    (tmp_path / "poem.txt").write_text("<poem>\nroses", "utf-8")
+    assert read_text(tmp_path / "poem.txt") == "<poem>\nroses"
 
 
 def test_text_that_a_parquet_file_holds_as_bytes_is_text(tmp_path):
@@ -414,6 +431,10 @@ def test_inspecting_a_file_shows_what_is_recognised_learned_and_left_out(tmp_pat
     assert "50.0% exceed --max_seq_len 64" in out and "1 conversations, whose answers begin later, are left out" in out
     assert "read for dpo" in inspected(capsys, write(path, [PAIR])) and "read for pretrain" in inspected(
         capsys, write(path, [{"text": "x"}]))
+    with pytest.raises(SystemExit, match="2"), \
+            mock.patch.object(sys, "argv", ["", "--inspect", str(path), "--kind", "dpo"]):
+        run_main(prepare_data.main)
+    assert "--kind dpo" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
     system = inspected(capsys, write(path, [chat("q", "a")]), "--system_prompt_ratio", "1")
     assert "system\n" in system and "system\n" not in inspected(capsys, path, "--system_prompt_ratio", "0")
     with pytest.raises(SystemExit):

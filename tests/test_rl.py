@@ -439,6 +439,7 @@ def test_a_bad_prompt_is_told_with_its_line(tmp_path, line, words):
     assert len(PromptDataset(path, TOKENIZER, 64, skip_bad_rows=True)) == 1
     assert parse_ground_truth({"gt": None}) == parse_ground_truth({}) == parse_ground_truth({"gt": ""}) == []
     assert parse_ground_truth({"gt": '["42", 7]'}) == ["42", "7"]  # a cell of a csv file
+    assert parse_ground_truth({"gt": [0.00001, 1e16, 1.5]}) == ["0.00001", "10000000000000000", "1.5"]
     with pytest.raises(UserError, match="too long"):
         PromptDataset(path, TOKENIZER, 3, skip_bad_rows=True)
 

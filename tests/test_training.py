@@ -35,6 +35,7 @@ from trainer.losses import Loss, aux_loss_term, inputs, next_token_loss
 from trainer.metrics import MetricsLog
 from trainer.optimizer import Muon, learning_rate, make_optimizers
 from trainer.run import Run
+from trainer.train_ppo import ActorCritic
 
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 
@@ -714,6 +715,8 @@ def test_the_work_of_a_token_is_counted_by_hand(use_moe):
     weights = 6400 * 64 + 2 * (attention + feed_forward)
     scores = 2 * 2 * 8 * 8 * 100  # q·k and weights·v over 100 positions, in 2 layers of 8 heads of 8
     assert flops_per_token(model, 100) == 3 * (2 * weights + scores)
+    head = 6400 * 64  # the critic has one number as its head instead, and the embedding is no product
+    assert flops_per_token(ActorCritic(model), 100) == 3 * (2 * (2 * weights - head + 64) + 2 * scores)
 
 
 # -- the tracker -------------------------------------------------------------------------------------------------------

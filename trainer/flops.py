@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: the operations a token costs, and how many this machine can do."""
+"""Model FLOPs utilisation: the operations per token, and how many per second this machine reaches."""
 
 import math
 import time
@@ -9,18 +9,22 @@ from torch import nn
 from model.device import synchronise
 
 
-def flops_per_token(model: nn.Module, length: int) -> float:
-    """Floating-point operations a token costs in training, forward and backward (Chowdhery et al. 2022, appendix B).
+def flops_per_token(model: nn.Module, length: float) -> float:
+    """Floating-point operations per token in training, forward and backward (Chowdhery et al. 2022, appendix B).
 
-    6 a weight that takes part in a product (the head once, embedding look-ups none, of the experts the active ones),
-    4 if it is frozen, and causal attention over `length` positions: half of 12 · layers · heads · head_dim · length.
+    6 per weight that takes part in a product (4 if it is frozen; embedding look-ups count nothing, of the experts only
+    the active ones), and causal attention over `length` positions: half of 12 · layers · heads · head_dim · length.
     """
-    config = model.config
-    work = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    for name, p in model.named_parameters():
-        if p.dim() >= 2 and (config.tie_word_embeddings or "embed_tokens" not in name):
-            share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1
-            work += (6 if p.requires_grad else 4) * p.numel() * share
+    config, work = model.config, 0.0
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            work += 6 * config.num_attention_heads * config.head_dim * length
+        if isinstance(module, nn.Embedding):
+            continue
+        for p in module.parameters(recurse=False):
+            if p.dim() >= 2:
+                share = config.num_experts_per_tok / config.num_experts if ".experts" in name else 1
+                work += (6 if p.requires_grad else 4) * p.numel() * share
     return work
 
 

@@ -156,6 +156,7 @@ class Trainer:
             self.run.print_main(f"train: nothing left to do; more {more} go on from here")
             return False
         self.peak_flops = peak_flops(self.device, self.run.dtype) * self.world.size
+        # documents are taken to fill half a row on average
         self.flops_per_token = flops_per_token(self.strategy.unwrapped, self.stream.length / 2)
         # online RL always: the reward before training is what its result is compared with
         if not self.step and (self.validate or self.can_validate and self.args.eval_first):

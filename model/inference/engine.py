@@ -125,6 +125,8 @@ class Engine:
         except Exception:
             for sequence in self.slots.running:
                 self.cancel(sequence)
+            for sequence in self.slots.running:  # those that had just finished
+                self.slots.free(sequence)
             raise
         self.threads.end(STEP_COST + sum(len(chunk) for batch in batches for chunk in batch.chunks))
         return sequences

@@ -95,7 +95,7 @@ def read_questions(name: str, path: Path) -> list[Question]:
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
     stem = re.sub(r"_(val|dev|test)$", "", path.name.split(".")[0]) if FORMATS[name] is lettered else ""
-    label_path = path.with_name(f"{path.stem}-labels.lst")
+    label_path = path.with_name(f"{path.name.split('.')[0]}-labels.lst")
     labels = label_path.read_text("utf-8").split() if label_path.is_file() else None
     questions = []
     for number, line in read_lines(path):

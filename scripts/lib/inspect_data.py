@@ -33,7 +33,11 @@ def inspect(path: Path, kind: str | None, tokenizer: ChatTokenizer, max_seq_len:
     with open_unpacked(path) as file:
         name = file_format(file, path)
     kind = kind or guess_kind(row)
-    print(f"{path}: {name}, {recognise(row, ROW_KINDS[kind])}, read for {kind} (--kind)")
+    try:
+        row_format = recognise(row, ROW_KINDS[kind])
+    except ValueError as error:
+        raise UserError(f"{path}: --kind {kind}: {error}") from None
+    print(f"{path}: {name}, {row_format}, read for {kind} (--kind)")
     max_seq_len = max_seq_len or DEFAULT_LENGTHS[kind]
     with tempfile.TemporaryDirectory() as cache:
         if kind == "rl":
