@@ -23,7 +23,7 @@ TEXTS = ("很久以前，", "机器学习是", "Once upon a time, ", "The capita
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--weight", default="full_sft",
-                        help="name of the weight; 'pretrain…' continues text, others chat")
+                        help="name of the weights; 'pretrain…' continues text, others chat")
     add_loading_args(parser)
     parser.add_argument("--prompt", nargs="+", help="answer this, or each of these by itself, and exit")
     add_chat_args(parser)

@@ -6,8 +6,9 @@
     python eval_toolcall.py --backend api --api_base_url http://127.0.0.1:8998/v1 --benchmark 50
 
 A task is right when its episode ends in an answer that claims the ground truth. Tasks come from the sample world's
-held-out split, which no training file of it shares; what tools return depends on --seed alone. Cases are agent_rl rows,
-or function calling rows of the Berkeley leaderboard with their accepted calls beside them in {name}_answers.jsonl.
+held-out split, which no training file of it shares; what a tool returns depends only on the call and --seed. Cases are
+agent_rl rows, or rows of the Berkeley Function-Calling Leaderboard, with the accepted calls beside them in
+{name}_answers.jsonl.
 """
 
 import argparse
@@ -194,19 +195,20 @@ class ToolChat(Chat):
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weight", nargs="+", default=["full_sft"], help="name of the weight; several to be compared")
+    parser.add_argument("--weight", nargs="+", default=["full_sft"],
+                        help="name of the weights; several to compare them")
     add_loading_args(parser)
     parser.add_argument("--backend", choices=("local", "api"), default="local", help="api: a server answers")
-    parser.add_argument("--api_base_url", default=LOCAL_SERVER, help="of the server (%(default)s)")
+    parser.add_argument("--api_base_url", default=LOCAL_SERVER, help="base URL of the server (%(default)s)")
     parser.add_argument("--api_key", help="if the server wants one")
     parser.add_argument("--model", default="minimind", help="name of the server's model (%(default)s)")
     parser.add_argument("--tools", nargs="+", choices=tuple(SCHEMAS), default=list(SCHEMAS), metavar="TOOL",
-                        help=f"to offer in a conversation (all: {' '.join(SCHEMAS)})")
-    parser.add_argument("--constrained", **SWITCH, default=0, help="keep tool calls valid by a grammar of the tools "
-                        "(a server is sent strict tools)")
+                        help=f"tools to offer in a conversation (all: {' '.join(SCHEMAS)})")
+    parser.add_argument("--constrained", **SWITCH, default=0, help="constrain tool calls to a grammar of the tools "
+                        "(with --backend api: send the tools as strict)")
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--benchmark", type=whole_number(1, 100_000), metavar="N",
-                        help="score N sums and N tasks of other tools")
+                        help="score N arithmetic tasks and N tasks for the other tools")
     parser.add_argument("--cases", type=Path, help="score the cases of a file")
     parser.add_argument("--json", type=Path, help="write the scores there, with every turn")
     parser.add_argument("--max_total_len", type=num_positions, default=2048, help="tokens of an episode (%(default)s)")

@@ -207,7 +207,7 @@ def timed(function: Callable, add_seconds: Callable[[float], None]) -> Callable:
 
 @torch.inference_mode()
 def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[str, float]:
-    """Milliseconds of a decoding step with so many sequences, after about 100 tokens, and the least it could take."""
+    """Milliseconds of a decoding step of these sequences, after about 100 tokens, and the least it could take."""
     engine, sampling_seconds = Engine(model, max_batch=32, compile=compile), []
     for number, prompt in enumerate(prompts):
         engine.add(prompt, SamplingParams(200, TEMPERATURE, TOP_P, seed=number, stop_ids=()))
@@ -240,7 +240,7 @@ def profile(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[s
 
 @torch.inference_mode()
 def profile_on_gpu(model: nn.Module, prompts: list[list[int]], compile: bool) -> dict[str, float]:
-    """Milliseconds of a decoding step with so many sequences: until its tokens are there, and of all its kernels."""
+    """Milliseconds of a decoding step of these sequences: until its tokens are there, and of all its kernels."""
     engine, num_steps = Engine(model, max_batch=max(32, len(prompts)), compile=compile), 10
     for number, prompt in enumerate(prompts):
         engine.add(prompt, SamplingParams(200, TEMPERATURE, TOP_P, seed=number, stop_ids=()))
@@ -302,7 +302,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=positive_int, default=64, help="tokens of a prompt (alone, at once)")
     parser.add_argument("--tokens", type=positive_int, default=128, help="tokens of an answer (alone, at once)")
     parser.add_argument("--repeats", type=positive_int, default=3)
-    parser.add_argument("--cases", nargs="+", help="(default: all; on a CPU without 256 at once)")
+    parser.add_argument("--cases", nargs="+", help="of alone, 'at once', arriving, '256 at once' (by default on a GPU "
+                        "only) and constrained (default: all)")
     parser.add_argument("--compile", type=int, choices=(0, 1), default=0)
     parser.add_argument("--graphs", type=int, choices=(0, 1), default=1, help="decode by CUDA graphs where possible")
     parser.add_argument("--peer", choices=("llama.cpp",), help="compare with this instead, alone and at once, on a CPU")

@@ -9,8 +9,8 @@
 Each stage is its own script of trainer/ with its own flags; --set changes some (`--set pretrain.batch_size=16
 all.device=cpu`). The same command goes on where it was stopped: a finished stage is not run again unless its flags, or
 what it starts from, have changed. Everything is written to out/{preset}[_moe], so that no other weight is overwritten
-(to chat: `eval_llm.py --save_dir out/tiny`), and the report to docs/report/. Data are the published files where
---data has them; where not, --data's own rows for pretrain, sft and dpo, and the synthetic sample world.
+(to chat: `eval_llm.py --save_dir out/tiny`), and the report to docs/report/. The data are the published files where
+--data has them; otherwise --data's own rows (pretrain, sft, sft_toolcall, dpo, rlaif), and the synthetic sample world.
 
 To compare with the plain recipe (padded rows, fp32, AdamW, eager) after the same time, name the stages plain_pretrain
 and plain_sft, too, and give them the share of the data that this time allows (`--set plain_pretrain.epochs=0.1`).

@@ -100,7 +100,7 @@ def milliseconds(work: Callable[[], object], device: torch.device, repeats: int 
     return (clock(device) - start) / repeats * 1e3
 
 
-class Dispatched(TorchDispatchMode):
+class OperatorRecorder(TorchDispatchMode):
     """Collects the names of the operators that run."""
 
     def __init__(self):
@@ -114,7 +114,7 @@ class Dispatched(TorchDispatchMode):
 
 def chosen_kernels(work: Callable[[], object]) -> str:
     """The operators that PyTorch chose for `work`."""
-    with Dispatched() as dispatched:
+    with OperatorRecorder() as dispatched:
         work()
     return ", ".join(name for name in dict.fromkeys(dispatched.names) if KERNELS.match(name))
 
@@ -398,10 +398,10 @@ CHECKS = {"kernels": check_kernels, "steps": check_steps, "training": check_trai
 def main() -> None:
     parser = model_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=[*CHECKS], help="these tables")
-    parser.add_argument("--batch_size", type=positive_int, default=128, help="at most so many rows per training step")
-    parser.add_argument("--steps", type=positive_int, default=20, help="of training that are measured")
-    parser.add_argument("--tokens", type=positive_int, default=128, help="of an answer")
-    parser.add_argument("--repeats", type=positive_int, default=2, help="of decoding and RL")
+    parser.add_argument("--batch_size", type=positive_int, default=128, help="most rows per training step")
+    parser.add_argument("--steps", type=positive_int, default=20, help="training steps to measure")
+    parser.add_argument("--tokens", type=positive_int, default=128, help="tokens per answer")
+    parser.add_argument("--repeats", type=positive_int, default=2, help="repeats of decoding and RL")
     args = parser.parse_args()
     args.compile, args.graphs = 0, 1  # of `decode_speed.compare`
     device, report = choose_device(args.device), Report()

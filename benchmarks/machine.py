@@ -88,7 +88,7 @@ def relative(argument: str) -> str:
 
 
 def machine() -> dict:
-    """What a measurement is worth nothing without."""
+    """Date, machine, versions, commit and command of a measurement."""
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {

@@ -1,7 +1,7 @@
 """Where the time of a training step goes: the largest kernels, kinds of work, the wait for data, the gaps on a GPU.
 
 The stage's own script with --use_compile 1, in this process, under torch.profiler. On CUDA every step also runs in the
-sync debug mode: one wait of the host for the device inside a step ends the program with the line that waits.
+sync debug mode: one wait of the host for the device inside a step ends the program at the line that waits.
 
     python benchmarks/profile_step.py --stage pretrain --data_path ../shared/data/pretrain_val.jsonl.gz
 """
@@ -90,7 +90,7 @@ def kind_of(name: str) -> str:
 
 def main() -> None:
     parser = training_parser(__doc__)
-    parser.add_argument("--kernels", type=positive_int, default=5, help="list so many of the largest (default: 5)")
+    parser.add_argument("--kernels", type=positive_int, default=5, help="list this many of the largest (default: 5)")
     args = parser.parse_args()
     import torch._inductor.config as inductor
 

@@ -259,13 +259,16 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, required=True, help="text to train on")
     parser.add_argument("--val_data_path", type=Path, required=True, help=f"to compare on: {NUM_VAL_ROWS} rows")
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--seconds", type=nonneg_float, default=0, help="of training per choice (0: the same rows)")
-    amount.add_argument("--tokens", type=nonneg_float, default=0, help="to train on per choice (0: the same rows)")
-    parser.add_argument("--validations", type=positive_int, default=1, help="of each run with --seconds or --tokens")
+    amount.add_argument("--seconds", type=nonneg_float, default=0,
+                        help="seconds of training per choice (0: the same rows)")
+    amount.add_argument("--tokens", type=nonneg_float, default=0,
+                        help="tokens to train on per choice (0: the same rows)")
+    parser.add_argument("--validations", type=positive_int, default=1,
+                        help="validations per run with --seconds or --tokens")
     parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per step")
     parser.add_argument("--epochs", type=positive_int, default=1)
-    parser.add_argument("--max_steps", type=nonneg_int, default=0, help="stop after so many steps (0: all epochs)")
+    parser.add_argument("--max_steps", type=nonneg_int, default=0, help="stop after this many steps (0: all epochs)")
     args = parser.parse_args()
     if args.choices == "levers" and not args.seconds:
         parser.error("--choices levers are compared in the same time: give --seconds")

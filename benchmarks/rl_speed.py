@@ -80,7 +80,7 @@ class TimedEngine(LocalRolloutEngine):
 
 
 class LengthReward:
-    """Rewards that differ."""
+    """The length of an answer as its reward, so that rewards differ."""
 
     names, weights = ["length"], torch.ones(1)
 
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--agent", action="store_true", help="episodes with tools")
     args = parser.parse_args()
     if args.answers % 24:
-        parser.error(f"--answers {args.answers} is no multiple of 24")
+        parser.error(f"--answers {args.answers} is not a multiple of 24")
     torch.manual_seed(0)
     compare = compare_episodes if args.agent else compare_steps
     result = compare(model_config(args), args.answers, args.repeats, random.Random(0), choose_device(args.device))

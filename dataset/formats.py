@@ -120,7 +120,7 @@ def raw_messages(row: dict, name: str) -> list[dict]:
         history = parse_json(row.get("history") or [], "history", list)
         if not all(isinstance(text, str) for text in question) or not all(
                 isinstance(turn, list) and len(turn) == 2 for turn in history):
-            raise ValueError("instruction and input are texts, history is [[question, answer], …]")
+            raise ValueError("instruction and input must be texts, history must be [[question, answer], …]")
         turns = [*history, ["\n".join(filter(None, question)), row.get("output")]]
         messages = [{"role": role, "content": text} for turn in turns
                     for role, text in zip(("user", "assistant"), turn, strict=True)]
@@ -139,7 +139,7 @@ def message_list(row: dict, field: str, role: str = "") -> list[dict]:
     if not messages:
         raise ValueError(f"{field} is empty; a conversation has one message or more")
     if not all(isinstance(message, dict) for message in messages):
-        raise ValueError("a message is an object with role and content")
+        raise ValueError("a message must be an object with role and content")
     return messages
 
 
@@ -234,7 +234,7 @@ def normalise_message(raw: dict, unused: list[str]) -> list[dict]:
         message["content"] = join_parts(message["content"])
     content = message.get("content")
     if not isinstance(content, str | None):
-        raise ValueError(f"content is text, not {type(content).__name__}")
+        raise ValueError(f"content must be text, not {type(content).__name__}")
     switches = [(name, message.pop(name)) for name in SWITCHES if name in message]
     for name, value in switches:
         if value not in (None, 0, 1):
@@ -264,7 +264,7 @@ def normalise_answer(message: dict) -> dict:
     """An assistant's message, with the reasoning and the calls that its content spells out in fields of their own."""
     content, reasoning = message.get("content") or "", message.get("reasoning_content") or ""
     if not isinstance(reasoning, str):
-        raise ValueError(f"reasoning_content is text, not {type(reasoning).__name__}")
+        raise ValueError(f"reasoning_content must be text, not {type(reasoning).__name__}")
     calls, found = parse_tool_calls(message), {}
     if "<think>" in content or "</think>" in content:
         thought, closed, content = content.partition("</think>")

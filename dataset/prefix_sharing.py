@@ -63,8 +63,8 @@ def collate_pairs(groups: list[tuple[Sequence[int], list[Sequence[int]]]], masks
     batch = pack_shared_prefix(groups, size)
     lengths = np.array([len(mask) for mask in masks], np.int64)
     last, predicted_at = torch.from_numpy(np.cumsum(lengths) - 1), batch["logits_indices"]
-    token_at = torch.cat((predicted_at[1:], predicted_at[-1:]))  # a token is where the next one is predicted
-    token_at[last] = predicted_at[last]  # the last one has no position, nothing being predicted after it
+    token_at = torch.cat((predicted_at[1:], predicted_at[-1:]))  # a token's position predicts the next token
+    token_at[last] = predicted_at[last]  # the last token has no position, since it predicts nothing
     batch |= {"token_at": token_at, "document": torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))}
     is_target = torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *masks]) != 0)
     batch |= {name: batch[name][is_target] for name in ("logits_indices", "targets", "document", "token_at")}

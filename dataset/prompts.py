@@ -80,7 +80,7 @@ def parse_ground_truth(row: dict) -> list[str]:
         with suppress(ValueError):
             values = read_json(values)
     if not isinstance(values, list) or not all(isinstance(value, (str, int, float)) for value in values):
-        raise ValueError('gt is a list of values, like ["42"]')
+        raise ValueError('gt must be a list of values, like ["42"]')
     return [decimal(value) if isinstance(value, float) else str(value) for value in values]
 
 

@@ -8,7 +8,8 @@
     a line with a field of CSV_FIELDS  those of a csv file, separated by commas, tabs or semicolons
     anything else                      lines of JSON
 
-A UTF-8 byte order mark, CRLF and blank lines are skipped. A file without rows is called by its name, with the way out.
+A UTF-8 byte order mark, CRLF and blank lines are skipped. A file of another kind is refused,
+with what it is and how to convert it.
 """
 
 import codecs
@@ -38,7 +39,7 @@ BETWEEN_VALUES, SCAN = re.compile(r"[\s,]*"), json.JSONDecoder().raw_decode
 SEPARATORS = {"csv": ",", "csv with tabs": "\t", "csv with semicolons": ";"}
 IMAGE = "an image: this model reads text only"
 PAGE = 'an HTML or XML page, as failed downloads leave: download the file itself (the "raw" link)'
-NOT_ROWS = {  # how a file begins: what it is, and the way out
+NOT_ROWS = {  # how a file begins: what it is, and what to do about it
     b"version https://git-lfs": "a Git LFS pointer, not the file itself, which `git lfs pull` fetches",
     b"\xff\xfe": "UTF-16 text, which `iconv -f UTF-16 -t UTF-8` converts",
     b"\xfe\xff": "UTF-16 text, which `iconv -f UTF-16 -t UTF-8` converts",
@@ -56,7 +57,7 @@ NOT_ROWS = {  # how a file begins: what it is, and the way out
 
 @dataclass
 class RowReport:
-    """What became of the rows of a file: how many cannot be used, the first five as "line: reason", and the keys that
+    """Statistics of the rows of a file: how many cannot be used, the first five as "line: reason", and the keys that
     are not used, with the number of rows that have them. A row that cannot be used is an error, unless `skip`.
     `num_bytes`: of the rows that were read so far."""
 
@@ -111,7 +112,7 @@ def read_rows(path: Path, parse: Callable[[dict], T] = lambda row: row, report: 
 
 
 def unpacked_size(path: Path) -> int | None:
-    """Bytes of the rows of a file; None where that is not known before it was read."""
+    """Bytes of the rows of a file; None where that is unknown before reading."""
     with open(path, "rb") as file:
         return None if file.read(4).startswith((b"\x1f\x8b", b"PAR1")) else path.stat().st_size
 
@@ -119,7 +120,7 @@ def unpacked_size(path: Path) -> int | None:
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, JSON text) of each row of a data file; without lines of its own, a row is numbered itself.
 
-    Raises UserError naming the file and where reading stopped. Whether a row is good is `parse_row`'s to find out.
+    Raises UserError naming the file and where reading stopped. `parse_row` checks whether a row is valid.
     """
     number = 0
     try:
@@ -159,7 +160,7 @@ def parse_row(line: bytes) -> dict:
     except UnicodeDecodeError as error:
         raise ValueError(not_utf8(error)) from None
     if not isinstance(row, dict):
-        raise ValueError(f"a row is a JSON object, not {type(row).__name__}")
+        raise ValueError(f"a row must be a JSON object, not {type(row).__name__}")
     return row
 
 

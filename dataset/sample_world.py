@@ -82,7 +82,7 @@ def turn(question: str, answer: str, **more: str) -> list[Message]:
 
 
 def format_tree(tree: Tree, tight: bool = False) -> str:
-    """Write an expression with the fewest parentheses that keep its value; `tight`: its neighbour binds stronger."""
+    """Write an expression with the fewest parentheses that keep its value; `tight`: its neighbour binds tighter."""
     if isinstance(tree, int):
         return str(tree)
     sign, left, right = tree
@@ -239,7 +239,7 @@ class World:
         return self.make_case(*kind, {"x": shown, "n": value}, {"n": wrong}, value, steps)
 
     def dialogue_case(self) -> Case:
-        """The user tells some things about himself and asks one or more of them back."""
+        """The user states some facts about themselves and later asks for one or more of them."""
         slots = self.rng.sample(texts.SLOTS, self.rng.choice((1, 2, 2, 3)))
         statements = [(slot, self.rng.choice(self.split_options(slot.values[self.lang]))) for slot in slots]
         messages = self.small_talk(texts.HELLO, 0.3)
@@ -404,7 +404,7 @@ class World:
         return {"conversations": case.messages, "skill": skill, "lang": LANGS[self.lang], "key": case.key}
 
     def dpo_row(self, false: float = 0.6) -> Message:
-        """Right and short is preferred to false (so often), to rude and to rambling."""
+        """The right, short answer is preferred to a false (so often), a rude or a rambling one."""
         return self.pair(self.case(self.rng.choices(SKILLS, DPO_MIX)[0], self.rng.choice(("call", "answer"))), false)
 
     def pair(self, case: Case, false: float) -> Message:

@@ -40,7 +40,7 @@ CHUNK_CHARS = 2 << 20  # of text tokenised at a time
 PROGRESS_S = 15
 ABANDONED_S = 24 * 3600  # without a change
 MAX_VOCAB_SIZE = 2**16
-VERSION = 3  # raise it when the same row becomes other tokens
+VERSION = 3  # increment it when the tokens of a row change
 
 T, R = TypeVar("T"), TypeVar("R")
 Parser = Callable[[dict], list[list[Segment]]]  # a row → its documents
@@ -150,12 +150,12 @@ def load_prepared(folder: Path, recipe: list) -> dict:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         folder_recipe = meta["made_by"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"--data_path {folder}: a folder, but not of tokens (python scripts/prepare_data.py makes one "
-                        "of a file)") from None
+        raise UserError(f"--data_path {folder}: a folder without tokens (python scripts/prepare_data.py makes one "
+                        "with them)") from None
     for name, value, needed in zip(("version", "kind", "tokenizer", "settings"), folder_recipe, recipe, strict=True):
         if value != needed:
-            raise UserError(f"--data_path {folder}: its tokens are of {name} {value}, needed is {needed}; make them "
-                            "anew with scripts/prepare_data.py")
+            raise UserError(f"--data_path {folder}: its tokens are of {name} {value}, {needed} is needed; make them "
+                            "again with scripts/prepare_data.py")
     return meta
 
 

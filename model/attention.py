@@ -76,7 +76,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout) -> Tensor:
 def padding_mask(attention_mask: Tensor, num_queries: int) -> Tensor:
     """Which keys each query sees, [B, 1, num_queries, S] bool, from `attention_mask` [B, S]: 0 is padding, 1 a token.
 
-    The queries are the last of the S positions. Padding sees only padding, so that no query is without keys, and NaN.
+    The queries are the last of the S positions. Padding sees only padding: a query without keys would give NaN.
     """
     num_keys = attention_mask.shape[1]
     position = torch.arange(num_keys, device=attention_mask.device)
@@ -107,7 +107,7 @@ def document_mask(cu_seqlens: Tensor, num_rows: int, length: int, expand_index: 
 
 @torch.compiler.assume_constant_result
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether PyTorch's flash attention runs there: half precision, built in, Ampere or newer, heads up to 256."""
+    """Whether PyTorch's flash attention supports them: half precision, built in, Ampere or newer, heads up to 256."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim <= 256 and \
         torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -161,7 +161,7 @@ def _varlen_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor
 
 @torch.compiler.disable  # the documents' lengths change every step
 def _sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The same on a CPU: one fused causal attention per document. A mask would cost the whole T×T square."""
+    """Packed documents on a CPU: one fused causal attention per document. A mask would compute all T×T scores."""
     lengths = [length for length in cu_seqlens.diff().tolist() if length]
     outputs = []
     for document in zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True):
@@ -173,7 +173,7 @@ def _sdpa_per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> T
 
 @torch.compiler.disable  # as many sizes as there are batches
 def _shared_prefix_varlen(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout) -> Tensor:
-    """The same where documents share a prefix, which is repeated for each of them here and nowhere else."""
+    """Packed documents that share a prefix: only here is it repeated for each of them."""
     expanded = [x.flatten(0, 1).index_select(0, layout.expand_index)[None] for x in (q, k, v)]
     out = _varlen(*expanded, layout)
     return out[0].index_select(0, layout.gather_index).view(q.shape)

@@ -35,7 +35,7 @@ CALL, END_CALL, RESPONSE, END_RESPONSE, THINK, END_THINK = SPECIAL_TOKENS.values
 ROLES = ("system", "user", "assistant", "tool")
 
 Segment = tuple[str | int, bool]  # text or the id of a special token, and whether it is a target of the loss
-MAX_TIKTOKEN_CHARS = 900_000  # it panics at a million spaces in a row
+MAX_TIKTOKEN_CHARS = 900_000  # tiktoken panics on a million consecutive spaces
 
 
 def unicode_to_byte() -> dict[str, int]:
@@ -67,7 +67,7 @@ class AssistantMessage:
 def hash_tokenizer(text: str) -> str:
     """Hash of the vocabulary, merges and special tokens, by which the metadata of weights names their tokenizer.
 
-    Not of the text of tokenizer.json: transformers writes the same tokenizer in other words.
+    Not of the text of tokenizer.json: transformers serialises the same tokenizer differently.
     """
     layout = json.loads(text)
     added = {token["content"]: token["id"] for token in layout["added_tokens"]}
@@ -221,12 +221,12 @@ def render(messages: list[dict], tools: list | str | None = None, keep_empty_thi
     ValueError with the number of the message and the reason.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError("a conversation is a non-empty list of messages")
+        raise ValueError("a conversation must be a non-empty list of messages")
     segments: list[Segment] = []
     for number, message in enumerate(messages, 1):
         try:
             if not isinstance(message, dict):
-                raise ValueError(f"a message is an object, not {type(message).__name__}")
+                raise ValueError(f"a message must be an object, not {type(message).__name__}")
             if number == 1:
                 tools = parse_json(tools or message.get("tools") or [], "tools", list)
                 if tools and message.get("role") != "system":
@@ -271,7 +271,7 @@ def system_segments(content: str, tools: list) -> list[Segment]:
 def assistant_segments(message: dict, content: str, keep_empty_think: bool) -> list[Segment]:
     reasoning = message.get("reasoning_content")
     if reasoning is not None and not isinstance(reasoning, str):
-        raise ValueError(f"reasoning_content is text, not {type(reasoning).__name__}")
+        raise ValueError(f"reasoning_content must be text, not {type(reasoning).__name__}")
     if reasoning is None and "</think>" in content:  # older data sets keep the reasoning in the content
         before, content = content.split("</think>", 1)
         reasoning = before.split("<think>", 1)[-1]
@@ -298,10 +298,10 @@ def content_text(content: str | list | None) -> str:
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError('a part of the content is {"type": "text", "text": text}')
+            raise ValueError('a part of the content must be {"type": "text", "text": text}')
         return "".join(texts)
     if not isinstance(content, str):
-        raise ValueError(f"content is text, not {type(content).__name__}")
+        raise ValueError(f"content must be text, not {type(content).__name__}")
     return content
 
 
@@ -311,7 +311,7 @@ def parse_tool_calls(message: dict) -> list[dict]:
     for call in parse_json(message.get("tool_calls") or [], "tool_calls", list):
         call = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise ValueError('a tool call is {"name": text, "arguments": object}')
+            raise ValueError('a tool call must be {"name": text, "arguments": object}')
         calls.append({"name": call["name"], "arguments": parse_json(call.get("arguments") or {}, "arguments", dict)})
     return calls
 
@@ -328,7 +328,7 @@ def parse_json(value: object, name: str, kind: type) -> list | dict:
 
 
 def refuse_number(text: str) -> float:
-    raise ValueError(f"{text} is no finite number")
+    raise ValueError(f"{text} is not a finite number")
 
 
 def finite_float(text: str) -> float:

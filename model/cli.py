@@ -57,7 +57,7 @@ def run_main(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        exit_with(1, f"error: this machine has too little memory for these sizes ({first_line(error)})")
+        exit_with(1, f"error: out of memory for these sizes ({first_line(error)})")
     except KeyboardInterrupt:
         exit_with(130)
     finally:
@@ -142,7 +142,7 @@ class Parser(argparse.ArgumentParser):
         exit_with(2, f"error: {message} (--help lists the flags)")
 
     def note_unused(self, args: argparse.Namespace, flags: Iterable[str], condition: str) -> None:
-        """Say which of `flags` were given though they change nothing. `condition`: when they do, "with --x y"."""
+        """Print a notice for each of `flags` that was given without effect, saying when it has one: "with --x"."""
         for flag in flags:
             if getattr(args, flag) != self.get_default(flag):
                 notice(f"--{flag} is not used: it has an effect {condition}")
@@ -171,7 +171,7 @@ def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 nonneg_int, positive_int = whole_number(0), whole_number(1)
 seed_int, port_number = whole_number(0, 2**64 - 1), whole_number(0, 65_535)
-num_positions = whole_number(1, 2**20)  # of a row: tables of so many entries are made
+num_positions = whole_number(1, 2**20)  # of a row; tables of this size are allocated
 
 
 def nonneg_float(text: str) -> float:
@@ -206,13 +206,13 @@ def fraction(text: str) -> float:
 
 
 SAMPLING_ARGS = {
-    "open_thinking": {"type": int, "choices": (0, 1), "help": "let the model think first"},
-    "max_new_tokens": {"type": positive_int, "help": "longest answer, in tokens"},
-    "temperature": {"type": nonneg_float, "help": "of sampling; 0 takes the likeliest token"},
-    "top_p": {"type": fraction, "help": "sample from the likeliest tokens of this total probability"},
-    "top_k": {"type": nonneg_int, "help": "sample from this many of the likeliest tokens; 0: off"},
-    "repetition_penalty": {"type": nonneg_float, "help": "above 1: repeat less; 1: off"},
-    "seed": {"type": seed_int, "help": "of sampling"},
+    "open_thinking": {"type": int, "choices": (0, 1), "help": "1: let the model think before it answers"},
+    "max_new_tokens": {"type": positive_int, "help": "maximum length of an answer, in tokens"},
+    "temperature": {"type": nonneg_float, "help": "sampling temperature; 0: greedy"},
+    "top_p": {"type": fraction, "help": "sample from the most probable tokens with this total probability"},
+    "top_k": {"type": nonneg_int, "help": "sample from this many of the most probable tokens; 0: off"},
+    "repetition_penalty": {"type": nonneg_float, "help": "penalty on tokens that occurred before; 1: off"},
+    "seed": {"type": seed_int, "help": "random seed of the sampling"},
 }
 
 

@@ -30,8 +30,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             device = torch.device("cuda", device.index if device.index is not None else local_rank)
         torch.ones(1, device=device).add(1).item()
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # the one whose random numbers and pinned memory are meant
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for 0.4 s whenever a shape is new
+            torch.cuda.set_device(device)  # random numbers and pinned memory then belong to it
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it spends 0.1 to 0.4 s on planning for each new shape
     except (RuntimeError, AssertionError) as error:
         if name != "auto":
             is_build = name.startswith("cuda") and "ordinal" not in str(error)

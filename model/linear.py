@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, prepacked: Tensor | None = None) -> Tensor
     """
     x2d, is_half = x.flatten(0, -2), x.dtype == torch.bfloat16
     num_tokens = len(x2d)
-    # 1. A prepacked weight. On a CPU, with one or two fp32 tokens the plain weight is as fast, unless it is joined.
+    # 1. A prepacked weight. On a CPU, with one or two fp32 tokens the plain weight is as fast, unless it is fused.
     if prepacked is not None and x.is_cuda:
         return F.linear(x, prepacked)
     if prepacked is not None and (prepacked.dtype == torch.bfloat16 or num_tokens > 2 or len(prepacked) > len(weight)):
@@ -102,7 +102,7 @@ class Linear(nn.Linear):
 
     # set by `model.inference.prepacked`: where PREPACKED has this weight, and this and those that `linears` joins to it
     path: str | None = None
-    joined_path: str | None = None
+    fused_path: str | None = None
 
     def __init__(self, in_features: int, out_features: int, device: str | None = None):
         super().__init__(in_features, out_features, bias=False, device=device)
@@ -122,8 +122,8 @@ def linear_at(x: Tensor, path: str | None, weight: Tensor, out_features: int) ->
 
 
 def linears(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-    """x [..., in] through each layer → [..., out] each; as one product where an engine has joined their weights."""
-    path = getattr(layers[0], "joined_path", None)
+    """x [..., in] through each layer → [..., out] each; as one product where an engine has fused their weights."""
+    path = getattr(layers[0], "fused_path", None)
     is_compiling = torch.compiler.is_compiling()
     if path is None or not (compiles_prepacked if is_compiling else path in PREPACKED.by_path):
         return [layer(x) for layer in layers]

@@ -28,12 +28,12 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_attention_heads", type=count, help="query heads (8 for a new model)")
     group.add_argument("--num_key_value_heads", type=count, help="key-value heads (4 for a new model)")
     group.add_argument("--intermediate_size", type=width, help="width of the feed-forward (pi x hidden_size)")
-    group.add_argument("--use_moe", **SWITCH, help="mixture of 4 experts instead of dense")
+    group.add_argument("--use_moe", **SWITCH, help="1: mixture of experts (4 by default)")
     group.add_argument("--num_experts", "--n_routed_experts", type=count,
                        help="MoE: experts (4 for a new model)")
     group.add_argument("--num_experts_per_tok", type=count, help="MoE: experts per token (1 for a new model)")
     group.add_argument("--n_shared_experts", type=whole_number(0, 1024),
-                       help="MoE: experts of all tokens (0 for a new model)")
+                       help="MoE: shared experts, which process every token (0 for a new model)")
     group.add_argument("--norm_topk_prob", **SWITCH,
                        help="MoE: weights of the chosen experts sum to 1 (0 for a new model, 1 in the published ones)")
 
@@ -49,10 +49,10 @@ def add_loading_args(parser: Parser) -> None:
     """Flags that choose a model for inference; each program adds its own flag for the name of the weights."""
     parser.add_argument("--load_from", default="model", help="'model': from --save_dir; a folder with only a "
                         "tokenizer: from --save_dir, with this tokenizer; else a transformers folder")
-    parser.add_argument("--lora_weight", type=optional_name, help="name of a LoRA that was trained on the weight")
+    parser.add_argument("--lora_weight", type=optional_name, help="name of a LoRA that was trained on the weights")
     add_folder_args(parser)
     parser.add_argument("--inference_rope_scaling", type=boolean, nargs="?", const=True, default=False,
-                        help="YaRN: longer texts than trained on")
+                        help="YaRN: extend the context beyond the trained length")
     add_model_args(parser)
     parser.add_aliases(lora_name="lora_weight", out_dir="save_dir")
 

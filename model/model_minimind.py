@@ -19,7 +19,7 @@ from .linear import Linear, linears, pad_to_multiple
 from .moe import Experts, load_balancing_loss, register_expert_names, router_stats, stack_expert_weights
 
 YARN_FACTOR, YARN_ORIGINAL_LENGTH, YARN_BETA_FAST, YARN_BETA_SLOW = 16.0, 2048, 32.0, 1.0
-IGNORED_KEYWORDS = ("return_dict", "use_cache", "cache_position")  # transformers passes them; nothing depends on them
+IGNORED_KEYWORDS = ("return_dict", "use_cache", "cache_position")  # passed by transformers, without effect
 CACHE_FIELD = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -88,7 +88,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and not torch.compiler.is_compiling():  # one kernel; what follows are eight, unless compiled
+        if x.is_cuda and not torch.compiler.is_compiling():  # one kernel; uncompiled, the code below has eight
             dtype = torch.promote_types(x.dtype, self.weight.dtype)
             return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
         x32 = x.float()
@@ -175,7 +175,7 @@ class MoEFeedForward(nn.Module):
         self._register_load_state_dict_pre_hook(stack_expert_weights)
 
     def forward(self, x: Tensor, layout: BatchLayout) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, H] → the same shape, and the `router_stats` [2, E]; none with a cache, which training has not."""
+        """x [B, T, H] → the same shape, and the `router_stats` [2, E]; None with a cache (in inference)."""
         x_NH = x.flatten(0, -2)
         prob_NE = self.gate(x_NH).softmax(-1, dtype=torch.float32)
         weight_NK, expert_NK = prob_NE.topk(self.top_k, dim=-1)

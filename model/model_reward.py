@@ -1,4 +1,4 @@
-"""The reward model: the decoder with one number as its head, read at the last token of a conversation."""
+"""The reward model: the decoder with a scalar head, read at the last token of a conversation."""
 
 import copy
 

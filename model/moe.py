@@ -1,4 +1,4 @@
-"""Mixture-of-experts: many SwiGLU networks in one product, the load-balancing loss, and the published weight names.
+"""Mixture-of-experts: many SwiGLU networks computed together, the load-balancing loss, and the published weight names.
 
 Shapes: N tokens, K experts per token, E experts, H hidden. A suffix names them: `expert_NK` is [N, K].
 """
@@ -78,7 +78,7 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: TokenGroups | None,
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """In which `x` is multiplied."""
+    """The dtype in which `x` is multiplied: autocast's, where that is enabled."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -86,20 +86,20 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 def use_dense_experts(x_NH: Tensor) -> bool:
     """Whether all experts take all tokens: few of them on a GPU, where sorting them takes longer than the products.
 
-    Nothing then waits for the host, so that a CUDA graph can hold a decoding step.
+    Nothing then waits for the host, so a decoding step can be captured in a CUDA graph.
     """
     return x_NH.device.type != "cpu" and len(x_NH) <= MAX_DENSE_TOKENS
 
 
 def can_use_grouped_mm(device: str, dtype: torch.dtype, *widths: int) -> bool:
-    """Whether one kernel takes all experts: CUDA's, for bf16, with rows of whole 16 bytes."""
+    """Whether one kernel computes all experts: CUDA, bf16, and rows that are multiples of 16 bytes."""
     return device == "cuda" and dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths) and \
         has_grouped_mm()
 
 
 @torch.compiler.assume_constant_result
 def has_grouped_mm() -> bool:
-    """Whether PyTorch has that kernel for the current CUDA device; on others it asks the device for each expert."""
+    """Whether PyTorch has that kernel for the current CUDA device; on others it loops over the experts and waits."""
     return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
@@ -127,7 +127,7 @@ def router_stats(prob_NE: Tensor, expert_NK: Tensor, token_mask: Tensor | None) 
 
 
 def load_balancing_loss(stats: list[Tensor]) -> Tensor:
-    """E · Σ_e fraction_e · probability_e, averaged over all layers (Switch, Fedus et al. 2021, eq. 4-6; as Qwen3-MoE).
+    """E · Σ_e fraction_e · probability_e, means over the layers (Switch, Fedus et al. 2021, eq. 4-6; Qwen3-MoE).
 
     `stats`: the `router_stats` [2, E] of each layer. At perfect balance the loss is K.
     """

@@ -46,7 +46,7 @@ def qwen3_config(config: MiniMindConfig, **options) -> PretrainedConfig:
                         "--format minimind and torch keep it as it is")
     omitted = {"model_type", "architectures", "auto_map", "use_moe", "inference_rope_scaling", "qk_norm",
                "n_shared_experts", "id2label", "label2id"}
-    if not config.use_moe:  # engines take every model whose config names experts for a MoE
+    if not config.use_moe:  # engines treat every model whose config has expert fields as a MoE
         omitted |= {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
                     "router_aux_loss_coef"}
     values = {name: value for name, value in config.to_dict().items() if name not in omitted}
@@ -68,7 +68,7 @@ def minimind_config(config: PretrainedConfig) -> MiniMindConfig:
     if not unsupported and rope.get("rope_type", "default") != "default":
         unsupported = [f"rope_type {rope['rope_type']}"]
     if unsupported:
-        raise UserError(f"MiniMind has no such model: {', '.join(unsupported)}; it reads Qwen3, Qwen3-MoE and "
+        raise UserError(f"unsupported model: {', '.join(unsupported)}; it reads Qwen3, Qwen3-MoE and "
                         "Llama as published")
     values = {name: getattr(config, name) for name in CONFIG_KEYS if hasattr(config, name)}
     return MiniMindConfig(**values | {"use_moe": config.model_type == "qwen3_moe", "rope_theta": rope["rope_theta"],
@@ -113,7 +113,7 @@ def open_tokenizer(folder: str | Path, own_template: bool = True) -> ChatTokeniz
 class TemplateTokenizer(ChatTokenizer):
     """A published tokenizer with the chat template of its folder, by which its models were trained.
 
-    Only the three tokens of ChatML must be ours; MiniMind2's tokenizer has no others, its `<think>` is text.
+    Only the three ChatML tokens must match ours; MiniMind2's tokenizer has no others, its `<think>` is text.
     """
 
     own_template = True

@@ -115,7 +115,7 @@ def grade(judge, prompts: list[list[dict]], answers: list[list[dict]]) -> list[l
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="weights, folders, URLs")
-    parser.add_argument("--prompts", type=Path, help="lines of text, or .jsonl rows (default: a built-in few)")
+    parser.add_argument("--prompts", type=Path, help="a question per line, or conversations (default: built-in ones)")
     parser.add_argument("--out", type=Path, help="write the Markdown there instead of printing it")
     parser.add_argument("--judge_url", metavar="URL#MODEL", help="an endpoint that grades every answer, 0 to 10")
     parser.add_argument("--api_key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")

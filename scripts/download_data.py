@@ -18,7 +18,7 @@ from scripts.lib.download import add_hub_args, choose_files, download, list_file
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", help="names of files; none lists what there is, with sizes")
+    parser.add_argument("files", nargs="*", help="files to download (default: list what there is, with sizes)")
     parser.add_argument("--target", type=Path, default=ROOT / "dataset", help="folder to write to (default: dataset/)")
     add_hub_args(parser)
     args = parser.parse_args()

@@ -67,7 +67,8 @@ def download_weight(file: RemoteFile, folder: Path, tokenizer_hash: str, source:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="repository of MiniMind's author: minimind-3, minimind-3-moe, minimind-3-pytorch")
-    parser.add_argument("files", nargs="*", help="names of files; none takes the folder, or lists .pth files")
+    parser.add_argument("files", nargs="*",
+                        help="files to download (default: the whole folder; of .pth files, list them)")
     parser.add_argument("--target", type=Path, help="folder to write to (default: out/ for .pth, else the name)")
     add_hub_args(parser)
     args = parser.parse_args()

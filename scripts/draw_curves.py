@@ -1,4 +1,4 @@
-"""Draw the loss of training runs over their steps, or the reward of online RL, from their logs, as a PNG.
+"""Draw the loss of training runs over their steps, or the reward of online RL, from their logs: PNG, SVG or PDF.
 
 Logs of one stage with several seeds, named like grpo_s1_128.jsonl and grpo_s2_128.jsonl, share a panel.
 
@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 from model.cli import Parser, UserError, run_main
 
-PICTURES = (".png", ".svg", ".pdf")
+IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def read_log(path: Path) -> list[dict]:
@@ -58,10 +58,10 @@ def draw_curves(logs: list[Path], target: Path) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="logs of training runs (jsonl)")
-    parser.add_argument("--out", type=Path, required=True, help="the picture (png)")
+    parser.add_argument("--out", type=Path, required=True, help="image file to write (.png, .svg or .pdf)")
     args = parser.parse_args()
-    if args.out.suffix.lower() not in PICTURES:
-        parser.error(f"--out {args.out}: a picture's name ends in {', '.join(PICTURES)}")
+    if args.out.suffix.lower() not in IMAGE_SUFFIXES:
+        parser.error(f"--out {args.out}: the file name must end in {', '.join(IMAGE_SUFFIXES)}")
     draw_curves(args.logs, args.out)
 
 

@@ -33,7 +33,7 @@ from model.model_minimind import MiniMindForCausalLM
 from scripts.draw_curves import subplots
 from scripts.lib.benchmark_formats import FORMATS, Question, read_questions
 
-NUM_POSITIONS, NUM_PREDICTED = 16, 256  # in a long text: where it is predicted, and for how many tokens each
+NUM_WINDOWS, NUM_PREDICTED = 16, 256  # in a long text: where it is predicted, and for how many tokens each
 
 # -- texts -------------------------------------------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ def measure_texts(model: nn.Module, tokenizer: ChatTokenizer, texts: list[str], 
 def measure_context(model: nn.Module, ids: list[int], lengths: list[int]) -> dict[str, list[float]]:
     """Perplexity of the same tokens of a text, with ever more of it before them: {"plain": [lengths], "yarn": …}.
 
-    They end the windows, at positions spread over the text. With YaRN only where the class is ours.
+    They are the last tokens of windows spread over the text. "yarn" is measured only for MiniMind's own class.
     """
     max_length = max(lengths)
     if len(ids) < max_length:
@@ -82,15 +82,15 @@ def measure_context(model: nn.Module, ids: list[int], lengths: list[int]) -> dic
     curves, original = {}, getattr(model.config, "inference_rope_scaling", False)
     for name, model.config.inference_rope_scaling in scalings.items():  # which the model reads in every forward pass
         nats = [-score for score, in log_likelihoods(model, requests)]
-        curves[name] = [math.exp(sum(nats[i:i + NUM_POSITIONS]) / NUM_POSITIONS / NUM_PREDICTED)
-                        for i in range(0, len(nats), NUM_POSITIONS)]
+        curves[name] = [math.exp(sum(nats[i:i + NUM_WINDOWS]) / NUM_WINDOWS / NUM_PREDICTED)
+                        for i in range(0, len(nats), NUM_WINDOWS)]
     model.config.inference_rope_scaling = original
     return curves
 
 
 def window_ends(num_tokens: int, max_length: int) -> list[int]:
     """Where windows of up to `max_length` tokens end, spread over a text of `num_tokens`."""
-    return [max_length + (num_tokens - max_length) * i // (NUM_POSITIONS - 1) for i in range(NUM_POSITIONS)]
+    return [max_length + (num_tokens - max_length) * i // (NUM_WINDOWS - 1) for i in range(NUM_WINDOWS)]
 
 
 def draw_context(lengths: list[int], curves: dict[str, list[float]], path: Path) -> None:
@@ -163,19 +163,20 @@ def percent(standard_error: float | None) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
+    parser.add_argument("--weight", default="full_sft", help="name of the weights (%(default)s)")
     add_loading_args(parser)
-    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help=".txt, .jsonl, or .gz of them")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="plain text, or rows in any format that dataset/formats.py lists")
     parser.add_argument("--max_seq_len", type=num_positions, default=512,
                         help="tokens in a row of --text (%(default)s)")
     parser.add_argument("--benchmark", nargs=2, action="append", default=[], metavar=("NAME", "FILE"),
-                        help=f"{', '.join(FORMATS)}, and its file or folder (.csv, .jsonl, .jsonl.gz)")
+                        help=f"{', '.join(FORMATS)}, and its file or folder (.csv, .tsv, .json, .jsonl, .parquet, .gz)")
     parser.add_argument("--fewshot", type=nonneg_int, default=0, help="examples before a question (%(default)s)")
     parser.add_argument("--fewshot_path", type=Path, help="file or folder of the examples, of the benchmark's format")
     parser.add_argument("--long_text", type=Path, metavar="FILE",
                         help="a text to predict with ever more context, with and without YaRN")
     parser.add_argument("--lengths", type=num_positions, nargs="+", default=[512, 1024, 2048, 4096, 8192],
-                        help="of --long_text: tokens of its windows (%(default)s)")
+                        help="window lengths for --long_text, in tokens (%(default)s)")
     parser.add_argument("--picture", type=Path, help="of --long_text: the curves, as a PNG")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
     parser.add_argument("--json", type=Path, help="write all figures there")
@@ -189,7 +190,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.picture and args.picture.suffix != ".png":
         parser.error(f"--picture {args.picture}: the curves are written as a PNG, so name a file that ends in .png")
     if min(args.lengths) <= NUM_PREDICTED:
-        parser.error(f"--lengths {min(args.lengths)}: a window is longer than its {NUM_PREDICTED} predicted tokens")
+        parser.error(f"--lengths {min(args.lengths)}: must exceed {NUM_PREDICTED}, the tokens predicted in each window")
     if not args.long_text:
         parser.note_unused(args, ("picture", "lengths"), "with --long_text")
     if not args.text:

@@ -49,7 +49,7 @@ def resume(path: Path) -> set[str]:
     try:
         done = {json.loads(line)["prompt"] for line in complete.splitlines()}
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"--out {path} holds something else than answers of this program; name another file") from None
+        raise UserError(f"--out {path} holds something other than answers of this program; name another file") from None
     if len(complete) < len(data):
         os.truncate(path, len(complete))
     return done
@@ -66,7 +66,8 @@ def pending_prompts(path: Path, done: set[str]) -> Iterator[tuple[str, list[dict
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", type=Path, required=True, help="conversations, .jsonl or .jsonl.gz")
+    parser.add_argument("--data_path", type=Path, required=True,
+                        help="conversations, in any format that dataset/formats.py lists")
     parser.add_argument("--out", type=Path, required=True, help="file that the answered conversations are appended to")
     add_endpoint_args(parser, "OPENAI_API_KEY")
     add_sampling_args(parser, temperature=0.7, max_new_tokens=1024)

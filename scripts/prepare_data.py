@@ -28,19 +28,21 @@ from trainer.arguments import add_sft_args, sft_options
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=[*DATASETS, "rl"],
-                        help="of rows; sft: for LoRA and distillation too; rl: only with --inspect, which guesses it")
+                        help="kind of rows (sft: also for LoRA and distillation; rl: only with --inspect, which guesses"
+                        " the kind)")
     parser.add_argument("--data_path", type=Path, help="file of rows in any format that dataset/formats.py lists")
-    parser.add_argument("--out", type=Path, help="folder to make; with --clean, the file")
+    parser.add_argument("--out", type=Path, help="folder to create; with --clean, the file to write")
     parser.add_argument("--inspect", type=Path, metavar="FILE", help="only print what the file holds")
     parser.add_argument("--clean", type=Path, metavar="FILE",
                         help="drop broken, repetitive and (nearly) equal rows, see scripts/lib/clean_data.py")
     parser.add_argument("--min_chars", type=nonneg_int, default=10, help="--clean: shortest text, in characters")
     parser.add_argument("--max_chars", type=positive_int, default=200_000, help="--clean: longest text, in characters")
     parser.add_argument("--max_seq_len", type=num_positions,
-                        help="also pack rows of this length (others: on first use)")
+                        help="row length to pack in advance (others are packed on first use)")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER_DIR, help="folder of the tokenizer")
     parser.add_argument("--skip_bad_rows", type=int, choices=(0, 1), default=0, help="1 leaves bad rows out")
-    parser.add_argument("--seed", type=seed_int, default=42, help="sft: as of the stage (default: %(default)s)")
+    parser.add_argument("--seed", type=seed_int, default=42,
+                        help="sft: the --seed of the training script (default: %(default)s)")
     add_sft_args(parser)
     args = parser.parse_args()
     if args.clean:

@@ -53,11 +53,12 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data_path", type=Path, nargs="+", default=[ROOT / "dataset/sample/heldout.jsonl"],
                         help="held-out cases; a row without a skill counts under the name of its file")
-    parser.add_argument("--weight", default="full_sft", help="name of the weight")
+    parser.add_argument("--weight", default="full_sft", help="name of the weights")
     add_loading_args(parser)
     parser.add_argument("--max_new_tokens", type=positive_int, default=128, help="longest answer, in tokens")
     parser.add_argument("--json", type=Path, help="write the scores there")
-    parser.add_argument("--show_wrong", type=nonneg_int, default=0, help="print so many wrong answers a skill")
+    parser.add_argument("--show_wrong", type=nonneg_int, default=0,
+                        help="print up to this many wrong answers per skill")
     args = parser.parse_args()
     cases = [{"skill": path.stem} | row for path in args.data_path for _, row in read_rows(path, parse_case)]
     if not cases:

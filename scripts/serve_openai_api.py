@@ -66,8 +66,8 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
 
     app = FastAPI(title="MiniMind", lifespan=lifespan, docs_url=None, redoc_url=None)
     recent_items = RecentItems()
-    errors = {"4XX": {"description": "an error object: the request's fault, or not now"},
-              "5XX": {"description": "an error object: the server's fault, or it is stopping"}}
+    errors = {"4XX": {"description": "an error object: the request is invalid, or cannot be served now"},
+              "5XX": {"description": "an error object: the server failed, or is stopping"}}
     stream_or_errors = errors | {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", responses=stream_or_errors)
@@ -92,8 +92,8 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
             raise unknown_model(model)
         request = await asyncio.to_thread(make_request)  # a long prompt takes a while to tokenise
         if len(request.choices) > service.max_pending:
-            raise ApiError(400, f"n: {len(request.choices)} answers; this server holds {service.max_pending} at a time",
-                           "n")
+            raise ApiError(400, f"n: {len(request.choices)} choices; this server accepts at most {service.max_pending} "
+                           "at a time", "n")
         try:
             await service.submit(request)
         except ValueError as error:
@@ -136,10 +136,11 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
             ApiError(503, "the server is stopping", code="stopping"), {"Retry-After": "5"}),
         RequestValidationError: lambda _, error: error_response(validation_error(error.errors())),
         HTTPException: lambda request, error: error_response(
-            ApiError(error.status_code, absent(request.url.path) if error.status_code == 404 else error.detail),
+            ApiError(error.status_code,
+                     not_found_message(request.url.path) if error.status_code == 404 else error.detail),
             getattr(error, "headers", None)),
         UnicodeEncodeError: lambda *_: error_response(  # pydantic cannot quote it in an error
-            ApiError(400, "the body is not text: half a surrogate pair (\\ud800 to \\udfff) in it")),
+            ApiError(400, "the body contains half a surrogate pair (\\ud800 to \\udfff), which is not text")),
         Exception: lambda _, error: error_response(internal_error(error)),
     }
     app.add_middleware(AuthMiddleware, service=service, api_key=api_key)
@@ -148,9 +149,9 @@ def create_app(service: EngineThread, tokenizer: ChatTokenizer, defaults: Defaul
     return app
 
 
-def absent(path: str) -> str:
+def not_found_message(path: str) -> str:
     """Why there is nothing under a path."""
-    reasons = {"/v1/embeddings": "; a model that was trained to chat makes no good embeddings, ask another server",
+    reasons = {"/v1/embeddings": "; this server has no embedding model",
                "/v1/responses/": "; responses are not stored", "/v1/messages": "; use /v1/chat/completions"}
     return f"there is no {path} here" + next((why for start, why in reasons.items() if path.startswith(start)), "")
 
@@ -237,23 +238,26 @@ def listen(host: str, port: int) -> socket.socket:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weight", default="full_sft", help="name of the weight (%(default)s)")
+    parser.add_argument("--weight", default="full_sft", help="name of the weights (%(default)s)")
     add_loading_args(parser)
-    add_sampling_args(parser.add_argument_group("defaults of requests that leave them open"), open_thinking=0,
+    add_sampling_args(parser.add_argument_group("defaults for fields that a request leaves out"), open_thinking=0,
                       max_new_tokens=1024, temperature=0.85, top_p=0.95)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (%(default)s)")
     group.add_argument("--port", type=port_number, default=8998, help="0 takes a free one (%(default)s)")
     group.add_argument("--model_name", default=Defaults.model, help="what clients call the model (%(default)s)")
-    group.add_argument("--api_key", help=f"what clients must send (default: ${KEY_VARIABLE}; without one, nothing)")
-    group.add_argument("--cors", nargs="+", metavar="ORIGIN", help="web pages that may ask, or '*' for all")
+    group.add_argument("--api_key", help=f"key that clients must send (default: ${KEY_VARIABLE}; if unset, none)")
+    group.add_argument("--cors", nargs="+", metavar="ORIGIN",
+                       help="origins whose web pages may call the API, or '*' for all")
     group.add_argument("--max_batch", type=whole_number(1, 65_536), default=32,
-                       help="answers written together (%(default)s)")
-    group.add_argument("--max_cache_tokens", type=positive_int, help="bound of the key-value cache (2,048 an answer)")
+                       help="choices that are generated at the same time (%(default)s)")
+    group.add_argument("--max_cache_tokens", type=positive_int,
+                       help="tokens that the key-value cache holds (2,048 per --max_batch, at least 32,768)")
     parser.add_aliases(max_seq_len=None)  # the model's own length holds
     group.add_argument("--max_tools", type=nonneg_int, help="tools of a request that reach the model (all); the header "
                        "X-Tools-Left-Out counts the others")
-    group.add_argument("--max_queue", type=nonneg_int, default=128, help="answers that may wait beside (%(default)s)")
+    group.add_argument("--max_queue", type=nonneg_int, default=128,
+                       help="choices that may wait while --max_batch others run (%(default)s)")
     return parser.parse_args()
 
 

@@ -31,7 +31,7 @@ from model.cli import Parser, UserError, positive_int, run_main, whole_number
 from model.files import write_atomically
 from model.weights import ROOT
 
-# Position is id, and weights depend on it: append nothing, reorder nothing.
+# The position is the token id, and weights depend on it: append nothing, reorder nothing.
 CONTROL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",

@@ -248,20 +248,20 @@ def test_decoding_keeps_markers_only_when_asked(tokenizer):
 # ------------------------------------------------------------------------------------------- bad messages, bad folders
 
 BAD_MESSAGES = {
-    "no object": ("hi", "a message is an object, not str"),
+    "no object": ("hi", "a message must be an object, not str"),
     "unknown role": ({"role": "robot", "content": "x"}, "unknown role 'robot'"),
     "no role": ({"content": "x"}, "unknown role None"),
-    "content a number": (user(3), "content is text, not int"),
-    "content an object": (user({"text": "x"}), "content is text, not dict"),
+    "content a number": (user(3), "content must be text, not int"),
+    "content an object": (user({"text": "x"}), "content must be text, not dict"),
     "a part that is no text": (user([{"type": "image_url", "image_url": "x"}]), "a part of the content"),
     "content no text": (user("\ud83d"), "half a surrogate pair"),
-    "reasoning a list": (assistant("x", reasoning_content=["y"]), "reasoning_content is text, not list"),
+    "reasoning a list": (assistant("x", reasoning_content=["y"]), "reasoning_content must be text, not list"),
     "calls no JSON": (assistant("", tool_calls="[{"), "tool_calls is not JSON"),
     "calls an object": (assistant("", tool_calls={"name": "f"}), "tool_calls is a list, not dict"),
     "calls no text": (assistant("", tool_calls='[{"name": "\\ud83d"}]'), "half a surrogate pair"),
-    "a call that is a number": (assistant("", tool_calls=[3]), "a tool call is"),
-    "a call without a name": (assistant("", tool_calls=[{"arguments": {}}]), "a tool call is"),
-    "a function that is a number": (assistant("", tool_calls=[{"function": 3}]), "a tool call is"),
+    "a call that is a number": (assistant("", tool_calls=[3]), "a tool call must be"),
+    "a call without a name": (assistant("", tool_calls=[{"arguments": {}}]), "a tool call must be"),
+    "a function that is a number": (assistant("", tool_calls=[{"function": 3}]), "a tool call must be"),
     "arguments no JSON": (assistant("", tool_calls=[{"name": "f", "arguments": "{"}]), "arguments is not JSON"),
     "arguments a list": (assistant("", tool_calls=[{"name": "f", "arguments": "[1]"}]), "arguments is a dict"),
 }

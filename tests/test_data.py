@@ -405,8 +405,8 @@ BAD_ROWS = {
     "cut off": (TokenDataset, b'{"text": "a', "not JSON: "),
     "nested too deep": (TokenDataset, b"[" * 100_000, "not JSON: "),
     "not UTF-8": (TokenDataset, b'{"text": "\xff"}', "not UTF-8: "),
-    "a list": (TokenDataset, b"[1]", "a row is a JSON object, not list"),
-    "a number": (TokenDataset, b"3", "a row is a JSON object, not int"),
+    "a list": (TokenDataset, b"[1]", "a row must be a JSON object, not list"),
+    "a number": (TokenDataset, b"3", "a row must be a JSON object, not int"),
     "half a surrogate pair": (TokenDataset, b'{"text": "\\uD83D"}', "not text: half a surrogate pair"),
     "no text": (PretrainDataset, b'{"txt": "typo"}', 'a pretraining row is {"text": '),
     "text a number": (PretrainDataset, b'{"text": 3}', 'a pretraining row is {"text": '),
@@ -414,12 +414,12 @@ BAD_ROWS = {
     "no conversations": (SFTDataset, b'{"text": "fine"}', 'a row is {"conversations": [messages]}'),
     "no messages": (SFTDataset, chat(), "conversations is empty; a conversation has one message or more"),
     "messages a text": (SFTDataset, b'{"conversations": "hello"}', "conversations is not JSON: "),
-    "a message a text": (SFTDataset, chat(USER, "hello"), "a message is an object"),
+    "a message a text": (SFTDataset, chat(USER, "hello"), "a message must be an object"),
     "no assistant": (SFTDataset, chat(USER), "no message of the assistant's"),
     "unknown role": (SFTDataset, chat(USER, ASSISTANT, {"role": "bot"}), "message 3: unknown role 'bot'"),
-    "bad content": (SFTDataset, chat(USER, {**ASSISTANT, "content": 3}), "message 2: content is text, not int"),
+    "bad content": (SFTDataset, chat(USER, {**ASSISTANT, "content": 3}), "message 2: content must be text, not int"),
     "bad tools": (SFTDataset, chat({**USER, "tools": "[{"}, ASSISTANT), "message 1: tools is not JSON: "),
-    "bad calls": (SFTDataset, chat(USER, {**ASSISTANT, "tool_calls": "[3]"}), "message 2: a tool call is "),
+    "bad calls": (SFTDataset, chat(USER, {**ASSISTANT, "tool_calls": "[3]"}), "message 2: a tool call must be "),
 }
 
 

@@ -137,7 +137,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(lived, tmp_path):
     runs.write_text(json.dumps(records))
     done = subprocess.run([*command, f"pretrain.max_steps={stopped_at + 3}", "pretrain.epochs=200"], env=ENVIRONMENT,
                           text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0 and f"resume: going on after step {stopped_at}" in done.stdout, done.stdout
+    assert done.returncode == 0 and f"resume: continuing after step {stopped_at}" in done.stdout, done.stdout
     assert "data: done before" in done.stdout and state.exists()
     after = json.loads(runs.read_text())["pretrain"]
     assert after["done"] and after["seconds"] > record["seconds"]

@@ -118,7 +118,7 @@ def test_a_reward_model_does_not_replace_another_folder(lab, capsys):
     ({"chosen": [USER, USER], "rejected": [USER, says("4")]}, "chosen is not a prompt and an answer"),
     ({"chosen": [says("3")], "rejected": [says("4")]}, "chosen: the prompt that it answers is missing"),
     ({"chosen": [USER, says("3")], "rejected": [USER, says("3")]}, "chosen and rejected are equal"),
-    ({"chosen": [USER, says("3")], "rejected": [USER, "4"]}, "a message is an object"),
+    ({"chosen": [USER, says("3")], "rejected": [USER, "4"]}, "a message must be an object"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_bad_row_is_told_with_its_line(lab, capsys, tmp_path, row, words):
     path = tmp_path / "bad.jsonl"

@@ -206,11 +206,11 @@ REFUSED = {
     "audio": ([{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}], "text only"),
     "a file": ([{"type": "file", "file": {"file_id": "1"}}], "text only"),
     "a video": ([{"type": "video_url", "video_url": {"url": ""}}], "text only"),
-    "a part without text": ([{"type": "text"}], "messages.0.content.0: a part of type text has the field text"),
+    "a part without text": ([{"type": "text"}], "messages.0.content.0: a part of type text needs the field text"),
     "a part of another type": (["x"], "messages.0.content.0: "),
     "an object": ({"type": "text"}, "messages.0.content: "),
-    "thinking of a user": ([{"type": "thinking", "thinking": "hm"}], "only an assistant"),
-    "null": (None, "a user message has content"),
+    "thinking of a user": ([{"type": "thinking", "thinking": "hm"}], "only for assistant messages"),
+    "null": (None, "a user message needs content"),
 }
 
 

@@ -204,7 +204,7 @@ def test_more_epochs_go_on_with_the_longer_schedule(lab, capsys):
     done = parts.state()["step"]
     capsys.readouterr()
     parts.train(epochs=1, learning_rate=1e-3, from_resume=1)
-    assert "nothing left to do; more --epochs go on" in capsys.readouterr().out
+    assert "nothing left to do; raise --epochs to continue" in capsys.readouterr().out
     parts.train(epochs=3, learning_rate=1e-3, from_resume=1)
     steps = whole.state()["step"]
     assert f"--epochs 3 stretches the schedule of the learning rate from {done} to {steps}" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive_float, default=2, help="passes over the data; 0.25: over a quarter")
     group.add_argument("--max_steps", type=nonneg_int, default=0,
-                       help="stop after so many steps (0: never); the schedule still spans all epochs")
+                       help="stop after this many steps (0: no limit); the schedule still spans all epochs")
     group.add_argument("--batch_size", type=num_rows,
                        help="rows (online RL: prompts) per device and micro-step (default: less for a small file)")
     group.add_argument("--accumulation_steps", type=num_rows, default=1,
@@ -62,21 +62,23 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--global_batch_size", type=num_rows,
                        help="rows per step of all devices together; the number of micro-steps follows, of at most "
                             "--batch_size rows per device")
-    group.add_argument("--learning_rate", type=nonneg_float, help="peak, after a linear warm-up")
+    group.add_argument("--learning_rate", type=nonneg_float, help="peak learning rate, after a linear warm-up")
     group.add_argument("--lr_schedule", choices=("cosine", "wsd"), default="cosine",
-                       help="cosine to a tenth, or constant and in the last fifth a line to 0")
-    group.add_argument("--warmup_ratio", type=fraction, default=0.0, help="share of the steps that warm up")
-    group.add_argument("--weight_decay", type=nonneg_float, default=0.01, help="decoupled, on matrices only")
+                       help="cosine: decay to a tenth of the peak; wsd: constant, then linear to 0 over the last fifth")
+    group.add_argument("--warmup_ratio", type=fraction, default=0.0, help="fraction of the steps used for warm-up")
+    group.add_argument("--weight_decay", type=nonneg_float, default=0.01,
+                       help="decoupled weight decay, on matrices only")
     group.add_argument("--grad_clip", type=nonneg_float, default=1.0, help="largest gradient norm (0: no limit)")
     group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
                        help="muon: for the hidden matrices, AdamW for the rest")
-    group.add_argument("--seed", type=seed_int, default=42, help="of weights, data order and sampling")
+    group.add_argument("--seed", type=seed_int, default=42,
+                       help="random seed of initial weights, data order and sampling")
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="cuda, cuda:1, mps, cpu, or auto: the best available")
     group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
                        help="of the matrix products; without bfloat16 units it is float16 on a GPU, float32 on a CPU")
-    group.add_argument("--use_compile", **SWITCH, help="torch.compile the blocks (default: on NVIDIA's GPUs)")
+    group.add_argument("--use_compile", **SWITCH, help="torch.compile the blocks (default: on NVIDIA GPUs)")
     group.add_argument("--adapt_threads", **SWITCH, default=1, help="on a CPU: use fewer threads while other programs "
                        "are busy; sums are then rounded in another order (default: %(default)s)")
     group.add_argument("--parallel", choices=("ddp", "fsdp", "deepspeed"), default="ddp",
@@ -92,8 +94,8 @@ def stage_parser(description: str, packs: bool = True, **defaults) -> Parser:
     group.add_argument("--eval_interval", type=nonneg_int, default=0, help="steps between validations (0: at the end)")
     group.add_argument("--eval_first", **SWITCH, default=0, help="validate before the first step too")
     group.add_argument("--use_wandb", action="store_true", help="track with SwanLab (offline without a network)")
-    group.add_argument("--wandb_project", help="project of the tracker")
-    group.add_argument("--wandb_run_name", help="name of the run there (default: of the weight)")
+    group.add_argument("--wandb_project", help="project name in the tracker")
+    group.add_argument("--wandb_run_name", help="run name in the tracker (default: name of the weight)")
     parser.add_aliases(out_dir="save_dir", ddp=None)
     parser.set_defaults(**{"data_path": None, **defaults})
     return parser
@@ -119,7 +121,7 @@ def rl_parser(description: str, **defaults) -> Parser:
     group.add_argument("--max_gen_len", type=num_positions, default=1024, help="longest answer, in tokens")
     group.add_argument("--num_generations", type=num_rows, default=6, help="answers per prompt")
     group.add_argument("--temperature", type=nonneg_float, default=1.0,
-                       help="of sampling, and of every log-probability")
+                       help="sampling temperature, also of every log-probability")
     group.add_argument("--thinking_ratio", type=fraction, default=0.9,
                        help="share of the prompts that ask for thinking")
     group.add_argument("--update_epochs", type=positive_int, default=1, help="passes over a rollout")
@@ -130,7 +132,7 @@ def rl_parser(description: str, **defaults) -> Parser:
     group.add_argument("--is_cap", type=nonneg_float, default=0.0,
                        help="truncated importance sampling against the sampler's rounding: the largest weight (0: off)")
     group.add_argument("--show_samples", type=nonneg_int, default=0,
-                       help="print so many answers per rollout, coloured by the advantage of each token")
+                       help="print this many answers per rollout, coloured by the advantage of each token")
     group.add_argument("--show_interval", type=positive_int, default=1, help="rollouts between such prints")
     group.add_argument("--mini_batch_size", type=positive_int, help=argparse.SUPPRESS)  # sets mini_batches
     group.add_argument("--debug_mode", action="store_const", dest="show_samples", const=2, default=argparse.SUPPRESS,
@@ -152,7 +154,8 @@ def policy_parser(description: str, **defaults) -> Parser:
     parser = rl_parser(description, **defaults)
     group = parser.add_argument_group("loss")
     group.add_argument("--loss_type", choices=POLICY_DEFAULTS, default="cispo", help="spo: one answer per prompt")
-    group.add_argument("--beta", type=nonneg_float, default=0.1, help="coefficient of the KL to the start (0: no KL)")
+    group.add_argument("--beta", type=nonneg_float, default=0.1,
+                       help="coefficient of the KL to the reference model (0: no KL)")
     group.add_argument("--epsilon", type=nonneg_float, help="clip the ratio at 1 - this (default: of the loss)")
     group.add_argument("--epsilon_high", type=nonneg_float, help="clip the ratio at 1 + this; cispo: at this")
     group.add_argument("--aggregation", choices=("token", "sequence"),
@@ -176,7 +179,7 @@ def parse_policy_args(parser: Parser, argv: list[str] | None = None) -> argparse
     if args.loss_type == "spo":
         args.num_generations = 1
         if not args.spo_half_life:
-            parser.error("--spo_half_life 0 would forget everything at once; give more than 0")
+            parser.error("--spo_half_life 0 forgets everything at once; it must be above 0")
         if args.resample:
             parser.error("--resample compares the answers to one prompt, of which --loss_type spo has one")
     elif args.num_generations < 2:
@@ -226,7 +229,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     check_name(args.save_weight)
     args.tokenizer = TOKENIZER_DIR if args.tokenizer == "model" else args.tokenizer
     if getattr(args, "temperature", 1.0) == 0:
-        parser.error("--temperature 0 leaves no distribution to learn from; give more than 0")
+        parser.error("--temperature must be above 0: greedy sampling has no distribution to learn from")
     for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir",
                  "deepspeed_config"):
         value = getattr(args, name, None)

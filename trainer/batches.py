@@ -42,7 +42,8 @@ def sampler_indices(start: int, count: int, seed: int, size: int) -> np.ndarray:
 def adapt_batch(num_rows: int, batch_size: int, accumulation_steps: int, world_size: int = 1) -> tuple[int, int]:
     """Lower accumulation_steps, then batch_size, until an epoch of `num_rows` rows has MIN_STEPS steps, if it can.
 
-    People fine-tune on 20 to 500 short rows, which packing makes even fewer: with 32 per step, a step or two.
+    People fine-tune on 20 to 500 short rows, which packing makes even fewer: with 32 rows per step that is a step
+    or two.
     """
     rows_per_device = max(1, num_rows // (MIN_STEPS * world_size))
     return min(batch_size, rows_per_device), min(accumulation_steps, max(1, rows_per_device // batch_size))

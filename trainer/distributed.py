@@ -94,7 +94,7 @@ def init_distributed(device_name: str) -> Iterator[tuple[World, torch.device]]:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher terminates this rank too: print the error first
         raise Failure(f"rank {rank} lost its connection: no answer from {unresponsive_ranks(rank, size)} "
-                      f"({first_line(error)}); --from_resume 1 goes on from the last state") from None
+                      f"({first_line(error)}); --from_resume 1 continues from the last state") from None
     finally:
         _control = None
         dist.destroy_process_group()

@@ -25,7 +25,7 @@ class IntervalMetrics:
         self.start, self.steps, self.num_items, self.num_tokens = time.perf_counter(), 0, 0, 0
         self.loss_sum = torch.zeros((), device=device)
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)  # every loss and gradient so far
-        self.item_sums: dict[str, Tensor] = {}  # metrics of the loss, as summed over items as the loss is
+        self.item_sums: dict[str, Tensor] = {}  # metrics of the loss, summed over items like the loss
         self.step_values: dict[str, list[float]] = {}  # metrics of the batches, which are averaged over steps
         self.empty_steps, self.zero_grad_steps = 0, torch.zeros((), dtype=torch.int64, device=device)
 
@@ -80,7 +80,7 @@ class MetricsLog:
 
 
 def rounded(value: object) -> object:
-    """A float to 6 significant digits; None, as JSON has no word for it, if it is not finite."""
+    """A float to 6 significant digits; None if it is not finite, which JSON cannot express."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
@@ -96,7 +96,7 @@ class Tracker:
         options = {"project": project, "experiment_name": name, "config": config, "logdir": str(folder / "swanlab")}
         if run_id:
             options |= {"id": run_id, "resume": "allow"}
-        os.environ.setdefault("SWANLAB_INTERACTIVE", "false")  # never ask: without a key it is offline
+        os.environ.setdefault("SWANLAB_INTERACTIVE", "false")  # never prompt for a login: without a key it is offline
         sigint_handler = signal.getsignal(signal.SIGINT)
         for mode in ("cloud", "offline"):
             try:

@@ -6,13 +6,13 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-STACK_SIZE = 2**23  # elements orthogonalised together: enough to fill the machine, few compared with the weights
+STACK_SIZE = 2**23  # elements orthogonalised together: enough to saturate the device, few compared with the weights
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str = "cosine") -> float:
     """Linear warm-up to `peak` over `warmup` steps, then half a cosine down to a tenth of it at the last step.
 
-    `schedule` "wsd": warm-up, then constant, then over the last fifth a line to 0 (Hu et al. 2024,
+    `schedule` "wsd": warm-up, then constant, then linear decay to 0 over the last fifth (Hu et al. 2024,
     https://arxiv.org/abs/2404.06395).
     """
     if step < warmup:

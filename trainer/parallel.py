@@ -103,7 +103,7 @@ class FSDPStrategy(DDPStrategy):
     def __init__(self, run, model: nn.Module, make_optimizers: Callable):
         name = run.args.parallel
         if not dist.is_initialized():
-            raise UserError(f"--parallel {name} needs a launcher, also for one process: torchrun --nproc_per_node N …")
+            raise UserError(f"--parallel {name} needs a launcher, even for one process: torchrun --nproc_per_node N …")
         if run.args.optimizer == "muon":
             raise UserError(f"--optimizer muon needs whole matrices, which --parallel {name} does not keep: use adamw")
         if run.dtype == torch.float16:

@@ -46,10 +46,10 @@ class LocalRolloutEngine:
         finally:
             self.model.train(training)
 
-    def generate(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Trajectory]:
+    def generate(self, prompts: list[Prompt], sampling_params: list[SamplingParams]) -> list[Trajectory]:
         """One answer to each prompt, in the same order."""
         with self.open(len(prompts)) as engine:
-            sequences = engine.generate([prompt.ids for prompt in prompts], samplings)
+            sequences = engine.generate([prompt.ids for prompt in prompts], sampling_params)
         return [Trajectory.from_completion(self.tokenizer, prompt, s.completion_ids, s.logprobs, s.finish_reason)
                 for prompt, s in zip(prompts, sequences, strict=True)]
 
@@ -64,7 +64,7 @@ def add_rollout_engine_args(parser: Parser) -> None:
     group.add_argument("--rollout_engine", choices=("local", "sglang", "vllm"), default="local",
                        type=lambda name: "local" if name == "torch" else name,  # MiniMind's name for it
                        help="local: this process samples, from the policy itself")
-    group.add_argument("--rollout_url", default="http://localhost:8998", help="of the SGLang or vLLM server")
+    group.add_argument("--rollout_url", default="http://localhost:8998", help="URL of the SGLang or vLLM server")
     group.add_argument("--rollout_dir", help="folder it reads new weights from (default: {save_dir}/rollout_weights)")
     group.add_argument("--max_mismatch", type=nonneg_float,
                        help="end the run if a server's log-probabilities are further from the policy's, in nats per "

@@ -188,7 +188,7 @@ class Run:
         try:
             torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
         except Exception as error:
-            self.print_main("compile: not possible here, going on without "
+            self.print_main("compile: not possible here, continuing without it "
                             f"({type(error).__name__}: is a C++ compiler installed?)")
             self.args.use_compile = 0
             return

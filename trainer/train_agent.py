@@ -29,8 +29,10 @@ def main() -> None:
         epochs=1, thinking_ratio=0.1, log_interval=1, save_interval=10,
         wandb_project="MiniMind-Agent-RL")
     parser.add_argument("--max_total_len", type=num_positions, default=2500, help="longest episode, in tokens")
-    parser.add_argument("--max_turns", type=positive_int, default=3, help="times the model may speak in an episode")
-    parser.add_argument("--constrained", **SWITCH, default=0, help="validate with tool calls kept valid by a grammar")
+    parser.add_argument("--max_turns", type=positive_int, default=3,
+                        help="maximum number of assistant turns in an episode")
+    parser.add_argument("--constrained", **SWITCH, default=0,
+                        help="constrain tool calls in validation to valid ones by a grammar")
     add_reward_args(parser)
     add_rollout_engine_args(parser)
     parser.set_defaults(reward_mix=AGENT_REWARD_MIX)

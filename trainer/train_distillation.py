@@ -49,13 +49,16 @@ def main() -> None:
                        student_use_moe="use_moe", from_student_weight="from_weight")
     parser.add_argument("--from_teacher_weight", default="full_sft", help="weight of the teacher")
     parser.add_argument("--teacher_load_from", default="model", help="'model', or a transformers folder")
-    parser.add_argument("--teacher_hidden_size", type=positive_int, help="to choose between weights of one name")
-    parser.add_argument("--teacher_num_layers", type=positive_int, help="blocks the teacher must have")
-    parser.add_argument("--teacher_use_moe", type=int, choices=(0, 1), default=1, help="whether it has experts")
-    parser.add_argument("--alpha", type=fraction, default=0.5, help="share of the data's own tokens in the loss")
+    parser.add_argument("--teacher_hidden_size", type=positive_int,
+                        help="hidden size of the teacher, where several weights have its name")
+    parser.add_argument("--teacher_num_layers", type=positive_int, help="number of layers the teacher must have")
+    parser.add_argument("--teacher_use_moe", type=int, choices=(0, 1), default=1,
+                        help="1: the teacher is a mixture of experts")
+    parser.add_argument("--alpha", type=fraction, default=0.5,
+                        help="weight of the data's own tokens in the loss; the teacher has the rest")
     parser.add_argument("--temperature", type=nonneg_float, default=1.5, help="softens both distributions")
     parser.add_argument("--reverse_kl", type=int, choices=(0, 1), default=0,
-                        help="KL(student || teacher): seek a mode of the teacher's, do not cover all")
+                        help="KL(student || teacher), which seeks a mode of the teacher's, instead of covering all")
     add_sft_args(parser)
     args = parse_args(parser)
     with Run(args) as run:

@@ -1,4 +1,4 @@
-"""DPO: prefer the chosen answer to the rejected one, without leaving the reference, which is where training starts."""
+"""DPO: prefer the chosen answer to the rejected one, and stay near the reference, from which training starts."""
 
 import sys
 import time
@@ -54,11 +54,11 @@ def main() -> None:
         __doc__, data_path=str(ROOT / "dataset/dpo.jsonl"), from_weight="full_sft", save_weight="dpo",
         max_seq_len=1024, batch_size=4, learning_rate=4e-8, epochs=1, wandb_project="MiniMind-DPO")
     parser.add_argument("--beta", type=nonneg_float, default=0.15,
-                        help="how much a log-ratio counts (simpo: 2 and more)")
+                        help="scale of the log-ratios (simpo: 2 or more)")
     parser.add_argument("--loss_type", choices=PREFERENCE_LOSSES, default="sigmoid",
-                        help="simpo: of mean log-probabilities, without a reference")
-    parser.add_argument("--label_smoothing", type=fraction, default=0.0, help="share of pairs taken for mislabelled")
-    parser.add_argument("--simpo_gamma", type=nonneg_float, default=0.5, help="margin that simpo wants")
+                        help="simpo: on length-normalised log-probabilities, without a reference")
+    parser.add_argument("--label_smoothing", type=fraction, default=0.0, help="assumed fraction of mislabelled pairs")
+    parser.add_argument("--simpo_gamma", type=nonneg_float, default=0.5, help="target reward margin of simpo")
     args = parse_args(parser)
     if not args.beta:
         raise UserError("--beta 0 learns nothing; give more than 0")

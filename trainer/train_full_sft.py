@@ -1,4 +1,4 @@
-"""Full supervised fine-tuning: learn to answer, from conversations; only what the assistant writes is learned."""
+"""Full supervised fine-tuning: learn to answer from conversations; the loss covers only what the assistant writes."""
 
 import sys
 from functools import partial
@@ -23,7 +23,7 @@ def main() -> None:
         max_seq_len=768, batch_size=16, accumulation_steps=1, learning_rate=1e-5, wandb_project="MiniMind-Full-SFT")
     add_sft_args(parser)
     parser.add_argument("--tag_loss_weight", type=nonneg_float, default=1.0,
-                        help="how often a think or tool tag counts in the loss; other tokens count once")
+                        help="weight of think and tool tags in the loss; other tokens have weight 1")
     args = parse_args(parser)
     with Run(args) as run:
         model = run.load_model()

@@ -1,4 +1,4 @@
-"""GRPO, CISPO, GSPO and SPO: learn from one's own answers, each by how much better than expected it was."""
+"""GRPO, CISPO, GSPO and SPO: learn from the policy's own answers, weighted by how much they exceed expectations."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""LoRA: fine-tune narrow branches beside a frozen model, from conversations; only the branches are saved."""
+"""LoRA: fine-tune low-rank adapters beside a frozen model, on conversations; only the adapters are saved."""
 
 import sys
 from functools import partial
@@ -24,11 +24,11 @@ def main() -> None:
         learning_rate=1e-4, epochs=10, wandb_project="MiniMind-LoRA")
     parser.add_argument("--lora_name", dest="save_weight",
                         help="name of the LoRA to write, and of its data in dataset/ unless --data_path is given")
-    parser.add_argument("--lora_rank", type=positive_int, default=LoRA.rank, help="width of the branches")
+    parser.add_argument("--lora_rank", type=positive_int, default=LoRA.rank, help="rank of the adapters")
     parser.add_argument("--lora_alpha", type=nonneg_float, default=16.0,
-                        help="a branch counts alpha / rank times")
+                        help="the adapter's output is scaled by alpha / rank")
     parser.add_argument("--lora_dropout", type=fraction, default=LoRA.dropout,
-                        help="share of a branch's inputs left out")
+                        help="dropout probability on the input of the adapters")
     parser.add_argument("--lora_targets", default="all",
                         help=f"names of layers, with commas between; all: what the model has of {', '.join(TARGETS)}")
     add_sft_args(parser)

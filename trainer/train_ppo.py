@@ -1,4 +1,4 @@
-"""PPO: an actor that answers, a critic that predicts the reward still to come, and steps that are not too large."""
+"""PPO: an actor that answers, a critic that predicts the return, and clipped policy updates."""
 
 import copy
 import sys
@@ -47,8 +47,8 @@ class ActorCritic(nn.Module):
         return ActorCriticOutput(actor.logits, critic.logits.float()[:, 0], aux_loss)
 
 
-def save_actor(model: ActorCritic, *where, **facts) -> Path:
-    return save_weight(model.actor, *where, **facts)
+def save_actor(model: ActorCritic, *args, **metadata) -> Path:
+    return save_weight(model.actor, *args, **metadata)
 
 
 def main() -> None:
@@ -58,14 +58,15 @@ def main() -> None:
         learning_rate=3e-7, epochs=1, log_interval=1, save_interval=10, wandb_project="MiniMind-PPO")
     group = parser.add_argument_group("loss")
     group.add_argument("--critic_learning_rate", type=nonneg_float, default=5e-7,
-                       help="peak, on the schedule of the actor's")
-    group.add_argument("--clip_epsilon", type=nonneg_float, default=0.2, help="clip the ratio at 1 +- this")
+                       help="peak learning rate of the critic, on the actor's schedule")
+    group.add_argument("--clip_epsilon", type=nonneg_float, default=0.2,
+                       help="clip range of the ratio: from 1 - this to 1 + this")
     group.add_argument("--cliprange_value", type=nonneg_float, default=0.2,
-                       help="largest move of a value (0: no limit)")
-    group.add_argument("--vf_coef", type=nonneg_float, default=0.5, help="how much the value loss counts")
+                       help="clip range of the value update (0: no clipping)")
+    group.add_argument("--vf_coef", type=nonneg_float, default=0.5, help="coefficient of the value loss")
     group.add_argument("--kl_coef", type=nonneg_float, default=0.02,
-                       help="of the KL to the start, which lowers the rewards")
-    group.add_argument("--gamma", type=fraction, default=1.0, help="discount a token")
+                       help="coefficient of the KL to the reference, which lowers the rewards")
+    group.add_argument("--gamma", type=fraction, default=1.0, help="discount factor per token")
     group.add_argument("--lam", type=fraction, default=0.95, help="lambda of generalised advantage estimation")
     add_reward_args(parser)
     add_rollout_engine_args(parser)

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--extra_layers", type=nonneg_int, default=0,
                         help="layers to add on top, initialised as copies of the first ones")
     parser.add_argument("--token_weight", type=nonneg_float, default=0.0,
-                        help="weight of the same loss on the sum of the rewards of an answer's tokens")
+                        help="weight of the same loss on the sum of an answer's per-token rewards")
     args = parse_args(parser)
     with Run(args) as run:
         decoder = run.load_model()

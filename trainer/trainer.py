@@ -1,7 +1,8 @@
 """The training loop of every stage: read `Trainer.fit`.
 
 A step takes `global_batch_size` rows, the same rows in the same order however many ranks share them, and its loss is
-divided by the supervised tokens of all of them. Nothing in a step waits for the device.
+divided by the supervised tokens of all of them. No step waits for the device, except for --target_kl and the loss
+scaling of fp16.
 """
 
 import glob
@@ -39,9 +40,9 @@ class Diverged(Failure):
 
 
 class Trainer:
-    """Trains what of `model` requires gradients, as the flags of `run` say.
+    """Trains the parameters of `model` that require gradients, as the flags of `run` say.
 
-    stream: gives the global batch of each step (`BatchStream`, or `RolloutStream` for online RL).
+    stream: yields the global batch of each step (`BatchStream`, or `RolloutStream` for online RL).
     loss_fn: (model, micro-batch) → Loss.
     val_data, val_loss_fn: rows to validate on, and their loss (default: next-token loss, and bits per byte).
     validate: what else to measure, → {"val_…": number}.
@@ -140,7 +141,7 @@ class Trainer:
                 self.interval = IntervalMetrics(self.device)
         if stopping:
             run.print_main(f"train: stopped by signal {run.stop_signal or ''} after step {self.step:,}; "
-                           "--from_resume 1 goes on")
+                           "continue with --from_resume 1")
         self.tracker.close()
 
     def _start(self) -> bool:
@@ -153,7 +154,7 @@ class Trainer:
                             f"{str(self.run.dtype)[6:]}")
         if self.step >= self.last_step:
             more = "--max_steps" if self.last_step < self.stream.steps else "--epochs"
-            self.run.print_main(f"train: nothing left to do; more {more} go on from here")
+            self.run.print_main(f"train: nothing left to do; raise {more} to continue")
             return False
         self.peak_flops = peak_flops(self.device, self.run.dtype) * self.world.size
         # documents are taken to fill half a row on average
@@ -274,7 +275,7 @@ class Trainer:
         self.step, self.tokens, self.best_score = state["step"], state["tokens"], state["best"]
         if len(state["random"]) == self.world.size:
             restore_random_state(state["random"][self.world.rank])
-        self.run.print_main(f"resume: going on after step {self.step:,}")
+        self.run.print_main(f"resume: continuing after step {self.step:,}")
         if (steps := state.get("steps", self.stream.steps)) != self.stream.steps:
             change = "stretches" if steps < self.stream.steps else "cuts"
             self.run.print_main(f"resume: --epochs {self.args.epochs:g} {change} the schedule of the learning rate "

@@ -30,7 +30,7 @@ class DeepSpeedStrategy(FSDPStrategy):
         except ImportError as error:
             raise UserError(f"--parallel deepspeed: {first_line(error)}; pip install deepspeed") from None
         if args.deepspeed_config is None:
-            raise UserError("--parallel deepspeed needs --deepspeed_config FILE: trainer/deepspeed has some")
+            raise UserError("--parallel deepspeed needs --deepspeed_config FILE, such as trainer/deepspeed/zero2.json")
         try:
             config = json.loads(args.deepspeed_config.read_text("utf-8"))
             self.stage = config["zero_optimization"]["stage"]
@@ -38,7 +38,7 @@ class DeepSpeedStrategy(FSDPStrategy):
             raise UserError(f"--deepspeed_config {args.deepspeed_config}: no DeepSpeed configuration with a "
                             f"zero_optimization stage ({type(error).__name__}: {first_line(error)})") from None
         if self.stage not in (1, 2, 3):
-            raise UserError(f"--deepspeed_config {args.deepspeed_config}: ZeRO stage {self.stage}; 1, 2 or 3 shard")
+            raise UserError(f"--deepspeed_config {args.deepspeed_config}: ZeRO stage {self.stage}, not 1, 2 or 3")
         config |= {  # the trainer decides when a step is over; 2 stands for "several micro-steps"
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2,
             "managed_gradient_accumulation": False, "gradient_clipping": args.grad_clip,

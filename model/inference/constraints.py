@@ -32,7 +32,7 @@ def library() -> ModuleType:
 
 
 class Grammar:
-    """A grammar that is compiled for a tokenizer, and how far a completion has come in it.
+    """A grammar compiled for a tokenizer, and the state of one completion in it.
 
     Raises ValueError, one line, for a bad schema or regular expression, and where llguidance is not installed.
     """
@@ -51,7 +51,7 @@ class Grammar:
         return other
 
     def accept(self, token: int) -> bool:
-        """Go on by a token; False where it is not allowed, or where llguidance has reached a limit of its own."""
+        """Advance by one token; False where it is not allowed, or where llguidance has reached one of its limits."""
         return self.matcher.consume_token(token) and not self.matcher.is_error()
 
 
@@ -76,17 +76,17 @@ def mask_executor() -> object:
 
 
 def json_rule(schema: dict) -> str:
-    """A JSON value."""
+    """The rule for a JSON value that matches `schema`."""
     return f"%json {json.dumps(schema | JSON_STYLE)}"
 
 
 def regex_rule(regex: str) -> str:
-    """A text that a regular expression matches as a whole."""
+    """The rule for a text that `regex` matches as a whole."""
     return f"/{library().regex_to_lark(regex, use_ascii='')}/"
 
 
 def text_grammar(tokenizer: ChatTokenizer, rule: str) -> Grammar:
-    """Of a completion that is nothing but `rule`."""
+    """The grammar of a completion that consists of `rule` alone."""
     return Grammar(tokenizer, f"start: {rule}")
 
 
@@ -121,7 +121,7 @@ def chat_grammar(tokenizer: ChatTokenizer, open_thinking: bool = False, answer: 
 
 
 def function_rule(function: dict) -> str:
-    """A call's JSON, as the chat format writes it."""
+    """The rule for the JSON of a call, as the chat format writes it."""
     parameters = ANY_OBJECT | parse_json(function.get("parameters") or NO_ARGUMENTS, "parameters", dict)
     if "properties" in parameters:  # a call has no arguments of its own invention, unless the tool says so
         parameters = {"additionalProperties": False} | parameters

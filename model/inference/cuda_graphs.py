@@ -1,4 +1,4 @@
-"""Decoding steps as CUDA graphs: a GPU ends the kernels of a small model sooner than its host can start them.
+"""Decoding steps as CUDA graphs: a GPU runs the kernels of a small model faster than its host can launch them.
 
 A graph is a list of kernels and addresses (CUDA C++ Programming Guide, "CUDA Graphs"): one launch repeats all of it, in
 the same shapes on the same memory. So there are few shapes, their inputs are copied to where they were at the capture,
@@ -17,14 +17,14 @@ from model.inference.prepacked import has_no_hooks
 from model.model_minimind import MiniMindPreTrainedModel
 from model.moe import MAX_DENSE_TOKENS, can_use_grouped_mm
 
-# A shape is captured at its second step: the first loads the kernels, which a capture cannot. On an H200 a step of 64 M
-# takes 11 ms without a graph, the capture 14 ms, and each step from then on 1.4 ms.
+# A shape is captured at its second step: the first loads the kernels, which a capture cannot. On an H200 a decoding
+# step of 64 M takes 11 ms without a graph, the capture 14 ms, and each step from then on 1.4 ms.
 CAPTURE_AT_STEP = 2
 ForwardFn = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def can_capture(model: nn.Module, dtype: torch.dtype, max_batch: int) -> bool:
-    """Whether a step in `dtype` is all on a CUDA device: a model of ours, no hook, no experts counted by the host."""
+    """Whether a step in `dtype` can be captured: our model on CUDA, no hooks, no expert sizes read by the host."""
     config, device = model.config, model.device.type
     if device != "cuda" or not isinstance(model, MiniMindPreTrainedModel) or not has_no_hooks(model):
         return False
@@ -65,7 +65,7 @@ class DecodeGraphs:
         if self._num_steps[shape] == CAPTURE_AT_STEP and not self._is_refused:
             try:
                 result, replay = self._capture(lambda: forward_fn(ids, positions, kv_len), ids.device)
-            except RuntimeError as error:  # nothing has run: go on without
+            except RuntimeError as error:  # nothing has run: continue without graphs
                 self._is_refused = True
                 warnings.warn(f"decoding without CUDA graphs: {first_line(error)}", stacklevel=2)
             else:
@@ -75,7 +75,7 @@ class DecodeGraphs:
         return forward_fn(ids, positions, kv_len)
 
     def _capture(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
-        """Record the kernels of `work`, which does not run yet. → its future result, and what computes it, any time"""
+        """Capture `work` without running it. → its output, which each replay fills, and the replay function"""
         half, graph = torch.get_autocast_dtype("cuda"), torch.cuda.CUDAGraph()
         # what autocast still casts is cast in the graph: a cast kept from before would be of the weights as they were
         with torch.cuda.device(device), \

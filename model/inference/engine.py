@@ -1,4 +1,4 @@
-"""The inference engine: continuous batching, chunked prefill, prefix caching. All that samples uses it.
+"""The inference engine: continuous batching, chunked prefill, prefix caching. Everything that samples uses it.
 
     add a request → step: schedule → run → sample → finish, until nothing is busy
 
@@ -27,7 +27,7 @@ from model.threads import ThreadTuner
 
 __all__ = ["Engine", "SamplingParams", "Sequence", "TokenDelta", "generate"]
 SLOT_LEN = 2048  # tokens of cache per sequence, by default
-STEP_COST = 16  # a step on a CPU takes as long as so many tokens, and that of each of its tokens besides
+STEP_COST = 16  # in tokens, of a step on a CPU: with n tokens it takes as long as STEP_COST + n
 
 
 class Engine:
@@ -72,7 +72,7 @@ class Engine:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens whose keys and values were copied instead of computed, since the start."""
+        """Tokens whose keys and values were reused instead of computed, since the start."""
         return self.slots.num_cached_tokens
 
     @property
@@ -81,12 +81,12 @@ class Engine:
         return bool(self.num_waiting or self.num_running)
 
     def add(self, prompt_ids: list[int], params: SamplingParams = SamplingParams()) -> Sequence:  # noqa: B008 (frozen)
-        """Queue a request. Raises ValueError for a prompt that is empty, too long, or holds no token ids."""
+        """Queue a request. Raises ValueError for a prompt that is empty, too long, or outside the vocabulary."""
         if not prompt_ids:
             raise ValueError("the prompt is empty")
         vocab_size = self.model.config.vocab_size
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
-            raise ValueError(f"the prompt has ids that are none of the model's {vocab_size:,} tokens")
+            raise ValueError(f"the prompt has ids outside the model's vocabulary of {vocab_size:,} tokens")
         if len(prompt_ids) >= self.max_seq_len:
             owner = "the model's" if self.max_seq_len == self.max_positions else "the cache's"
             raise ValueError(f"a prompt of {len(prompt_ids):,} tokens leaves no room for an answer in {owner} "
@@ -94,7 +94,7 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         if any(token >= vocab_size for token, _ in params.logit_bias):
-            raise ValueError(f"logit_bias has ids that are none of the model's {vocab_size:,} tokens")
+            raise ValueError(f"logit_bias has ids outside the model's vocabulary of {vocab_size:,} tokens")
         sequence = Sequence(prompt_ids, params, self.tokenizer)
         self.scheduler.waiting.append(sequence)
         return sequence
@@ -108,9 +108,9 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One more token for every decoding sequence, a chunk of the prompts. → the sequences that got a token
+        """One more token for every decoding sequence, and a chunk of the prompts. → the sequences that got a token
 
-        When it raises, nobody knows how far the running sequences are: they are cancelled.
+        When it raises, the state of the running sequences is unknown: they are cancelled.
         """
         batches = self.scheduler.schedule()
         if not batches:
@@ -160,7 +160,7 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Drop what was computed, as one must after changing the weights. Raises RuntimeError while busy."""
         if self.busy:
-            raise RuntimeError("requests are being answered: the prefix cache cannot be reset")
+            raise RuntimeError("the prefix cache cannot be reset while requests are running")
         self.slots.reset()
         self.runner.prepack()
 

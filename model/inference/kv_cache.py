@@ -1,4 +1,4 @@
-"""The key-value cache: one slot per sequence, all of one length, in memory that is allocated once and bounded.
+"""The key-value cache: one slot per sequence, all of one length, in bounded memory.
 
 Slots rather than pages (vLLM, Kwon et al. 2023): at this size a sequence's keys are a few MB, so moving or copying them
 costs less than a step of the model, while pages would have to be gathered for every layer of every step, on a CPU by
@@ -138,7 +138,7 @@ class SlotManager:
         self.swap(self.slots.index(sequence), self.num_running)
 
     def preempt(self) -> Sequence:
-        """Take its slot from the last running sequence, and what it has computed. → the sequence"""
+        """Take the slot and all that was computed away from the last running sequence. → the sequence"""
         self.num_running -= 1
         sequence, self.slots[self.num_running] = self.slots[self.num_running], None
         return sequence
@@ -166,7 +166,7 @@ class SlotManager:
         self.slots = [None] * len(self.slots)
 
     def slot_len_for(self, num_tokens: int) -> int:
-        """The length of slots that hold so many tokens: it doubles, so that growing costs little in all."""
+        """The slot length that holds `num_tokens`: it doubles, so that the total cost of growing stays small."""
         slot_len = min(MIN_SLOT_LEN, self.max_seq_len)
         while slot_len < num_tokens:
             slot_len *= 2

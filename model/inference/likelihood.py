@@ -42,7 +42,7 @@ def log_likelihoods(model: nn.Module, requests: list[ScoringRequest], batch_toke
 
 @torch.inference_mode()
 def _score(requests: list[ScoringRequest], model: nn.Module) -> list[list[float]]:
-    """The same for one batch."""
+    """The log-likelihoods of one batch, see `log_likelihoods`."""
     # 1. Rows [B, T]: the context, then the options, all of which continue at the context's end.
     width = max(request.length for request in requests)
     ids = torch.zeros(len(requests), width, dtype=torch.long)

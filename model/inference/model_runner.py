@@ -21,7 +21,8 @@ class ModelRunner:
     def __init__(self, model: nn.Module, slots: SlotManager, compile: bool, graphs: bool | None):
         self.model, self.slots, self.cache = model, slots, slots.cache
         self.compiled = torch.compile(model.model, dynamic=True) if compile else None
-        # Blocks compiled for training know one shape. Others would be compiled too, and soon training's no longer.
+        # Blocks compiled for training are specialised to one shape. Compiling others too, up to PyTorch's limit of
+        # recompilations, would leave training eager.
         has_compiled_blocks = any(module._compiled_call_impl is not None for module in model.modules())
         self._eager_stance = "force_eager" if has_compiled_blocks else None
         use_graphs = can_capture(model, self.cache.keys[0].dtype, slots.max_batch) if graphs is None else graphs

@@ -1,4 +1,4 @@
-"""Copies of the weights for as long as an engine runs: on a CPU in oneDNN's blocked order, on a GPU in half precision.
+"""Copies of the weights for the lifetime of an engine: on a CPU in oneDNN's blocked order, on a GPU in half precision.
 
 oneDNN reorders the right operand of every product; with few tokens that takes longer than the product itself.
 Reordered once, weights of 64 M take 0.1 s and as much memory again. Measured: docs/experiments.md, "packed".
@@ -15,14 +15,14 @@ from model import linear
 from model.linear import Linear
 from model.moe import EXPERT_WEIGHTS, Experts
 
-# by path, of each Linear, of joined ones, and of each weight of Experts (on a CPU one by one)
+# by path, of each Linear, of fused ones, and of each weight of Experts (on a CPU one by one)
 Prepacked = dict[str, Tensor | dict[str, list[Tensor] | Tensor]]
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers with the same input: one product
-NUM_TOKENS = 16  # the order is chosen for so many; it serves any number
+FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers with the same input: one product
+NUM_TOKENS = 16  # oneDNN chooses the order for this number; it is valid for any
 
 
 def has_no_hooks(model: nn.Module) -> bool:
-    """Whether the modules hold their whole weights; where hooks are, they may bring them around each call (FSDP)."""
+    """Whether no module has hooks, which may gather sharded weights around each call (FSDP)."""
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -47,20 +47,20 @@ def prepack(model: nn.Module, dtype: torch.dtype) -> Prepacked:
         return {}
     # 1. Layers with the same input, if none of them has an adapter.
     prepacked: Prepacked = {}
-    joined: set[nn.Module] = set()
+    fused: set[nn.Module] = set()
     for path, module in model.named_modules():
-        for names in JOINED:
+        for names in FUSED_LAYERS:
             layers = [getattr(module, name, None) for name in names]
             if not isinstance(layers[0], Linear):
                 continue
-            layers[0].joined_path = None
+            layers[0].fused_path = None
             if all(isinstance(layer, Linear) for layer in layers):
-                layers[0].joined_path = f"{path}.{'+'.join(names)}"
-                prepacked[layers[0].joined_path] = pack(torch.cat([layer.weight.detach() for layer in layers]))
-                joined.update(layers)
+                layers[0].fused_path = f"{path}.{'+'.join(names)}"
+                prepacked[layers[0].fused_path] = pack(torch.cat([layer.weight.detach() for layer in layers]))
+                fused.update(layers)
     # 2. The others.
     for path, module in model.named_modules():
-        if isinstance(module, Linear) and module not in joined:
+        if isinstance(module, Linear) and module not in fused:
             prepacked[path], module.path = pack(module.weight), path
         elif isinstance(module, Experts):
             prepacked[path] = {name: pack_stack(getattr(module, name)) for name in EXPERT_WEIGHTS}

@@ -34,7 +34,7 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = (EOS, PAD)
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit) (OpenAI)
     top_logprobs: int | None = None  # also record this many of the likeliest tokens of each step
-    grammar: Grammar | None = None  # that the completion keeps to
+    grammar: Grammar | None = None  # constrains the completion
 
     def __post_init__(self):
         bounds_of = {"max_new_tokens": (1, math.inf), "temperature": (0, math.inf), "top_p": (0, 1),

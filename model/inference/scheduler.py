@@ -44,14 +44,14 @@ class Scheduler:
         """Move waiting sequences to slots, in order, with copies of the prefixes that are in the cache."""
         slots = self.slots
         for sequence in list(self.waiting):
-            # 1. A free slot that is long enough. Longer slots are fewer: the running sequences must fit them too.
+            # 1. Find a free slot that is long enough. Longer slots are fewer; they must hold the running sequences.
             num_tokens = len(sequence.token_ids) + 1
             if num_tokens > slots.cache.slot_len or slots.num_running == len(slots.slots):
                 slot_len = slots.slot_len_for(max([num_tokens, *(len(s.token_ids) + 1 for s in slots.running)]))
                 if slots.max_slots(slot_len) <= slots.num_running:
-                    return  # until others have finished
+                    return  # wait until others have finished
                 slots.resize(slot_len)
-            # 2. A running sequence may be about to compute the same prefix: then wait to copy it.
+            # 2. If a running sequence is about to compute the same prefix, wait and copy it then.
             source, prefix_len = slots.match_prefix(sequence)
             if source is not None:
                 self.waiting.remove(sequence)

@@ -43,7 +43,7 @@ class Sequence:
         self.num_computed = 0  # of token_ids: their keys and values are in the cache
         self.freed_at = 0  # the step in which it gave its slot free
         self.rng = random.Random(params.seed)
-        self.grammar = params.grammar and params.grammar.copy()  # in the state of this completion
+        self.grammar = params.grammar and params.grammar.copy()  # a copy that holds the state of this completion
         self.token_counts: Tensor | None = None  # [2, V]: occurrences in the prompt and in the completion
         # for the text
         self._tokenizer = tokenizer

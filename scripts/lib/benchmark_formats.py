@@ -103,9 +103,9 @@ def read_questions(name: str, path: Path) -> list[Question]:
             row = parse_row(line)
             question = FORMATS[name](row if labels is None else row | {"label": labels[number - 1]})
             if not all(isinstance(text, str) and text for text in (question.context, *question.options)):
-                raise ValueError("question and options are texts, none of them empty")
+                raise ValueError("question and options must be non-empty strings")
             if question.gold not in range(len(question.options)):
-                raise ValueError(f"{question.gold} is not the number of an option, counted from 0")
+                raise ValueError(f"{question.gold} is not the index of an option")
         except KeyError as error:
             raise UserError(f"{path}:{number}: not a row of {name}: it has no {error}") from None
         except (TypeError, ValueError, AttributeError, IndexError) as error:

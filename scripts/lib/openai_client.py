@@ -21,7 +21,7 @@ Event = tuple[str, object]  # of MessageParser, or ("tokens", how many more), or
 
 def add_endpoint_args(parser: argparse.ArgumentParser, key_variable: str) -> None:
     """Flags that name a model behind a server; its key is in the environment's `key_variable`, too."""
-    parser.add_argument("--base_url", default=LOCAL_SERVER, help="of the server (default: %(default)s)")
+    parser.add_argument("--base_url", default=LOCAL_SERVER, help="URL of the server (default: %(default)s)")
     parser.add_argument("--api_key", default=os.environ.get(key_variable), help=f"if needed (default: ${key_variable})")
     parser.add_argument("--model", default="minimind", help="name of the model there (default: %(default)s)")
 

@@ -77,7 +77,7 @@ def read_cases(path: Path, tokenizer: ChatTokenizer, make_prompt: Callable[..., 
                 system, messages = {**messages[0], "tools": tools}, messages[1:]
             cases.append(Case(path.stem, make_prompt([system, *messages]), messages[-1]["content"], accepted))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{source}: no case of one function call: {type(error).__name__} {error}") from None
+            raise UserError(f"{source}: not a case with one function call: {type(error).__name__} {error}") from None
     return cases
 
 

@@ -34,7 +34,7 @@ class Defaults:
     temperature: float = 0.85
     top_p: float = 0.95
     open_thinking: bool = False
-    max_tools: int | None = None  # further ones are left out: a small model cannot bear many
+    max_tools: int | None = None  # further ones are left out: a small model cannot handle many
 
 
 @dataclass(eq=False)
@@ -97,13 +97,13 @@ class GenerationRequest:
             raise ApiError(400, f"prompt: {error}", "prompt") from None
         prompts = [prompt if isinstance(prompt, list) else [BOS, *tokenizer.encode_text(prompt)] for prompt in prompts]
         if not prompts or not all(prompts):
-            raise ApiError(400, "prompt: it is empty", "prompt")
+            raise ApiError(400, "prompt: must not be empty", "prompt")
         if any(not 0 <= i < tokenizer.vocab_size for prompt in prompts for i in prompt):
             raise ApiError(400, f"prompt: token ids are 0 to {tokenizer.vocab_size - 1}", "prompt")
         n = body.n or 1
         num_choices = n * len(prompts)
         if num_choices > MAX_CHOICES:
-            raise ApiError(400, f"prompt: {num_choices:,} answers, the most is {MAX_CHOICES:,} per request", "prompt")
+            raise ApiError(400, f"prompt: {num_choices:,} choices requested, the limit is {MAX_CHOICES:,}", "prompt")
         params = sampling_params(body, tokenizer, defaults, num_choices, body.logprobs or None,
                                  grammar=completion_grammar(body, tokenizer))
         choices = [TextChoice(i, tokenizer, body.logprobs is not None) for i in range(num_choices)]
@@ -210,7 +210,7 @@ def answer_grammar(body: ChatBody, tokenizer: ChatTokenizer, thinking: bool, too
     if rule is None and not (tools and (body.call_required or one_call or is_strict)):
         return None
     if body.continue_final_message:
-        raise ApiError(400, f"continue_final_message: {param} is for answers that are written from their start", param)
+        raise ApiError(400, f"continue_final_message cannot be combined with a constrained answer ({param})", param)
     with refusing(param):
         return chat_grammar(tokenizer, thinking, rule, tools, body.call_required, not one_call)
 

@@ -35,7 +35,7 @@ class AuthMiddleware:
             await send(message)
 
         if self.api_key and scope["path"].startswith("/v1") and not self.has_key(scope):
-            error = ApiError(401, "a wrong API key, or none: send Authorization: Bearer KEY", code="invalid_api_key")
+            error = ApiError(401, "missing or wrong API key: send Authorization: Bearer KEY", code="invalid_api_key")
             await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send_counted)
             return
         try:

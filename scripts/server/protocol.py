@@ -113,7 +113,7 @@ class Part(StrictModel):
         if self.type not in TEXT_FIELDS:
             raise ValueError(f"this model reads text only, not {self.type:.40}")
         if self.value is None:
-            raise ValueError(f"a part of type {self.type} has the field {TEXT_FIELDS[self.type]}")
+            raise ValueError(f"a part of type {self.type} needs the field {TEXT_FIELDS[self.type]}")
         return self
 
     @property
@@ -137,9 +137,9 @@ class Message(StrictModel):
         if self.audio is not None:
             raise ValueError("this model reads text only, not audio")
         if self.content is None and self.role not in ("assistant", "tool", "function"):
-            raise ValueError(f"a {self.role} message has content")
+            raise ValueError(f"a {self.role} message needs content")
         if self.role != "assistant" and any(part.type in ("refusal", *THINKING) for part in self._parts):
-            raise ValueError("only an assistant refuses or thinks")
+            raise ValueError("refusals and thinking are only for assistant messages")
         return self
 
     @property
@@ -255,10 +255,10 @@ class ChatBody(GenerationBody):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
-            raise ValueError("continue_final_message and add_generation_prompt: one is true and the other false")
+            raise ValueError("continue_final_message and add_generation_prompt must not have the same value")
         self.messages = in_order_of_calls(self.messages)
         if self.functions and self.tools:
-            raise ValueError("functions: send tools only")
+            raise ValueError("send either functions or tools, not both")
         if self.functions:
             self.tools = [Tool(type="function", function=function) for function in self.functions]
             self.tool_choice = (NamedTool(type="function", function=self.function_call)

@@ -41,7 +41,7 @@ class RecentItems:
         try:
             return self._items[item_id]
         except KeyError:
-            raise ApiError(400, f"input: item {item_id:.80} is not here, or no longer; send the whole conversation "
+            raise ApiError(400, f"input: item {item_id:.80} is not in memory (any more); send the whole conversation "
                                 "(clients: store: false)", "input") from None
 
 

@@ -30,7 +30,7 @@ class InputItem(StrictModel):
         required = {"message": ("role", "content"), "function_call": ("name",), "function_call_output": ("output",),
                     "reasoning": (), "item_reference": ("id",)}.get(self.type or "message")
         if required is None:
-            raise ValueError(f"this server reads messages, function calls and reasoning, not {self.type:.40}")
+            raise ValueError(f"only messages, function calls and reasoning are supported, not {self.type:.40}")
         if missing := [name for name in required if getattr(self, name) is None]:
             raise ValueError(f"{self.type or 'message'} has no {missing[0]}")
         return self
@@ -46,7 +46,7 @@ class ResponseTool(StrictModel):
     @model_validator(mode="after")
     def is_function(self) -> "ResponseTool":
         if self.type != "function" or self.name is None:
-            raise ValueError(f"this server has functions with a name, not {self.type:.40}")
+            raise ValueError(f"a tool needs the type function and a name; this one has the type {self.type:.40}")
         return self
 
 
@@ -60,7 +60,7 @@ class TextFormat(StrictModel):
     @model_validator(mode="after")
     def has_schema(self) -> "TextFormat":
         if self.type == "json_schema" and (self.name is None or self.value is None):
-            raise ValueError("a json_schema has a name and a schema")
+            raise ValueError("a json_schema format needs a name and a schema")
         return self
 
     def to_dict(self) -> dict:

@@ -27,8 +27,8 @@ class AdvantageEstimator:
     def compute_advantages(self, groups: list[RolloutGroup], batches: list[Batch], world: World) -> None:
         """Add `advantage` [M], of each sampled token, to this rank's micro-batches.
 
-        `groups` are those of all ranks; the token of a batch belongs to trajectory `batch["trajectory"]` [M] of theirs,
-        counted through.
+        `groups`: those of all ranks. `batch["trajectory"]` [M]: the index of each sampled token's trajectory, when the
+        trajectories of all groups are one list.
         """
         raise NotImplementedError
 

@@ -21,7 +21,7 @@ from trainer.rl.rewards import RewardFn, accuracy, is_well_formed, repetition
 from trainer.rl.tools import TOOLS
 from trainer.rl.trajectory import Trajectory
 
-AGENT_REWARD_MIX = "truth=1,calls=0.2,form=0.2,unfinished=0.4,repetition=0.2"  # how much each counts
+AGENT_REWARD_MIX = "truth=1,calls=0.2,form=0.2,unfinished=0.4,repetition=0.2"  # weight of each component
 
 
 def find_unrewarded(prompts: PromptDataset) -> list[str]:

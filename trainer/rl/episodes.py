@@ -38,7 +38,7 @@ TURN_SEED_STRIDE = 1_000_003  # between the seeds of an episode's turns: far fro
 CallFn = Callable[[str, dict], dict]  # name, arguments → result
 
 
-def run_episodes(session: "Engine | BatchedTurns", prompts: list[Prompt], samplings: list[SamplingParams],
+def run_episodes(session: "Engine | BatchedTurns", prompts: list[Prompt], sampling_params: list[SamplingParams],
                  tokenizer: ChatTokenizer, max_turns: int = 4, max_total_len: int = 2048,
                  call: CallFn = call_tool) -> list[Trajectory]:
     """One episode for each prompt, in the same order.
@@ -51,7 +51,7 @@ def run_episodes(session: "Engine | BatchedTurns", prompts: list[Prompt], sampli
     """
     max_len = min(max_total_len, session.max_seq_len)
     episodes = [Trajectory(prompt) for prompt in prompts]
-    waiting, running = deque(zip(episodes, samplings, strict=True)), {}
+    waiting, running = deque(zip(episodes, sampling_params, strict=True)), {}
 
     def queue_turn(episode: Trajectory, sampling: SamplingParams) -> None:
         tokens = episode.tokens
@@ -154,10 +154,10 @@ class EpisodeEngine:
     def update(self) -> None:
         self.engine.update()
 
-    def generate(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Trajectory]:
+    def generate(self, prompts: list[Prompt], sampling_params: list[SamplingParams]) -> list[Trajectory]:
         """One episode for each prompt, in the same order."""
         with open_session(self.engine, len(prompts)) as session:
-            return run_episodes(session, prompts, samplings, self.tokenizer, self.max_turns, self.max_total_len,
+            return run_episodes(session, prompts, sampling_params, self.tokenizer, self.max_turns, self.max_total_len,
                                 partial(call_tool, seed=self.seed))
 
 
@@ -168,7 +168,7 @@ def open_session(engine, num_requests: int) -> "AbstractContextManager[Engine | 
 
 
 class BatchedTurns:
-    """`add` and `step` on top of `generate(prompts, samplings)`: a step answers all that were added."""
+    """`add` and `step` on top of `generate(prompts, sampling_params)`: a step answers all that were added."""
 
     max_seq_len = 2**31
 

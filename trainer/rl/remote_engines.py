@@ -66,13 +66,13 @@ class RemoteRolloutEngine:
         for failure in filter(None, self.world.gather(error)):
             raise Failure(failure)
 
-    def generate(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Trajectory]:
+    def generate(self, prompts: list[Prompt], sampling_params: list[SamplingParams]) -> list[Trajectory]:
         """One answer to each prompt, in the same order."""
         self._check_version(self._policy_version(), "the policy is at")
-        if prompts and not self.temperature_checked and any(s.temperature not in (0, 1) for s in samplings):
+        if prompts and not self.temperature_checked and any(s.temperature not in (0, 1) for s in sampling_params):
             self._check_temperature(prompts[0].ids)
         with ThreadPoolExecutor(self.max_batch) as pool:
-            completions = pool.map(self._complete_checked, [prompt.ids for prompt in prompts], samplings)
+            completions = pool.map(self._complete_checked, [prompt.ids for prompt in prompts], sampling_params)
             return [Trajectory.from_completion(self.tokenizer, prompt, c.ids, c.logprobs, c.finish_reason)
                     for prompt, c in zip(prompts, completions, strict=True)]
 
@@ -213,10 +213,10 @@ class VLLMEngine(RemoteRolloutEngine):
             raise Failure(f"{self.url}: it keeps keys and values of the old weights")
         self._request("/update_weight_version", {"new_version": self.version})  # last: it vouches for the steps above
 
-    def generate(self, prompts: list[Prompt], samplings: list[SamplingParams]) -> list[Trajectory]:
+    def generate(self, prompts: list[Prompt], sampling_params: list[SamplingParams]) -> list[Trajectory]:
         """One answer to each prompt, in order. Completions carry no version, so it is checked before and after."""
         self._check_version(self._request("/weight_info").get("weight_version"))
-        trajectories = super().generate(prompts, samplings)
+        trajectories = super().generate(prompts, sampling_params)
         self._check_version(self._request("/weight_info").get("weight_version"))
         return trajectories
 

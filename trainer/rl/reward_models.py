@@ -1,4 +1,4 @@
-"""Models that score trajectories: our `reward` weights, reward models of transformers', an LLM judge over HTTP."""
+"""Models that score trajectories: our `reward` weights, transformers reward models, an LLM judge over HTTP."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from trainer.rl.trajectory import Trajectory
 
 
 class MiniMindRewardModel:
-    """A `reward` weight of ours, in fp32. It reads the ids as sampled; cut-off ones get a stop token."""
+    """Our reward model, in fp32. It reads the ids as sampled; a stop token is appended to truncated answers."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: ChatTokenizer, device: torch.device):
         model, _ = load_weight(args.reward_weight, args.save_dir, args.hidden_size, args.use_moe, tokenizer,
@@ -123,7 +123,7 @@ class LLMJudge:
         key = key or os.environ.get("OPENAI_API_KEY") or "none"
         try:
             self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=4, timeout=60)
-        except Exception as error:  # the SDK has no error of its own for a URL that is none
+        except Exception as error:  # the SDK raises no specific error for an invalid URL
             raise UserError(f"--judge_url {url}: {first_line(error)}") from None
 
     def __call__(self, prompts: list[Prompt], trajectories: list[Trajectory]) -> list[float]:

@@ -24,7 +24,7 @@ from trainer.rl.trajectory import Trajectory
 RewardFn = Callable[[Prompt, Trajectory], float]
 BatchRewardFn = Callable[[list[Prompt], list[Trajectory]], Tensor | list[float]]
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)\]])-)?(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?)")
-SMALL_DIGITS = re.compile("[\u00b2\u00b3\u00b9\u2070-\u2099]")
+SUPER_AND_SUBSCRIPT_DIGITS = re.compile("[\u00b2\u00b3\u00b9\u2070-\u2099]")
 LENGTH_WINDOW = (4, 256)  # tokens of content that are neither too few nor too many
 NGRAM = 4  # tokens in a row that count as a repetition when they come again
 NUM_SPECIAL = 36  # ids below are special tokens
@@ -95,8 +95,8 @@ def last_turn(trajectory: Trajectory) -> list[int]:
 
 
 def normalize(text: str) -> str:
-    """One spelling for what reads the same. Small digits are left out: m² is no 2, and 10⁵ no 105."""
-    text = SMALL_DIGITS.sub("", text)
+    """One spelling for what reads the same. Superscript and subscript digits are left out: m² does not contain 2."""
+    text = SUPER_AND_SUBSCRIPT_DIGITS.sub("", text)
     return " ".join(unicodedata.normalize("NFKC", text).replace("−", "-").casefold().split())
 
 
@@ -166,12 +166,12 @@ def batched(reward: RewardFn) -> BatchRewardFn:
 def add_reward_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rewards")
     group.add_argument("--reward_mix", default="exact=1,format=0.5,length=0.1,repetition=0.5",
-                       help="how much each component counts; those not named count 1")
+                       help="weight of each component in the sum; 1 for those not listed")
     group.add_argument("--reward_weight", help="add a reward weight of ours, by its name in --save_dir (default: "
                        "'reward', if it is there and no prompt has a gt; 'none': no)")
-    group.add_argument("--reward_model_path", help="add a reward model of transformers': a folder or a hub name")
+    group.add_argument("--reward_model_path", help="add a transformers reward model: a folder or a hub name")
     group.add_argument("--trust_remote_code", type=int, choices=(0, 1), default=0,
-                       help="let that model run the code it brings")
+                       help="allow that model to run its own code")
     group.add_argument("--judge_url", help="add a judge: an OpenAI-compatible endpoint, its key in OPENAI_API_KEY")
     group.add_argument("--judge_model", default="minimind", help="name of the judge's model there")
 
@@ -181,7 +181,7 @@ def make_rewards(args: argparse.Namespace, tokenizer: ChatTokenizer, device: tor
     """The components that the flags ask for: `rules`, and `weight`, `model`, `judge`. Raises UserError.
 
     Where no flag asks for a model and none of `prompts` has a ground truth, a weight called `reward` is used if there
-    is one; else a warning says what little is learned.
+    is one; else a warning lists the rewards that remain.
     """
     rules = rules or {"exact": accuracy, "format": format_ok, "length": length_reward(tokenizer),
                       "repetition": repetition}

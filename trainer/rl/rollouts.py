@@ -27,11 +27,12 @@ from trainer.rl.remote_engines import rounding_error
 from trainer.rl.trajectory import RolloutGroup, Trajectory
 from trainer.rollout_engine import policy_sampling_params
 
-# A server's log-probabilities may be so many times further from the policy's than those of the policy's bf16 copy, in
-# the first rollout; in later ones so many times further than in the first. At least MIN_BOUND nats per sampled token.
-MAX_ROUNDING, MAX_GROWTH, MIN_BOUND = 4, 5, 1e-4
-NUM_ROUNDED = 16  # trajectories that the copy scores
-MAX_RESAMPLES = 4  # times that prompts are drawn for one rollout, to replace groups without a difference
+# Bounds of the mismatch between a server's log-probabilities and the policy's: in the first rollout MAX_ROUNDING_RATIO
+# times that of a bf16 copy of the policy, later MAX_GROWTH_RATIO times that of the first rollout, and never below
+# MIN_MISMATCH_BOUND nats per sampled token.
+MAX_ROUNDING_RATIO, MAX_GROWTH_RATIO, MIN_MISMATCH_BOUND = 4, 5, 1e-4
+NUM_BF16_SAMPLES = 16  # trajectories that the bf16 copy scores
+MAX_RESAMPLES = 4  # most draws of prompts per rollout, to replace groups of equal rewards (--resample)
 SETTINGS = ("batch_size", "num_generations", "update_epochs", "mini_batches", "temperature",
             "max_gen_len", "thinking_ratio", "aggregation", "resample", "reward_mix", "reward_weight",
             "reward_model_path", "judge_url")
@@ -135,8 +136,8 @@ class RolloutStream:
             trajectories = [trajectory for group in groups for trajectory in group.trajectories]
             is_first = args.rollout_engine != "local" and self._max_mismatch is None
             if is_first:
-                rounding = rounding_error(self.engine.model, trajectories[:NUM_ROUNDED], args.temperature)
-                self._max_mismatch = max(MAX_ROUNDING * rounding, MIN_BOUND)
+                rounding = rounding_error(self.engine.model, trajectories[:NUM_BF16_SAMPLES], args.temperature)
+                self._max_mismatch = max(MAX_ROUNDING_RATIO * rounding, MIN_MISMATCH_BOUND)
         sampled = time.perf_counter()
 
         rng = np.random.default_rng([args.seed, self.rollouts])
@@ -149,7 +150,7 @@ class RolloutStream:
         if args.rollout_engine != "local":
             mismatch = self.check_mismatch(batches)
             if is_first:
-                self._max_mismatch = max(MAX_GROWTH * mismatch, MIN_BOUND)
+                self._max_mismatch = max(MAX_GROWTH_RATIO * mismatch, MIN_MISMATCH_BOUND)
         self.estimator.compute_advantages(groups, batches, self.world)
 
         self._pending = [self._mini_batches[i] for _ in range(args.update_epochs)
@@ -181,8 +182,8 @@ class RolloutStream:
         prompts = [self.prompts[order[i]] for i in own for _ in range(n)]
         # a seed of its own for each position of the stream and each answer, on any number of ranks
         seeds = [((args.seed * 1_000_003 + begin + i) * n + k) % 2**63 for i in own for k in range(n)]
-        samplings = [policy_sampling_params(args.max_gen_len, args.temperature, seed) for seed in seeds]
-        trajectories = self.engine.generate(prompts, samplings)
+        sampling_params = [policy_sampling_params(args.max_gen_len, args.temperature, seed) for seed in seeds]
+        trajectories = self.engine.generate(prompts, sampling_params)
         scores = self.rewards.score(prompts, trajectories)
         groups = []
         for number, i in enumerate(own):

@@ -47,7 +47,8 @@ def tool(function: Callable | None = None, *, timeout: float | None = 5.0) -> Ca
     """Register a function for models to call: `@tool`, or `@tool(timeout=seconds)` (None: run it in this thread).
 
     Its schema comes from its name, its annotations and the first line of its docstring. It returns a dict, or a value
-    for {"result": value}; what it raises becomes {"error": …}. One that overruns its time is left behind in its thread.
+    for {"result": value}; what it raises becomes {"error": …}. One that exceeds its time
+    keeps running in its thread, and its result is dropped.
     """
     if function is None:
         return lambda function: tool(function, timeout=timeout)
@@ -69,7 +70,7 @@ def register(function: Callable, parameters: dict[str, tuple[type, bool]], timeo
 
 
 def read_parameters(function: Callable) -> dict[str, tuple[type, bool]]:
-    """Of each parameter but `seed`: its type as JSON knows it, and whether it is required."""
+    """Of each parameter but `seed`: its JSON type, and whether it is required."""
     hints = typing.get_type_hints(function)
     return {name: (json_type(hints.get(name, object)), parameter.default is parameter.empty)
             for name, parameter in inspect.signature(function).parameters.items() if name != "seed"}
