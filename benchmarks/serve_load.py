@@ -120,7 +120,7 @@ async def load(url: str, prompts: list[list[int]], num_clients: int, num_tokens:
 def main() -> None:
     parser = model_parser(__doc__)
     parser.add_argument("--clients", type=positive_int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=positive_int, default=2, help="requests per client (8 times that for a single one)")
+    parser.add_argument("--rounds", type=positive_int, default=2, help="requests per client (of one alone: 8 times)")
     parser.add_argument("--prompt", type=positive_int, default=200, help="tokens of a prompt")
     parser.add_argument("--tokens", type=positive_int, default=128, help="tokens of an answer")
     parser.add_argument("--peer", choices=("llama.cpp",), help="another server, in f16 and q8_0, in turn with ours")
