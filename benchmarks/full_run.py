@@ -299,13 +299,13 @@ def main() -> None:
                       lambda: prepare(args, folder, flags))}
     steps |= {step: (flags[step], partial(train, stage.script, flags[step])) for step, stage in STAGES.items()}
     steps["evaluation"] = ({"every": args.every, "prompts": len(PROMPTS)},
-                           lambda: evaluate(args, folder, pipeline.ended(), flags))
+                           lambda: evaluate(args, folder, pipeline.end_times(), flags))
     for step in args.stages:
         for parent in parents(step, flags):
-            if parent not in {*pipeline.ended(), *args.stages}:
+            if parent not in {*pipeline.end_times(), *args.stages}:
                 raise UserError(f"--stages {step}: works with {parent}, which is not done in {folder}; name it too")
     for step in sorted(args.stages, key=NAMES.index):
-        ended, (depends_on, work) = pipeline.ended(), steps[step]
+        ended, (depends_on, work) = pipeline.end_times(), steps[step]
         # evaluation comes after every other step
         before = [name for name in ended if name != step] if step == "evaluation" else parents(step, flags)
         after = max((ended[name] for name in before), default=None)

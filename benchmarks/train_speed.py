@@ -38,7 +38,7 @@ from dataset.reader import read_rows
 from model.chat import ChatTokenizer
 from model.cli import Parser, nonneg_int, positive_int, run_main
 from model.device import choose_device, cpu_has_bfloat16, peak_memory, synchronise, training_dtype
-from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules
+from model.model_lora import TARGETS, LoRAConfig, apply_lora, find_target_modules
 from model.model_minimind import MiniMindForCausalLM
 from model.transformers_io import save_folder
 from model.weights import ROOT
@@ -92,7 +92,7 @@ def plain_recipe(args: argparse.Namespace) -> dict:
     model = MiniMindForCausalLM(model_config(args)).to(device)
     reference = copy.deepcopy(model) if args.stage == "dpo" else None
     if args.stage == "lora":
-        apply_lora(model, LoRA(targets=tuple(name for name in TARGETS if name in find_target_modules(model))))
+        apply_lora(model, LoRAConfig(targets=tuple(name for name in TARGETS if name in find_target_modules(model))))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-4)
     order = np.random.default_rng(0).permutation(len(data))

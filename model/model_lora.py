@@ -25,8 +25,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate
 
 
 @dataclass(frozen=True)
-class LoRA:
-    """How a model is adapted."""
+class LoRAConfig:
+    """Settings of the adapters of a model."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -46,7 +46,7 @@ def init_lora_AB(weight: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]
 class LoRALinear(nn.Linear):
     """A linear layer with its adapter; it shares the weight of `base`."""
 
-    def __init__(self, base: nn.Linear, lora: LoRA):
+    def __init__(self, base: nn.Linear, lora: LoRAConfig):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
@@ -60,7 +60,7 @@ class LoRALinear(nn.Linear):
 class LoRAExperts(Experts):
     """A stack of experts, each with adapters of its own for those of its weights that are in `lora.targets`."""
 
-    def __init__(self, base: Experts, lora: LoRA):
+    def __init__(self, base: Experts, lora: LoRAConfig):
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj
         self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
@@ -88,7 +88,7 @@ def find_target_modules(model: nn.Module) -> dict[str, list[tuple[str, nn.Module
     return modules
 
 
-def apply_lora(model: nn.Module, lora: LoRA) -> None:
+def apply_lora(model: nn.Module, lora: LoRAConfig) -> None:
     """Freeze `model` and give the layers `lora.targets` their adapters, in place.
 
     Raises UserError when the model has no such layer.
@@ -128,30 +128,31 @@ def merge_lora(model: nn.Module, weight: float = 1.0) -> None:
         model.set_submodule(path, merged.train(layer.training))
 
 
-def save_lora(model: nn.Module, name: str, save_dir: Path, tokenizer: ChatTokenizer, lora: LoRA, **metadata) -> Path:
+def save_lora(model: nn.Module, name: str, save_dir: Path, tokenizer: ChatTokenizer, lora: LoRAConfig,
+              **metadata) -> Path:
     """Write the adapters of `model` and their settings to {save_dir}/{name}_{hidden_size}[_moe].pth, and a .json."""
     settings = asdict(lora) | {"targets": list(lora.targets)}
     return save_weight(model, name, save_dir, tokenizer, lora_state(model) | {"settings": settings}, lora=settings,
                        **metadata)
 
 
-def read_lora(path: Path) -> tuple[LoRA, dict[str, Tensor]]:
+def read_lora(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The settings and tensors of a LoRA file, of ours or as MiniMind publishes them. Raises UserError when it is none.
 
     A published one holds `….lora.A.weight` and `….lora.B.weight`; its scale is 1, and it does not name its base.
     """
     state = read_state(path)
     if settings := state.pop("settings", None):
-        return LoRA(**settings | {"targets": tuple(settings["targets"])}), state
+        return LoRAConfig(**settings | {"targets": tuple(settings["targets"])}), state
     state = {re.sub(r"\.lora\.([AB])\.weight$", r".lora_\1", name): value for name, value in state.items()}
     ranks = {len(value) for name, value in state.items() if name.endswith(".lora_A")}
     if weight_kind(state) != "LoRA" or len(ranks) != 1:
         raise UserError(f"{path}: not a LoRA file")
     rank, = ranks
-    return LoRA(rank, rank, targets=tuple(sorted({name.split(".")[-2] for name in state}))), state
+    return LoRAConfig(rank, rank, targets=tuple(sorted({name.split(".")[-2] for name in state}))), state
 
 
-def load_adapter_state(model: nn.Module, lora: LoRA, state: dict[str, Tensor], source: str | Path) -> None:
+def load_adapter_state(model: nn.Module, lora: LoRAConfig, state: dict[str, Tensor], source: str | Path) -> None:
     """Give `model` the adapters of `state`, which was read from `source`. Raises UserError when they do not fit."""
     apply_lora(model, lora)
     adapters = lora_state(model)
@@ -165,7 +166,7 @@ def load_adapter_state(model: nn.Module, lora: LoRA, state: dict[str, Tensor], s
             adapters[name].copy_(value)
 
 
-def load_adapter_file(model: nn.Module, path: Path, base: str | None = None) -> LoRA:
+def load_adapter_file(model: nn.Module, path: Path, base: str | None = None) -> LoRAConfig:
     """Attach a LoRA file to the model it was trained on. `base`: the weights_hash of the model, if it is known.
 
     Raises UserError when it is no LoRA, or belongs to another model.
@@ -178,7 +179,7 @@ def load_adapter_file(model: nn.Module, path: Path, base: str | None = None) -> 
     return lora
 
 
-def load_lora(model: nn.Module, name: str, save_dir: Path = OUT_DIR) -> LoRA:
+def load_lora(model: nn.Module, name: str, save_dir: Path = OUT_DIR) -> LoRAConfig:
     """`load_adapter_file` of the LoRA `name`. Raises UserError when there is none of this size, too."""
     path = find_weight(name, save_dir, model.config.hidden_size, bool(getattr(model.config, "use_moe", False)))
     return load_adapter_file(model, path)

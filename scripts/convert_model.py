@@ -33,7 +33,7 @@ from model.cli import Failure, Parser, UserError, first_line, run_main
 from model.files import write_atomically
 from model.loading import load_native
 from model.model_lora import (
-    LoRA,
+    LoRAConfig,
     find_target_modules,
     load_adapter_file,
     load_adapter_state,
@@ -67,7 +67,7 @@ def read_source(path: Path, tokenizer_dir: Path | None) -> tuple[nn.Module, Chat
     return load_native(path, tokenizer_dir)
 
 
-def attach(model: nn.Module, text: str, base: str | None = None) -> tuple[LoRA, float]:
+def attach(model: nn.Module, text: str, base: str | None = None) -> tuple[LoRAConfig, float]:
     """Attach a LoRA of ours or a peft adapter, "PATH" or "PATH=WEIGHT", in place. → the LoRA and its weight"""
     name, _, number = text.rpartition("=") if "=" in text else (text, "", "1")
     try:
@@ -180,7 +180,7 @@ def export_peft(path: Path, folder: Path) -> str:
     return f"{len(state)} tensors, read back equal"
 
 
-def import_peft(model: nn.Module, folder: Path) -> LoRA:
+def import_peft(model: nn.Module, folder: Path) -> LoRAConfig:
     """Attach the adapter of a peft folder to `model`, in place. Raises UserError for what LoRA here cannot do."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
@@ -209,7 +209,7 @@ def import_peft(model: nn.Module, folder: Path) -> LoRA:
                     targets += [target] * (target not in targets)
     if tensors:
         raise UserError(f"--lora {folder}: this model has no module for {min(tensors)}; name its base with --source")
-    lora = LoRA(rank, alpha, float(config.get("lora_dropout") or 0), tuple(targets), weights_hash(model))
+    lora = LoRAConfig(rank, alpha, float(config.get("lora_dropout") or 0), tuple(targets), weights_hash(model))
     load_adapter_state(model, lora, state, folder)
     return lora
 

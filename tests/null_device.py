@@ -27,7 +27,7 @@ from dataset.packing import Rows, collate
 from model.device import choose_device, peak_memory, training_dtype
 from model.inference.constraints import regex_rule, text_grammar
 from model.inference.engine import Engine, SamplingParams, Sequence
-from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules
+from model.model_lora import TARGETS, LoRAConfig, apply_lora, find_target_modules
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import train_dpo, train_grpo, train_pretrain
 from trainer.losses import next_token_loss
@@ -50,7 +50,8 @@ def small_model(lora: bool = False, **options) -> MiniMindForCausalLM:
     torch.manual_seed(0)
     model = MiniMindForCausalLM(MiniMindConfig(**{"hidden_size": 64, "num_hidden_layers": 2, **options}))
     if lora:
-        apply_lora(model, LoRA(rank=4, targets=tuple(name for name in TARGETS if name in find_target_modules(model))))
+        targets = tuple(name for name in TARGETS if name in find_target_modules(model))
+        apply_lora(model, LoRAConfig(rank=4, targets=targets))
     return model
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.chat import ChatTokenizer
 from model.cli import UserError, run_main
-from model.model_lora import LoRA, apply_lora, lora_state, save_lora
+from model.model_lora import LoRAConfig, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.transformers_io import load_folder, qwen3_config, register, save_folder
 from model.weights import load_weight, read_weight, save_weight, weights_hash
@@ -193,7 +193,7 @@ def test_both_layouts_of_experts_are_read_and_a_gap_is_refused(tmp_path, names, 
 def test_a_lora_is_merged_into_any_format(tmp_path, source, kind):
     path = source(kind)
     base = read_weight(path)[0].eval()
-    lora = LoRA(rank=4, targets=("q_proj", "down_proj"), base=weights_hash(base))
+    lora = LoRAConfig(rank=4, targets=("q_proj", "down_proj"), base=weights_hash(base))
     adapted = read_weight(path)[0].eval()
     apply_lora(adapted, lora)
     for value in lora_state(adapted).values():

@@ -14,7 +14,7 @@ from dataset.lm_dataset import SFTDataset
 from model.transformers_io import save_folder
 from model.weights import load_weight
 from trainer import train_distillation, train_full_sft
-from trainer.losses import TAG_TOKENS, distillation_loss, inputs, kl_divergence, next_token_loss, teacher_logits
+from trainer.losses import TAG_TOKENS, distillation_loss, kl_divergence, model_inputs, next_token_loss, teacher_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DISTIL = {"stage": train_distillation, "from_weight": "none", "from_teacher_weight": "full_sft", "teacher_use_moe": 0,
@@ -42,7 +42,7 @@ def test_the_divergence_is_the_one_of_trl_and_of_the_definition(reverse):
 def test_the_loss_is_its_definition_and_balancing_is_not_scaled(batch):
     student, teacher = small_model(use_moe=True), small_model(hidden_size=32)
     loss = distillation_loss(student, batch, teacher, alpha=0.3, temperature=2.0, reverse=False)
-    ours, theirs = student(**inputs(batch)), teacher(**inputs(batch)).logits
+    ours, theirs = student(**model_inputs(batch)), teacher(**model_inputs(batch)).logits
     p, log_q = (theirs / 2).softmax(-1), (ours.logits / 2).log_softmax(-1)
     nats = F.cross_entropy(ours.logits, batch["targets"], reduction="sum")
     assert_close(loss.loss_sum, 0.3 * nats + 0.7 * 4 * (p * (p.log() - log_q)).sum())
@@ -130,7 +130,7 @@ def test_a_tag_counts_as_often_as_asked_for_and_once_as_a_token(tmp_path):
     rows = SFTDataset(tagged_rows(tmp_path), TOKENIZER, 64, cache_dir=tmp_path, empty_think_ratio=0)
     batch, model = rows.batch(torch.arange(len(rows)).numpy()), small_model()
     assert {int(i) for i in batch["targets"]} >= set(TAG_TOKENS)
-    nats = F.cross_entropy(model(**inputs(batch)).logits, batch["targets"], reduction="none")
+    nats = F.cross_entropy(model(**model_inputs(batch)).logits, batch["targets"], reduction="none")
     weight = torch.tensor([10.0 if int(i) in TAG_TOKENS else 1.0 for i in batch["targets"]])
     assert_close(next_token_loss(model, batch, tag_weight=10.0).loss_sum, (weight * nats).sum())
 

@@ -34,7 +34,7 @@ from model.inference.engine import Engine, SamplingParams, Sequence, generate
 from model.inference.prepacked import prepack, use_prepacked
 from model.inference.sampling import sample
 from model.linear import linear
-from model.model_lora import LoRA, apply_lora, lora_state
+from model.model_lora import LoRAConfig, apply_lora, lora_state
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_weight, save_weight
 from scripts.lib.terminal import HELP
@@ -228,7 +228,7 @@ def test_weights_that_are_elsewhere_are_not_packed():
 def test_layers_with_an_adapter_are_not_joined():
     model, prompts = lively_model(), some_prompts(15, 3)
     engine = Engine(model)  # which joins them
-    apply_lora(model, LoRA(rank=2, targets=("k_proj", "up_proj")))
+    apply_lora(model, LoRAConfig(rank=2, targets=("k_proj", "up_proj")))
     for parameter in lora_state(model).values():
         parameter.data.normal_(std=0.3)
     engine.reset_prefix_cache()

@@ -87,13 +87,13 @@ def test_what_is_done_is_not_done_again_unless_it_would_become_something_else(li
             mock.patch.object(full_run, "evaluate", lambda *_: {}), mock.patch.object(full_run, "write_report"):
         start(lived, *SMALL)
         assert scripts == []
-        assert capsys.readouterr().out.count("done before") == len(full_run.NAMES) - len(full_run.OPTIONAL)
+        assert capsys.readouterr().out.count("already done") == len(full_run.NAMES) - len(full_run.OPTIONAL)
         start(lived, *SMALL, "full_sft.weight_decay=0.2")
     said = capsys.readouterr().out
     assert scripts == [f"trainer/train_{name}.py" for name in (
         "full_sft", "lora", "dpo", "reward", "grpo", "agent")]
-    assert "full_sft: begins anew: --weight_decay was 0.1, is 0.2" in said and "pretrain: done before" in said
-    assert "dpo: begins anew: what it starts from was made anew" in said
+    assert "full_sft: starts over: --weight_decay was 0.1, is 0.2" in said and "pretrain: already done" in said
+    assert "dpo: starts over: what it starts from was made anew" in said
     assert not list((lived / "tiny/checkpoints").glob("dpo_*"))  # the state of the old one is gone
 
 
@@ -138,7 +138,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(lived, tmp_path):
     done = subprocess.run([*command, f"pretrain.max_steps={stopped_at + 3}", "pretrain.epochs=200"], env=ENVIRONMENT,
                           text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0 and f"resume: continuing after step {stopped_at}" in done.stdout, done.stdout
-    assert "data: done before" in done.stdout and state.exists()
+    assert "data: already done" in done.stdout and state.exists()
     after = json.loads(runs.read_text())["pretrain"]
     assert after["done"] and after["seconds"] > record["seconds"]
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(stopped_at + 4))

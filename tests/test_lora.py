@@ -15,7 +15,7 @@ from model import loading
 from model.cli import UserError, run_main
 from model.loading import load_for_inference
 from model.model_lora import (
-    LoRA,
+    LoRAConfig,
     apply_lora,
     find_target_modules,
     load_lora,
@@ -50,7 +50,7 @@ def saved_pair(folder, options: dict, targets: tuple, name: str = "lora", **sett
     if not (folder / f"full_sft_64{'_moe' if options else ''}.pth").exists():
         save_weight(large_weights(small_model(**options)), "full_sft", folder, TOKENIZER)
     base, _ = load_weight("full_sft", folder, **options)
-    lora = LoRA(**{"rank": 8, "alpha": 12.0, "targets": targets, "base": weights_hash(base), **settings})
+    lora = LoRAConfig(**{"rank": 8, "alpha": 12.0, "targets": targets, "base": weights_hash(base), **settings})
     adapted, _ = load_weight("full_sft", folder, **options)
     apply_lora(adapted, lora)
     for value in lora_state(adapted).values():
@@ -276,4 +276,4 @@ def test_errors_are_one_line(lab, capsys, tmp_path):
 
 
 def test_the_router_is_not_adapted_by_default():
-    assert "gate" in find_target_modules(small_model(use_moe=True)) and "gate" not in LoRA.targets
+    assert "gate" in find_target_modules(small_model(use_moe=True)) and "gate" not in LoRAConfig.targets

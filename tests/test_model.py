@@ -22,12 +22,12 @@ from model import attention as attention_module
 from model import model_minimind as mm
 from model import moe
 from model.attention import BatchLayout, attention, document_mask, has_flash
-from model.model_lora import LoRA, apply_lora
+from model.model_lora import LoRAConfig, apply_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_reward import MiniMindForSequenceClassification
 from model.moe import EXPERT_WEIGHTS, TokenGroups, _grouped_mm, _linear_per_expert
 from model.transformers_io import register
-from trainer.losses import inputs
+from trainer.losses import model_inputs
 
 same = partial(assert_close, atol=1e-4, rtol=0)
 same_gradient = partial(assert_close, atol=1e-5, rtol=1e-4)
@@ -261,10 +261,10 @@ def test_answers_that_share_their_prompt_equal_qwen3_on_each_conversation_alone(
     assert int(batch["attention_mask"].sum()) == 7 + 12 + 1 + 3 + 12 + 6  # a prompt once, no answer's last token
     targets = batch["targets"]
     assert targets.tolist() == sum((answer for _, answers in groups for answer in answers), [])
-    out = ours(**inputs(batch))
+    out = ours(**model_inputs(batch))
     if ours.config.use_moe:  # padding has no part in it
         more_padding = {name: x.to(device) for name, x in pack_shared_prefix(groups, 99).items()}
-        same(out.aux_loss, ours(**inputs(more_padding)).aux_loss)
+        same(out.aux_loss, ours(**model_inputs(more_padding)).aux_loss)
     log_p = -F.cross_entropy(out.logits, targets, reduction="none")
     alone = []
     for prompt, answers in groups:
@@ -499,7 +499,7 @@ def test_the_host_counts_tokens_once_per_layer(monkeypatch):
     counted, model = [], minimind("moe-top2")
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: counted.append(x.shape) or tolist(x))
-    apply_lora(model, LoRA(rank=4, targets=EXPERT_WEIGHTS))
+    apply_lora(model, LoRAConfig(rank=4, targets=EXPERT_WEIGHTS))
     model(tokens(2, 9)).logits.sum().backward()
     assert counted == [torch.Size([4])] * 2
 

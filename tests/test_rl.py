@@ -329,7 +329,7 @@ def test_old_and_reference_log_probabilities_are_each_models_own_and_the_drift_i
 
     @torch.no_grad()
     def log_probs(model, batch) -> torch.Tensor:
-        logits = model(**losses.inputs(batch)).logits / 0.7
+        logits = model(**losses.model_inputs(batch)).logits / 0.7
         return logits.log_softmax(-1).gather(1, batch["targets"][:, None])[:, 0]
 
     for batch in batches:

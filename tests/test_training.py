@@ -31,7 +31,7 @@ from trainer.batches import BatchStream, adapt_batch
 from trainer.checkpoint import save_resume
 from trainer.distributed import World
 from trainer.flops import flops_per_token
-from trainer.losses import Loss, aux_loss_term, inputs, next_token_loss
+from trainer.losses import Loss, aux_loss_term, model_inputs, next_token_loss
 from trainer.metrics import MetricsLog
 from trainer.optimizer import Muon, learning_rate, make_optimizers
 from trainer.run import Run
@@ -293,7 +293,7 @@ def test_a_step_is_the_plain_mean_over_its_tokens_and_the_balancing_loss(lab, mo
     batches, expected = [], {}
 
     def plain(model, batch):
-        out = model(**inputs(batch))
+        out = model(**model_inputs(batch))
         loss = F.cross_entropy(out.logits, batch["targets"]) + model.config.router_aux_loss_coef * out.aux_loss
         named = dict(model.named_parameters())
         expected.update(zip(named, torch.autograd.grad(loss, named.values()), strict=True))

@@ -21,7 +21,7 @@ from streamlit.testing.v1 import AppTest
 from model.chat import BOS, EOS, ChatTokenizer
 from model.inference.engine import SamplingParams
 from model.loading import load_for_inference
-from model.model_lora import LoRA, apply_lora, lora_state, save_lora
+from model.model_lora import LoRAConfig, apply_lora, lora_state, save_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import find_models, load_weight, save_weight, weights_hash
 from scripts.lib.openai_client import to_openai
@@ -138,16 +138,16 @@ def finished(reply: Reply) -> dict:
     return reply.message()
 
 
-def without_facts(message: dict) -> dict:
-    return {key: value for key, value in message.items() if key != "facts"}
+def without_stats(message: dict) -> dict:
+    return {key: value for key, value in message.items() if key != "stats"}
 
 
 def test_a_local_model_answers_thinks_and_calls(local):
     for talk, tools, thinking in ((HELLO, [], False), (THOUGHT, [], True), (SUM, [SCHEMAS["calculate_math"]], False)):
         message = finished(Reply(local.answer(talk[:1], tools, thinking, GREEDY)))
-        facts = message["facts"]
-        assert without_facts(message) == talk[1] and facts["reason"] == "stop" and facts["tokens"] > 3
-        assert (facts["thought"] is not None) == thinking
+        stats = message["stats"]
+        assert without_stats(message) == talk[1] and stats["finish_reason"] == "stop" and stats["tokens"] > 3
+        assert (stats["thinking_seconds"] is not None) == thinking
 
 
 def test_two_pages_share_one_engine_and_a_stopped_answer_leaves_it(local):
@@ -155,7 +155,7 @@ def test_two_pages_share_one_engine_and_a_stopped_answer_leaves_it(local):
     long = Reply(local.answer(HELLO[:1], [], False, endless))
     while not long.num_tokens:
         time.sleep(0.01)
-    assert without_facts(finished(Reply(local.answer(HELLO[:1], [], False, GREEDY)))) == HELLO[1]
+    assert without_stats(finished(Reply(local.answer(HELLO[:1], [], False, GREEDY)))) == HELLO[1]
     assert long.running
     long.stop()
     assert not long.running and long.message()["content"].startswith("A very small model")
@@ -248,9 +248,9 @@ def test_a_url_answers_with_thinking_text_and_calls(endpoint, name):
                            "prompt_tokens": 5, "completion_tokens": 21, "total_tokens": 26}}]
     sampling = SamplingParams(33, temperature=0.5, top_p=0.9, seed=7, top_k=5, repetition_penalty=1.2)
     message = finished(Reply(RemoteModel(endpoint).answer(SUM[:3], [SCHEMAS["calculate_math"]], True, sampling)))
-    assert without_facts(message) == said("assistant", "So be it", reasoning_content="Hm.", tool_calls=CALL)
-    assert message["facts"]["tokens"] == 21 and message["facts"]["reason"] == "tool_calls"
-    assert message["facts"]["malformed"] == ["broken({)"]
+    assert without_stats(message) == said("assistant", "So be it", reasoning_content="Hm.", tool_calls=CALL)
+    assert message["stats"]["tokens"] == 21 and message["stats"]["finish_reason"] == "tool_calls"
+    assert message["stats"]["malformed"] == ["broken({)"]
     body, = Endpoint.bodies
     assert body["messages"] == to_openai(SUM[:3])[0] and body["tools"] == [SCHEMAS["calculate_math"]]
     assert {"model": "tiny", "max_tokens": 33, "temperature": 0.5, "top_p": 0.9, "seed": 7, "top_k": 5,
@@ -261,7 +261,7 @@ def test_a_url_answers_with_thinking_text_and_calls(endpoint, name):
 def test_only_what_was_asked_for_is_sent(endpoint):
     Endpoint.chunks = [chunk({"content": "<think>\nHm.\n</think>\n\nHello"}, "stop")]
     message = finished(Reply(RemoteModel(endpoint, name="big").answer(HELLO[:1], [], False, SamplingParams())))
-    assert without_facts(message) == said("assistant", "Hello", reasoning_content="Hm.")
+    assert without_stats(message) == said("assistant", "Hello", reasoning_content="Hm.")
     body, = Endpoint.bodies
     assert body["model"] == "big" and not {"tools", "top_k", "repetition_penalty", "chat_template_kwargs"} & body.keys()
 
@@ -306,7 +306,7 @@ def texts(app: AppTest) -> str:
 
 
 def talk_of(app: AppTest) -> list[dict]:
-    return [without_facts(message) for message in app.session_state.messages]
+    return [without_stats(message) for message in app.session_state.messages]
 
 
 def test_a_conversation_has_turns_facts_and_a_retry(page):
@@ -404,7 +404,7 @@ def test_a_lora_is_offered_for_its_base_alone_and_changes_the_answer(page, save_
     base, _ = load_weight("full_sft", save_dir)
     assert [box.label for box in page.selectbox] == ["Weight"]  # there is no LoRA yet
     for name, of in (("lora_mute", weights_hash(base)), ("lora_foreign", "of another base")):
-        lora, (adapted, _) = LoRA(2, targets=("q_proj", "o_proj"), base=of), load_weight("full_sft", save_dir)
+        lora, (adapted, _) = LoRAConfig(2, targets=("q_proj", "o_proj"), base=of), load_weight("full_sft", save_dir)
         apply_lora(adapted, lora)
         for value in lora_state(adapted).values():
             torch.nn.init.normal_(value)
@@ -448,7 +448,7 @@ def test_our_own_server_can_be_talked_to(page, save_dir):
             assert "API key" in page.error[0].value
             page.text_input("api_key").set_value("secret").run()
             page.button("retry").click().run()
-            assert talk_of(healthy(page)) == HELLO and page.session_state.messages[1]["facts"]["tokens"] > 5
+            assert talk_of(healthy(page)) == HELLO and page.session_state.messages[1]["stats"]["tokens"] > 5
             page.button("clear").click().run()
             page.toggle("thinking").set_value(True).run()
             ask(page, "Think!")

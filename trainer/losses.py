@@ -14,7 +14,7 @@ TAG_TOKENS = (THINK, END_THINK, CALL, END_CALL)
 PREFERENCE_LOSSES = ("sigmoid", "ipo", "simpo")
 
 
-def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model takes of a batch: ids, positions, where logits are needed, and the layout of the documents."""
     if "expand_index" in batch:  # the number of documents differs from batch to batch: one graph for all
         for name in ("expand_index", "cu_seqlens"):
@@ -43,7 +43,7 @@ def next_token_loss(model: nn.Module, batch: dict[str, Tensor], tag_weight: floa
 
     A target that opens or closes thinking or a tool call is weighted by `tag_weight`, but counts as one token.
     """
-    output = model(**inputs(batch))
+    output = model(**model_inputs(batch))
     logits, targets = output.logits.float(), batch["targets"]
     loss = F.cross_entropy(logits, targets, reduction="sum")
     if tag_weight != 1:
@@ -67,7 +67,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, reverse:
 def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Logits [M, V] of any decoder at `logits_indices`; transformers' decoders take the documents' bounds as a mask."""
     if isinstance(teacher, MiniMindForCausalLM):
-        return teacher(**inputs(batch)).logits
+        return teacher(**model_inputs(batch)).logits
     mask = document_mask(batch["cu_seqlens"], *batch["input_ids"].shape)
     hidden = teacher.base_model(batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"],
                                 use_cache=False).last_hidden_state
@@ -77,7 +77,7 @@ def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def distillation_loss(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module, alpha: float, temperature: float,
                       reverse: bool) -> Loss:
     """Σ α·(-log p(target)) + (1 - α)·T²·KL over the supervised tokens; T² offsets gradients that shrink as 1 / T²."""
-    output = model(**inputs(batch))
+    output = model(**model_inputs(batch))
     with torch.no_grad():
         target_logits = teacher_logits(teacher, batch).float()
     logits = output.logits.float()
@@ -92,7 +92,7 @@ def distillation_loss(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Mo
 
 def answer_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """log p(answer) = Σ_t log p(y_t) of each document [D], and the load-balancing loss."""
-    output = model(**inputs(batch))
+    output = model(**model_inputs(batch))
     log_p = -F.cross_entropy(output.logits.float(), batch["targets"], reduction="none")
     return log_p.new_zeros(len(batch["ends"])).index_add(0, batch["document"], log_p), output.aux_loss
 
@@ -141,7 +141,7 @@ def reward_loss(model: nn.Module, batch: dict[str, Tensor], token_weight: float 
     """
     ends = batch["ends"]
     indices = torch.cat((ends, batch["token_at"])) if token_weight else ends
-    output = model(**inputs(batch) | {"logits_indices": indices})
+    output = model(**model_inputs(batch) | {"logits_indices": indices})
     reward, token_rewards = output.logits.float()[:, 0].split((len(ends), len(output.logits) - len(ends)))
     margin = reward[0::2] - reward[1::2]
     loss = -F.logsigmoid(margin).sum()
@@ -219,7 +219,7 @@ def policy_objective(new: Tensor, batch: dict[str, Tensor], loss_type: str, clip
 def policy_loss(model: nn.Module, batch: dict[str, Tensor], loss_type: str, clip_low: float, clip_high: float,
                 beta: float, tis_cap: float, temperature: float) -> Loss:
     """`policy_objective` of the sampled tokens of a batch."""
-    output = model(**inputs(batch))
+    output = model(**model_inputs(batch))
     new = token_log_probs(output.logits, batch["targets"], temperature)
     objective, metrics = policy_objective(new, batch, loss_type, clip_low, clip_high, beta, tis_cap)
     return Loss(objective, aux_loss_term(model, output.aux_loss), metrics)
@@ -240,7 +240,7 @@ def ppo_loss(model: nn.Module, batch: dict[str, Tensor], epsilon: float, value_c
     Of each token [M], `model` gives logits and a value; `value` of the batch was the critic's before the update,
     `returns` is its target. The KL to the reference is part of the rewards, so here it is only logged.
     """
-    output = model(**inputs(batch))
+    output = model(**model_inputs(batch))
     new = token_log_probs(output.logits, batch["targets"], temperature)
     objective, metrics = policy_objective(new, batch, "ppo", epsilon, epsilon, 0.0, tis_cap)
     value_loss = (batch["weight"] * value_losses(output.value, batch["value"], batch["returns"], value_clip)).sum()

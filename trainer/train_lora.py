@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 from dataset.lm_dataset import SFTDataset
 from model.cli import fraction, nonneg_float, positive_int, run_main
-from model.model_lora import TARGETS, LoRA, apply_lora, find_target_modules, save_lora
+from model.model_lora import TARGETS, LoRAConfig, apply_lora, find_target_modules, save_lora
 from model.weights import ROOT, weights_hash
 from trainer.arguments import add_sft_args, parse_args, sft_options, stage_parser
 from trainer.batches import BatchStream
@@ -24,10 +24,10 @@ def main() -> None:
         learning_rate=1e-4, epochs=10, wandb_project="MiniMind-LoRA")
     parser.add_argument("--lora_name", dest="save_weight",
                         help="name of the LoRA to write, and of its data in dataset/ unless --data_path is given")
-    parser.add_argument("--lora_rank", type=positive_int, default=LoRA.rank, help="rank of the adapters")
+    parser.add_argument("--lora_rank", type=positive_int, default=LoRAConfig.rank, help="rank of the adapters")
     parser.add_argument("--lora_alpha", type=nonneg_float, default=16.0,
                         help="the adapter's output is scaled by alpha / rank")
-    parser.add_argument("--lora_dropout", type=fraction, default=LoRA.dropout,
+    parser.add_argument("--lora_dropout", type=fraction, default=LoRAConfig.dropout,
                         help="dropout probability on the input of the adapters")
     parser.add_argument("--lora_targets", default="all",
                         help=f"names of layers, with commas between; all: what the model has of {', '.join(TARGETS)}")
@@ -38,7 +38,7 @@ def main() -> None:
         model = run.load_model()
         there = [name for name in TARGETS if name in find_target_modules(model)]
         targets = there if args.lora_targets == "all" else args.lora_targets.split(",")
-        lora = LoRA(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(targets), weights_hash(model))
+        lora = LoRAConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(targets), weights_hash(model))
         apply_lora(model, lora)
         train_data, val_data = run.load_datasets(SFTDataset, **sft_options(args))
         stream = BatchStream(train_data, args, run.world)

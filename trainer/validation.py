@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dataset.token_cache import TokenDataset
 from model.chat import ChatTokenizer
 from trainer.batches import to_device
-from trainer.losses import Loss, inputs
+from trainer.losses import Loss, model_inputs
 from trainer.run import Run
 
 
@@ -41,7 +41,7 @@ def validate_rows(run: Run, model: nn.Module, data: TokenDataset,
 
 def text_loss(model: nn.Module, batch: dict[str, Tensor], byte_lengths: Tensor) -> Loss:
     """Next-token loss; beside it, of the targets that are text, the nats and the bytes: `byte_lengths` [V]."""
-    logits = model(**inputs(batch)).logits
+    logits = model(**model_inputs(batch)).logits
     nats = nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none").cpu().double()
     num_bytes = byte_lengths[batch["targets"].cpu()]
     return Loss(nats.sum(), metrics={"text_nats": nats[num_bytes > 0].sum(), "text_bytes": num_bytes.sum()})

@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from model.model_lora import LoRA, apply_lora, lora_state
+from model.model_lora import LoRAConfig, apply_lora, lora_state
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 
@@ -16,7 +16,7 @@ def adapter_share(rank: int) -> float:
         model = MiniMindForCausalLM(MiniMindConfig())
     total = sum(p.numel() for p in model.parameters())
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    apply_lora(model, LoRA(rank=rank, targets=targets))
+    apply_lora(model, LoRAConfig(rank=rank, targets=targets))
     return sum(p.numel() for p in lora_state(model).values()) / total
 
 

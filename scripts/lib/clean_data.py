@@ -29,8 +29,8 @@ from model.files import open_atomically
 from scripts.train_tokenizer import texts_of
 
 REASONS = ("", "unreadable", "too short", "too long", "mojibake", "repetition", "exact duplicates", "near duplicates")
-STAYS, UNREADABLE, SHORT, LONG, MOJIBAKE, REPETITION, EXACT, NEAR = range(len(REASONS))
-WRONGLY_DECODED = re.compile("\ufffd|Ã[\x80-\xbf©¨¤¶¼±³]|â€|ï¿½|ï»¿|锟斤拷|烫烫烫|屯屯屯")
+KEEP, UNREADABLE, SHORT, LONG, MOJIBAKE, REPETITION, EXACT, NEAR = range(len(REASONS))
+MOJIBAKE = re.compile("\ufffd|Ã[\x80-\xbf©¨¤¶¼±³]|â€|ï¿½|ï»¿|锟斤拷|烫烫烫|屯屯屯")
 UNIT = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]|[^\\W\u3400-\u4dbf\u4e00-\u9fff]+")
 TOP_SHARES = {2: 0.20, 3: 0.18, 4: 0.16}  # of the characters, at most in the commonest n-gram
 REPEATED_SHARES = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # and in n-grams that occur before
@@ -53,29 +53,29 @@ def clean(path: Path, out: Path, min_chars: int, max_chars: int) -> None:
             text, reason = read_text_of(line, min_chars, max_chars)
             reasons.append(reason)
             earlier.append(row)
-            if reason == STAYS:
+            if reason == KEEP:
                 fingerprints(text).tofile(file)
             num_bytes += len(line)
             progress.update(num_bytes)
         file.flush()
-        rows = np.flatnonzero(np.frombuffer(reasons, np.uint8) == STAYS)
+        rows = np.flatnonzero(np.frombuffer(reasons, np.uint8) == KEEP)
         if len(rows):
             keys = np.memmap(file, np.uint64, "r", shape=(len(rows), 1 + BANDS))
             mark_duplicates(keys, rows, np.frombuffer(reasons, np.uint8), np.frombuffer(earlier, np.int64))
     counts = Counter(reasons)
-    if not counts[STAYS]:
+    if not counts[KEEP]:
         commonest = f", most as {REASONS[counts.most_common(1)[0][0]]}" if counts else ""
         raise UserError(f"{path}: no row of {len(reasons):,} stays{commonest}; --min_chars and --max_chars bound texts")
     examples = defaultdict(list)
     with open_atomically(out) as cleaned:
         for row, (number, line) in enumerate(read_lines(path)):
-            if (reason := reasons[row]) == STAYS:
+            if (reason := reasons[row]) == KEEP:
                 cleaned.write(line.rstrip(b"\r\n") + b"\n")
             elif len(examples[reason]) < EXAMPLES:
                 other = f" (as row {earlier[row] + 1:,})" if earlier[row] < row else ""
                 examples[reason].append(f"row {row + 1:,}, line {number:,}{other}: "
                                         f"{line.decode('utf-8', 'replace').strip():.100}")
-    print(f"{out}: {counts.pop(STAYS):,} of {len(reasons):,} rows stay")
+    print(f"{out}: {counts.pop(KEEP):,} of {len(reasons):,} rows stay")
     for reason, count in counts.most_common():
         print(f"{count:,} {REASONS[reason]}", *examples[reason], sep="\n    ")
 
@@ -91,9 +91,9 @@ def read_text_of(line: bytes, min_chars: int, max_chars: int) -> tuple[str, int]
         return text, SHORT
     if len(text) > max_chars:
         return text, LONG
-    if WRONGLY_DECODED.search(text):
+    if MOJIBAKE.search(text):
         return text, MOJIBAKE
-    return text, REPETITION if any(is_repetitive(UNIT.findall(part)) for part in texts) else STAYS
+    return text, REPETITION if any(is_repetitive(UNIT.findall(part)) for part in texts) else KEEP
 
 
 def is_repetitive(units: list[str]) -> bool:
@@ -143,6 +143,6 @@ def mark_duplicates(keys: np.ndarray, rows: np.ndarray, reasons: np.ndarray, ear
     for column in range(keys.shape[1]):
         _, first, inverse = np.unique(keys[:, column], return_index=True, return_inverse=True)
         first = first[inverse]
-        new = (first < np.arange(len(rows))) & (reasons[rows] == STAYS)
+        new = (first < np.arange(len(rows))) & (reasons[rows] == KEEP)
         reasons[rows[new]] = NEAR if column else EXACT
         earlier[rows[new]] = rows[first[new]]

@@ -134,7 +134,7 @@ class Pipeline:
         self.path = path
         self.records: dict[str, dict] = json.loads(path.read_text("utf-8")) if resume and path.is_file() else {}
 
-    def ended(self) -> dict[str, float]:
+    def end_times(self) -> dict[str, float]:
         """When each step that is done ended."""
         return {name: record["ended"] for name, record in self.records.items() if record["done"]}
 
@@ -148,10 +148,10 @@ class Pipeline:
         flags = {key: str(value) for key, value in flags.items()}
         record = self.records.get(name)
         if record and (changes := self._changes(record, flags, after)):
-            print(f"{name}: begins anew: {'; '.join(changes)}")
+            print(f"{name}: starts over: {'; '.join(changes)}")
             record = None
         if record and record["done"]:
-            return print(f"{name}: done before")
+            return print(f"{name}: already done")
         if record is None:
             discard()
             record = self.records[name] = {"flags": flags, "after": after, "done": False, "seconds": 0.0}

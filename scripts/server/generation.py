@@ -211,14 +211,14 @@ def answer_grammar(body: ChatBody, tokenizer: ChatTokenizer, thinking: bool, too
         return None
     if body.continue_final_message:
         raise ApiError(400, f"continue_final_message cannot be combined with a constrained answer ({param})", param)
-    with refusing(param):
+    with reported_under(param):
         return chat_grammar(tokenizer, thinking, rule, tools, body.call_required, not one_call)
 
 
 def completion_grammar(body: CompletionBody, tokenizer: ChatTokenizer) -> Grammar | None:
     """As `answer_grammar`, of a plain completion."""
     param, rule = answer_rule(body)
-    with refusing(param):
+    with reported_under(param):
         return None if rule is None else text_grammar(tokenizer, rule)
 
 
@@ -234,13 +234,13 @@ def answer_rule(body: GenerationBody) -> tuple[str, str | None]:
     if len(rules) > 1:
         raise ApiError(400, f"send one of {' and '.join(rules)}", min(rules))
     for name, (rule, value) in rules.items():
-        with refusing(name):
+        with reported_under(name):
             return name, rule(value)
     return "tools", None
 
 
 @contextmanager
-def refusing(param: str) -> Iterator[None]:
+def reported_under(param: str) -> Iterator[None]:
     """What is wrong with a schema is the fault of the field it came in."""
     try:
         yield

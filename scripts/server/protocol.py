@@ -154,7 +154,7 @@ class Message(StrictModel):
         reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
         calls = []
         for call in self.tool_calls or [self.function_call] * bool(self.function_call):
-            text = unreadable_call(call)
+            text = malformed_call_text(call)
             if text is None:
                 calls.append(call)
             else:
@@ -164,7 +164,7 @@ class Message(StrictModel):
         return {key: value for key, value in message.items() if key in ("role", "content") or value not in (None, [])}
 
 
-def in_order_of_calls(messages: list[Message]) -> list[Message]:
+def sort_tool_results(messages: list[Message]) -> list[Message]:
     """Each turn's results in the order of its calls, by which alone the chat format tells whose they are.
 
     Results of calls that the turn has not made stay where they are.
@@ -179,7 +179,7 @@ def in_order_of_calls(messages: list[Message]) -> list[Message]:
     return ordered
 
 
-def unreadable_call(call: dict) -> str | None:
+def malformed_call_text(call: dict) -> str | None:
     """The text of a tool call whose arguments are no JSON object; None for any other."""
     function = call.get("function", call)
     arguments = function.get("arguments") if isinstance(function, dict) else None
@@ -251,12 +251,12 @@ class ChatBody(GenerationBody):
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
-    def agrees(self) -> "ChatBody":
+    def check_consistency(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
             raise ValueError("continue_final_message and add_generation_prompt must not have the same value")
-        self.messages = in_order_of_calls(self.messages)
+        self.messages = sort_tool_results(self.messages)
         if self.functions and self.tools:
             raise ValueError("send either functions or tools, not both")
         if self.functions:

@@ -81,12 +81,13 @@ class Reply:
         return not (self.done or self._stopped)
 
     def message(self) -> dict:
-        """The answer so far as a message of the chat format, with the `facts` that the page shows about it."""
+        """The answer so far as a message of the chat format, with the `stats` that the page shows about it."""
         seconds = self.last_token - self.first_token if self.last_token else 0
-        facts = {"tokens": self.num_tokens, "wait": self.first_token and self.first_token - self.start,
-                 "reason": self.reason, "thought": self.thinking_seconds, "malformed": list(self.answer.malformed),
+        stats = {"tokens": self.num_tokens, "time_to_first_token": self.first_token and self.first_token - self.start,
+                 "finish_reason": self.reason, "thinking_seconds": self.thinking_seconds,
+                 "malformed": list(self.answer.malformed),
                  "speed": (self.num_tokens - 1) / seconds if seconds and self.num_tokens > 1 else None}
-        return self.answer.to_dict() | {"facts": facts}
+        return self.answer.to_dict() | {"stats": stats}
 
     def _receive(self, events: Iterator[Event]) -> None:
         try:

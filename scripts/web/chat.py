@@ -55,7 +55,7 @@ def keep_reply() -> None:
     """Put the finished answer into the conversation; where its tools can run here, go on with their results."""
     state, reply = st.session_state, st.session_state.reply
     message, state.error, state.reply = reply.message(), reply.error, None
-    if message["facts"]["tokens"]:
+    if message["stats"]["tokens"]:
         state.messages.append(message)
     results = [run_tool(call) for call in message.get("tool_calls", ())]
     if results and None not in results and reply.reason not in (None, "cancelled"):

@@ -141,7 +141,7 @@ def choose_sampling() -> SamplingParams:
 
 
 class Bubble:
-    """An answer on the page: thinking folded, text, a card per tool call, a line of facts.
+    """An answer on the page: thinking folded, text, a card per tool call, a line of statistics.
 
     Its elements are fixed and only what changed is sent, so nothing jumps while the answer grows. `has_cards`: from the
     start; a growing answer starts on an empty element, not among the cards of what was there before.
@@ -152,16 +152,17 @@ class Bubble:
         self._calls = st.container() if has_cards else st.empty()
         self._cards = self._calls if has_cards else None  # made when the first card comes
         with st.container(horizontal=True, vertical_alignment="center"):
-            self._facts, self.action = st.empty(), st.empty()  # the action: for a button of the page
+            self._stats, self.action = st.empty(), st.empty()  # the action: for a button of the page
         self._status, self._results, self._num_answered = None, [], 0
         self._drawn: dict[str, object] = {}
 
     def show(self, message: dict, running: bool = False) -> None:
         """Draw the assistant's `message`; `running` while more may come."""
-        facts, reasoning = message.get("facts", {}), message.get("reasoning_content") or ""
+        stats, reasoning = message.get("stats", {}), message.get("reasoning_content") or ""
         calls = message.get("tool_calls", ())
         if reasoning:
-            self._show_thinking(reasoning, running and facts.get("thought") is None, facts.get("thought"))
+            seconds = stats.get("thinking_seconds")
+            self._show_thinking(reasoning, running and seconds is None, seconds)
         text = message["content"] or (":gray[…]" if running and not reasoning and not calls else "")
         self._draw("text", text, lambda: self._text.markdown(with_breaks(text)) if text else self._text.empty())
         for call in calls[len(self._results):]:
@@ -169,13 +170,13 @@ class Bubble:
                 values = "  ".join(f":gray[{key}] {code(value)}" for key, value in call["arguments"].items())
                 st.markdown(f":material/build: **{call['name']}**&emsp;{values}")
                 self._results.append(st.empty())
-        for text in facts.get("malformed", ()):
+        for text in stats.get("malformed", ()):
             warning = tr("A tool call that cannot be read: ", "无法读懂的工具调用：") + code(text)
             self._draw(text, warning, lambda warning=warning: self._card_container().warning(
                 warning, icon=":material/build:"))
         if not running and not calls:  # with calls, the answer is yet to come
-            line = facts_line(facts)
-            self._draw("facts", line, lambda: self._facts.caption(line, width="content"))
+            line = stats_line(stats)
+            self._draw("stats", line, lambda: self._stats.caption(line, width="content"))
 
     def show_result(self, text: str) -> None:
         """Write a tool's result into the next card."""
@@ -218,15 +219,15 @@ def code(value: object) -> str:
     return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
-def facts_line(facts: dict) -> str:
+def stats_line(stats: dict) -> str:
     """Tokens, speed and how it ended, in one line."""
-    parts = [tr(f"{facts['tokens']} tokens", f"{facts['tokens']} 个 token")] if facts.get("tokens") else []
-    if facts.get("speed"):
-        parts.append(tr(f"{facts['speed']:.0f} tokens/s", f"{facts['speed']:.0f} token/秒"))
-    if facts.get("wait") is not None:
-        parts.append(tr(f"first after {facts['wait']:.2f} s", f"首个 {facts['wait']:.2f} 秒"))
+    parts = [tr(f"{stats['tokens']} tokens", f"{stats['tokens']} 个 token")] if stats.get("tokens") else []
+    if stats.get("speed"):
+        parts.append(tr(f"{stats['speed']:.0f} tokens/s", f"{stats['speed']:.0f} token/秒"))
+    if (wait := stats.get("time_to_first_token")) is not None:
+        parts.append(tr(f"first token after {wait:.2f} s", f"首个 {wait:.2f} 秒"))
     reasons = {"length": tr("cut at the longest answer", "到达最长回答"), "cancelled": tr("stopped", "已停止")}
-    return " · ".join([*parts, *filter(None, [reasons.get(facts.get("reason"))])])
+    return " · ".join([*parts, *filter(None, [reasons.get(stats.get("finish_reason"))])])
 
 
 def stream_replies(replies: list[Reply], bubbles: list[Bubble]) -> None:

@@ -20,7 +20,7 @@ from model.inference.constraints import Grammar
 from model.inference.sampling import SamplingParams
 from model.weights import weights_hash
 from trainer.batches import GlobalBatch, global_batch_size, sampler_indices
-from trainer.losses import Loss, inputs, kl_k3, token_log_probs
+from trainer.losses import Loss, kl_k3, model_inputs, token_log_probs
 from trainer.rl.advantages import AdvantageEstimator
 from trainer.rl.packing import colorize_advantages, pack_mini_batch
 from trainer.rl.remote_engines import rounding_error
@@ -229,7 +229,7 @@ class RolloutStream:
 
     def _evaluate(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [M] of the sampled tokens, and their values [M] where `model` has a critic."""
-        output = model(**inputs(batch))
+        output = model(**model_inputs(batch))
         return token_log_probs(output.logits, batch["targets"], self.args.temperature), getattr(output, "value", None)
 
     @torch.no_grad()
