@@ -105,7 +105,7 @@ def test_too_little_memory_is_told_in_one_line(lab, capsys, monkeypatch):
         RuntimeError("MPS backend out of memory (MPS allocated: 9 GiB)")]
     for error in errors:
         monkeypatch.setattr(train_pretrain, "next_token_loss", mock.Mock(side_effect=error))
-        lab.fails(capsys, 1, "too little memory")
+        lab.fails(capsys, 1, "out of memory")
 
 
 def test_a_file_that_is_read_is_not_written_over(tmp_path, capsys):

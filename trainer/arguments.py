@@ -229,7 +229,7 @@ def parse_args(parser: Parser, argv: list[str] | None = None) -> argparse.Namesp
     check_name(args.save_weight)
     args.tokenizer = TOKENIZER_DIR if args.tokenizer == "model" else args.tokenizer
     if getattr(args, "temperature", 1.0) == 0:
-        parser.error("--temperature must be above 0: greedy sampling has no distribution to learn from")
+        parser.error("--temperature 0 leaves no distribution to learn from; it must be above 0")
     for name in ("data_path", "val_data_path", "cache_dir", "tokenizer", "save_dir", "checkpoint_dir",
                  "deepspeed_config"):
         value = getattr(args, name, None)

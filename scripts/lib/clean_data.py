@@ -30,7 +30,7 @@ from scripts.train_tokenizer import texts_of
 
 REASONS = ("", "unreadable", "too short", "too long", "mojibake", "repetition", "exact duplicates", "near duplicates")
 KEEP, UNREADABLE, SHORT, LONG, MOJIBAKE, REPETITION, EXACT, NEAR = range(len(REASONS))
-MOJIBAKE = re.compile("\ufffd|Ã[\x80-\xbf©¨¤¶¼±³]|â€|ï¿½|ï»¿|锟斤拷|烫烫烫|屯屯屯")
+MOJIBAKE_PATTERN = re.compile("\ufffd|Ã[\x80-\xbf©¨¤¶¼±³]|â€|ï¿½|ï»¿|锟斤拷|烫烫烫|屯屯屯")
 UNIT = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]|[^\\W\u3400-\u4dbf\u4e00-\u9fff]+")
 TOP_SHARES = {2: 0.20, 3: 0.18, 4: 0.16}  # of the characters, at most in the commonest n-gram
 REPEATED_SHARES = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # and in n-grams that occur before
@@ -91,7 +91,7 @@ def read_text_of(line: bytes, min_chars: int, max_chars: int) -> tuple[str, int]
         return text, SHORT
     if len(text) > max_chars:
         return text, LONG
-    if MOJIBAKE.search(text):
+    if MOJIBAKE_PATTERN.search(text):
         return text, MOJIBAKE
     return text, REPETITION if any(is_repetitive(UNIT.findall(part)) for part in texts) else KEEP
 
