@@ -278,7 +278,7 @@ def test_a_prepared_folder_is_refused_where_the_file_would_become_other_tokens(t
     for word, attempt in {"settings": lambda: SFTDataset(folder, tokenizer, 64),
                           "kind": lambda: PretrainDataset(folder, tokenizer, 64),
                           "tokenizer": lambda: SFTDataset(folder, ChatTokenizer(tmp_path), 64, system_prompt_ratio=0.5),
-                          "not of tokens": lambda: SFTDataset(tmp_path, tokenizer, 64)}.items():
+                          "a folder without tokens": lambda: SFTDataset(tmp_path, tokenizer, 64)}.items():
         with pytest.raises(UserError, match=word):
             attempt()
 

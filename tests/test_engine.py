@@ -425,7 +425,7 @@ def test_after_the_weights_changed_nothing_cached_is_used():
     again = answer()
     assert again.completion_ids == plainly(model, prompt, 5) and again.num_cached_tokens == 0
     engine.add(prompt, greedy(5))
-    with pytest.raises(RuntimeError, match="being answered"):
+    with pytest.raises(RuntimeError, match="while requests are running"):
         engine.reset_prefix_cache()
 
 

@@ -429,7 +429,7 @@ def test_prompts_drop_the_placeholder_and_ask_for_thinking_by_ratio(data):
 
 @pytest.mark.parametrize("line, words", [
     ('{"conversations": []}', "one message or more"),
-    ('{"conversations": [{"role": "user", "content": "?"}], "gt": "5"}', "gt is"),
+    ('{"conversations": [{"role": "user", "content": "?"}], "gt": "5"}', "gt must be"),
     ("{", "JSON"), ('{"conversations": [{"role": "boss", "content": "?"}]}', "boss")])
 def test_a_bad_prompt_is_told_with_its_line(tmp_path, line, words):
     path = tmp_path / "rows.jsonl"

@@ -495,10 +495,10 @@ def test_a_response_repeats_the_request_as_openai_writes_it(served, chat_shaped)
 @pytest.mark.parametrize(("body", "error"), [
     ({"tools": ITEM_TOOLS, "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice"),
     ({"previous_response_id": "resp_1"}, "previous_response_id: nothing is stored here"),
-    ({"input": [{"type": "item_reference", "id": "1"}]}, "item 1 is not here"),
+    ({"input": [{"type": "item_reference", "id": "1"}]}, "item 1 is not in memory"),
     ({"input": [{"type": "computer_call"}]}, "input.0: .*not computer_call"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0: .*text only"),
-    ({"tools": [{"type": "web_search"}]}, "tools.0: .*not web_search"), ({"temperature": 3}, "temperature"),
+    ({"tools": [{"type": "web_search"}]}, "tools.0: .*has the type web_search"), ({"temperature": 3}, "temperature"),
     ({"input": []}, "input"), ({"max_output_tokens": 0}, "max_output_tokens")])
 def test_a_response_that_cannot_be_had_is_refused(served, body, error):
     with pytest.raises(openai.BadRequestError, match=error):
@@ -510,7 +510,7 @@ def test_items_are_kept_for_references_while_there_is_memory():
     for name in "abc":
         items.add({"id": name, "text": "x" * 20})
     assert items.get("c")["id"] == "c" and items.get("b")
-    with pytest.raises(ApiError, match="item a is not here"):
+    with pytest.raises(ApiError, match="item a is not in memory"):
         items.get("a")
 
 
@@ -670,7 +670,7 @@ def test_the_sdk_raises_its_own_errors(served):
 
 
 def test_unknown_paths_methods_and_media_are_refused(served):
-    for path, reason in (("/v1/embeddings", "another server"), ("/v1/messages", "chat/completions"),
+    for path, reason in (("/v1/embeddings", "no embedding model"), ("/v1/messages", "chat/completions"),
                          ("/v1/nothing", "no /v1/nothing")):
         response = served.post(path, json={"model": "minimind", "input": "x"})
         assert response.status_code == 404 and reason in response.json()["error"]["message"]
