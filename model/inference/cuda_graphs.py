@@ -33,8 +33,8 @@ def can_capture(model: nn.Module, dtype: torch.dtype, max_batch: int) -> bool:
 
 
 def graph_batch_size(num_rows: int) -> int:
-    """How many rows are captured for `num_rows`: 1, 8, 32, 64, 128, … A few more cost less than another capture."""
-    return 1 if num_rows == 1 else 8 if num_rows <= 8 else max(32, 1 << (num_rows - 1).bit_length())
+    """How many rows are captured for `num_rows`: 1, 8, 32, 64, 96, … A few more cost less than another capture."""
+    return 1 if num_rows == 1 else 8 if num_rows <= 8 else -(-num_rows // 32) * 32
 
 
 class DecodeGraphs:
