@@ -225,9 +225,22 @@ def test_weights_that_are_elsewhere_are_not_packed():
     assert not prepack(model.float(), torch.float32) and not prepack(lively_model().to("meta"), torch.float32)
 
 
-def test_layers_with_an_adapter_are_not_joined():
+def compile_by(backend, monkeypatch) -> None:
+    """Let engines compile by another backend than Inductor."""
+    def compile(decoder, options, compile=torch.compile, **kwargs):
+        ours = {name: options[name] for name in options if name == "guard_filter_fn"}  # the others are Inductor's
+        return compile(decoder, backend=backend, options=ours, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(model_runner, "compile_error", lambda _: None)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_layers_with_an_adapter_are_not_joined(compile, monkeypatch):
+    compile_by("eager", monkeypatch)
     model, prompts = lively_model(), some_prompts(15, 3)
-    engine = Engine(model)  # which joins them
+    engine = Engine(model, compile=compile)  # which joins them
+    engine.generate(prompts, [greedy(2)] * 2)
     apply_lora(model, LoRAConfig(rank=2, targets=("k_proj", "up_proj")))
     for parameter in lora_state(model).values():
         parameter.data.normal_(std=0.3)
@@ -238,7 +251,7 @@ def test_layers_with_an_adapter_are_not_joined():
 
 def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
     counter = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    compile_by(counter, monkeypatch)
     monkeypatch.setattr(kv_cache, "MIN_SLOT_LEN", 16)  # the cache grows on the way
     torch._dynamo.reset()
     model, prompts = lively_model(), some_prompts(15, 13, 19, 14, 12, 17, 16)
@@ -268,12 +281,44 @@ def test_blocks_compiled_for_training_are_not_compiled_for_sampling():
 
 
 def test_a_compiled_step_reads_the_weights_as_they_are(monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compile_by("eager", monkeypatch)
     model, prompts = lively_model(), some_prompts(15, 3)
     for _ in range(2):
         assert answers(model, prompts, greedy(4), compile=True) == [plainly(model, prompt, 4) for prompt in prompts]
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def test_a_compiled_step_is_of_its_own_model_and_its_own_batch(monkeypatch):
+    # of its modules nothing is checked; here steps of another model come between, a row joins, threads change
+    compile_by("eager", monkeypatch)
+    monkeypatch.setattr(kv_cache, "MIN_SLOT_LEN", 16)
+    torch._dynamo.reset()
+    models, prompts = [lively_model(), lively_model("yarn")], some_prompts(15, 1, 13)
+    engines = [Engine(model, max_batch=4, compile=True) for model in models]
+    sequences = [[engine.add(prompts[0], greedy(30))] for engine in engines]
+    all_threads = torch.get_num_threads()
+    try:
+        for number in range(40):
+            for engine, added in zip(engines, sequences, strict=True):
+                if number in (6, 12):
+                    added.append(engine.add(prompts[number // 6], greedy(8)))
+                engine.step()
+            torch.set_num_threads(1 if 15 < number < 20 else all_threads)
+    finally:
+        torch.set_num_threads(all_threads)
+    for model, added in zip(models, sequences, strict=True):
+        expected = [plainly(model, prompt, len(s.completion_ids)) for prompt, s in zip(prompts, added, strict=True)]
+        assert [sequence.completion_ids for sequence in added] == expected and len(added[0].completion_ids) == 30
+
+
+@pytest.mark.parametrize("kind, reason", [("dense", "RuntimeError: is a C++ compiler installed?"),
+                                          ("moe", "on a CPU the experts are computed one by one")])
+def test_where_nothing_can_be_compiled_an_engine_goes_on_eagerly(kind, reason, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no C++ compiler")))
+    model, prompts = lively_model(kind), some_prompts(15, 3)
+    assert answers(model, prompts, greedy(4), compile=True) == [plainly(model, prompt, 4) for prompt in prompts]
+    assert capsys.readouterr().err == f"compile: not possible here, continuing without it ({reason})\n"
 
 
 class Recorder(TorchDispatchMode):

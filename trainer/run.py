@@ -16,7 +16,7 @@ from dataset.prompts import PromptDataset
 from dataset.token_cache import TokenDataset
 from model.chat import TOKENIZER_DIR, ChatTokenizer
 from model.cli import Failure, UserError, first_line
-from model.device import keep_freed_memory, machine_memory, training_dtype
+from model.device import compile_error, keep_freed_memory, machine_memory, training_dtype
 from model.loading import MODEL_SIZES, check_sizes
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindPreTrainedModel
 from model.threads import ThreadTuner
@@ -185,11 +185,8 @@ class Run:
         is_ours = isinstance(model, MiniMindPreTrainedModel)
         if not self.args.use_compile or not is_ours or model.model.layers[0]._compiled_call_impl is not None:
             return
-        try:
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
-        except Exception as error:
-            self.print_main("compile: not possible here, continuing without it "
-                            f"({type(error).__name__}: is a C++ compiler installed?)")
+        if error := compile_error(self.device):
+            self.print_main(f"compile: not possible here, continuing without it ({error})")
             self.args.use_compile = 0
             return
         from torch._inductor import config

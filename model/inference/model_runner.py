@@ -1,18 +1,46 @@
 """The forward pass of a batch: eager, compiled or from a CUDA graph, with prepacked weights on a CPU."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from model.cli import notice
+from model.device import compile_error
 from model.inference.cuda_graphs import DecodeGraphs, can_capture, graph_batch_size
 from model.inference.kv_cache import SlotManager, common_prefix_len
 from model.inference.prepacked import prepack, use_prepacked
 from model.inference.scheduler import Batch
 from model.inference.sequence import Sequence
 from model.linear import bucket_size
+from model.moe import Experts
 
 MIN_PREFIX_SHARE = 1024  # keys that reading a common prefix once must save in a step; below, each row reads its own
+
+
+def compile_decoder(decoder: nn.Module) -> Callable:
+    """The decoder compiled for any number of rows and keys, as long as its modules stay what they are."""
+    if next(decoder.parameters()).device.type != "cpu":
+        return torch.compile(decoder, dynamic=True)
+
+    # Before each call torch.compile checks whatever a graph depends on (guards). Of a whole decoder only the arguments
+    # need it: checking all attributes of its modules takes 8% of a step. Graphs are kept by code object; with one of
+    # its own, no decoder runs the graph of another.
+    def run(**arguments):
+        return decoder(**arguments)
+
+    run.__code__ = run.__code__.replace()
+    options = {"cpp_wrapper": True, "cpp.dynamic_threads": True,  # called from C++, on as many threads as there are
+               "guard_filter_fn": lambda guards: [
+                   not (guard.is_global or guard.orig_guard.source.is_unspecialized_nn_module()) for guard in guards]}
+    return torch.compile(run, dynamic=True, fullgraph=True, options=options)
+
+
+def reason_not_to_compile(model: nn.Module) -> str | None:
+    if model.device.type == "cpu" and any(isinstance(module, Experts) for module in model.modules()):
+        return "on a CPU the experts are computed one by one"
+    return compile_error(model.device)
 
 
 class ModelRunner:
@@ -20,7 +48,10 @@ class ModelRunner:
 
     def __init__(self, model: nn.Module, slots: SlotManager, compile: bool, graphs: bool | None):
         self.model, self.slots, self.cache = model, slots, slots.cache
-        self.compiled = torch.compile(model.model, dynamic=True) if compile else None
+        self.compile, self.compiled, self._compiled_modules = compile, None, None
+        if compile and (reason := reason_not_to_compile(model)):
+            notice(f"compile: not possible here, continuing without it ({reason})")
+            self.compile = False
         # Blocks compiled for training are specialised to one shape. Compiling others too, up to PyTorch's limit of
         # recompilations, would leave training eager.
         has_compiled_blocks = any(module._compiled_call_impl is not None for module in model.modules())
@@ -34,6 +65,9 @@ class ModelRunner:
         self.prepacked = prepack(self.model, self.cache.keys[0].dtype)
         if self.prepacked and self.graphs is not None:
             self.graphs.reset(self.cache.num_resizes)  # they read the weights that were packed before
+        modules = [(type(module), module.training) for module in self.model.modules()]
+        if self.compile and modules != self._compiled_modules:
+            self.compiled, self._compiled_modules = compile_decoder(self.model.model), modules
 
     def run(self, batches: list[Batch]) -> Tensor:
         """Compute the tokens of all batches, into the cache. → logits [n, V] of the sampled rows of each, in order"""
