@@ -220,11 +220,11 @@ def parse_arguments() -> argparse.Namespace:
     if len(args.weight) > 1 and (args.backend == "api" or not (args.benchmark or args.cases)):
         raise UserError("several weights are compared with --benchmark N or --cases FILE, and only local ones")
     if args.benchmark or args.cases:
-        parser.note_unused(args, ("prompt", "tools", "history", "show_speed"), "in a conversation")
+        parser.note_unused(args, ("prompt", "tools", "history", "show_speed", "use_compile"), "in a conversation")
     else:
         parser.note_unused(args, ("json", "max_total_len"), "with --benchmark or --cases")
     if args.backend == "api":
-        in_conversation = () if args.benchmark or args.cases else ("history", "show_speed", "tokenizer")
+        in_conversation = () if args.benchmark or args.cases else ("history", "show_speed", "use_compile", "tokenizer")
         parser.note_unused(args, ("weight", "load_from", "lora_weight", "save_dir", "device", "inference_rope_scaling",
                                   *MODEL_SIZES, *in_conversation), "with --backend local")
     else:

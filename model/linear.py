@@ -33,7 +33,8 @@ def pad_to_multiple(x: Tensor, multiple: int = 32) -> Tensor:
 
 def multiply_packed(x: Tensor, packed: Tensor) -> Tensor:
     """x [N, in] · weightᵀ → [N, out] in the weight's dtype; `packed`: the weight in oneDNN's order."""
-    return torch.ops.mkldnn._linear_pointwise(x.to(packed.dtype), packed, None, "none", [], "")
+    x = x if x.dtype == packed.dtype else x.to(packed.dtype)
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
 
 
 def linear(x: Tensor, weight: Tensor, prepacked: Tensor | None = None) -> Tensor:
@@ -85,8 +86,9 @@ LIBRARY.define("prepacked_linear(Tensor x, str path, int out_features) -> Tensor
 
 def _prepacked_linear(x: Tensor, path: str, out_features: int) -> Tensor:
     weight = PREPACKED.by_path[path]
-    y = F.linear(x.to(weight.dtype), weight) if x.is_cuda else multiply_packed(x, weight)
-    return y.to(x.dtype)
+    if x.dtype != weight.dtype:
+        return _prepacked_linear(x.to(weight.dtype), path, out_features).to(x.dtype)
+    return F.linear(x, weight) if x.is_cuda else multiply_packed(x, weight)
 
 
 LIBRARY.impl("prepacked_linear", _prepacked_linear, "CompositeExplicitAutograd")

@@ -33,6 +33,7 @@ from starlette.types import Receive, Scope, Send
 
 from model.chat import ChatTokenizer
 from model.cli import (
+    SWITCH,
     Parser,
     UserError,
     add_sampling_args,
@@ -254,6 +255,8 @@ def parse_arguments() -> argparse.Namespace:
                        help="choices that are generated at the same time (%(default)s)")
     group.add_argument("--max_cache_tokens", type=positive_int,
                        help="tokens that the key-value cache holds (2,048 per --max_batch, at least 32,768)")
+    group.add_argument("--use_compile", **SWITCH, default=0, help="torch.compile the decoding step: faster tokens, "
+                       "after half a minute of compiling at the start, or seconds once that is cached")
     parser.add_aliases(max_seq_len=None)  # the model's own length holds
     group.add_argument("--max_tools", type=nonneg_int, help="tools of a request that reach the model (all); the header "
                        "X-Tools-Left-Out counts the others")
@@ -266,7 +269,8 @@ def main() -> None:
     args = parse_arguments()
     with listen(args.host, args.port) as listener:
         model, tokenizer = run_in_thread(load_from_args, args, args.weight)
-        new_engine = partial(Engine, model, tokenizer, args.max_batch, args.max_cache_tokens, adapt_threads=True)
+        new_engine = partial(Engine, model, tokenizer, args.max_batch, args.max_cache_tokens, adapt_threads=True,
+                             compile=bool(args.use_compile))
         service = run_in_thread(EngineThread, new_engine, args.max_queue)
         defaults = Defaults(args.model_name, args.max_new_tokens, args.temperature, args.top_p,
                             bool(args.open_thinking), args.max_tools)

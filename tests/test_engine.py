@@ -38,6 +38,7 @@ from model.model_lora import LoRAConfig, apply_lora, lora_state
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_weight, save_weight
 from scripts.lib.terminal import HELP
+from scripts.server.engine_thread import EngineThread
 
 KINDS = {"dense": {}, "moe": {"use_moe": True}, "moe-top2": {"use_moe": True, "num_experts_per_tok": 2},
          "yarn": {"inference_rope_scaling": True}}
@@ -268,6 +269,23 @@ def test_a_compiled_step_answers_alike_and_needs_few_graphs(monkeypatch):
         for graph in counter.graphs:  # of a block: one product for q, k, v, one for o, gate and up, down
             targets = [node.target for node in graph.graph.nodes]
             assert targets.count(torch.ops.minimind.prepacked_linear) == 4 * len(model.model.layers)
+
+
+def test_a_warm_engine_has_compiled_all_it_needs(monkeypatch, capsys):
+    counter = CompileCounterWithBackend("eager")
+    compile_by(counter, monkeypatch)
+    torch._dynamo.reset()
+    engine = Engine(lively_model(), max_batch=16, compile=True)
+    engine.warm_up()
+    assert counter.frame_count == 2  # one row, and several
+    assert "compiling" in capsys.readouterr().err
+    for num_rows in (1, 2, 4, 9, 16):  # 4 as there are heads, 16 as there are slots
+        engine.generate(some_prompts(*range(5, 5 + num_rows)), [greedy(4)] * num_rows)
+    engine.generate(some_prompts(300), [greedy(4)])  # in larger slots
+    assert counter.frame_count == 2
+    eager = Engine(lively_model())
+    eager.warm_up()
+    assert capsys.readouterr().err == "" and not eager.slots.slots
 
 
 def test_blocks_compiled_for_training_are_not_compiled_for_sampling():
@@ -885,6 +903,15 @@ def prompts(monkeypatch) -> list[list[int]]:
 
 def test_a_prompt_is_answered_once(evaluate):
     assert evaluate("--prompt=Who are you?").strip() == TALK[1]["content"]
+
+
+def test_a_chat_and_a_server_compile_before_the_first_question(evaluate, monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    compile_by(counter, monkeypatch)
+    assert evaluate("--prompt=Who are you?", "--use_compile=1").strip() == TALK[1]["content"]
+    assert counter.frame_count == 1  # a chat has one row
+    EngineThread(partial(Engine, lively_model(), max_batch=4, compile=True))
+    assert counter.frame_count == 3
 
 
 def test_a_pretrained_weight_goes_on_with_the_text(evaluate):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.chat import ChatTokenizer
+from model.cli import notice
 from model.inference.constraints import allowed_tokens
 from model.inference.kv_cache import KVCache, SlotManager
 from model.inference.model_runner import ModelRunner
@@ -163,6 +164,18 @@ class Engine:
             raise RuntimeError("the prefix cache cannot be reset while requests are running")
         self.slots.reset()
         self.runner.prepack()
+
+    def warm_up(self) -> None:
+        """Before the first request, compile what decoding needs, if it is to be compiled: one row, and several."""
+        if not self.runner.compile:
+            return
+        notice("compiling: half a minute the first time, seconds later on")
+        threads, self.threads = self.threads, ThreadTuner(enabled=False)  # compiling says nothing about their number
+        for num_rows in sorted({1, min(2, self.max_batch)}):
+            prompts = [[row] * min(37, self.max_seq_len - 3) for row in range(num_rows)]
+            self.generate(prompts, [SamplingParams(3, temperature=0.0, stop_ids=())] * num_rows)
+        self.reset_prefix_cache()
+        self.threads = threads
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Sequence]:
         """Answer all prompts. → their finished sequences, in the same order"""

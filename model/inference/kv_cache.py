@@ -36,7 +36,7 @@ class KVCache:
         consecutive = range(slots[0], slots[0] + len(slots))
         if slots == list(consecutive):  # a slice, read in place
             index = torch.arange(consecutive.start, consecutive.stop, device=positions.device)
-            self._read_index = slice(consecutive.start, consecutive.stop)
+            self._read_index = slots[0]
         else:  # gathered into a copy
             self._read_index = index = torch.tensor(slots, device=positions.device)
         heads = torch.arange(self.keys[0].shape[1], device=positions.device)
@@ -47,10 +47,13 @@ class KVCache:
 
     def update(self, k: Tensor, v: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Store k, v [B, kv_heads, T, D] of a layer. → all keys and values of these slots [B, kv_heads, kv_len, D]"""
+        rows = self._read_index
+        if isinstance(rows, int):
+            rows = slice(rows, rows + len(k))
         stored = []
         for memory, new in ((self.keys[layer], k), (self.values[layer], v)):
             memory.flatten(0, 2).index_copy_(0, self._write_index, new.flatten(0, 2).to(memory.dtype))
-            stored.append(memory[self._read_index, :, :self._kv_len])
+            stored.append(memory[rows, :, :self._kv_len])
         return stored[0], stored[1]
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:

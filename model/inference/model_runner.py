@@ -31,7 +31,8 @@ def compile_decoder(decoder: nn.Module) -> Callable:
         return decoder(**arguments)
 
     run.__code__ = run.__code__.replace()
-    options = {"cpp_wrapper": True, "cpp.dynamic_threads": True,  # called from C++, on as many threads as there are
+    options = {"cpp_wrapper": True,  # called from C++
+               "cpp.dynamic_threads": True, "cpp.threads": torch.get_num_threads(),  # the same code for any number
                "guard_filter_fn": lambda guards: [
                    not (guard.is_global or guard.orig_guard.source.is_unspecialized_nn_module()) for guard in guards]}
     return torch.compile(run, dynamic=True, fullgraph=True, options=options)
@@ -49,6 +50,7 @@ class ModelRunner:
     def __init__(self, model: nn.Module, slots: SlotManager, compile: bool, graphs: bool | None):
         self.model, self.slots, self.cache = model, slots, slots.cache
         self.compile, self.compiled, self._compiled_modules = compile, None, None
+        self._marked_resize = 0  # of the cache
         if compile and (reason := reason_not_to_compile(model)):
             notice(f"compile: not possible here, continuing without it ({reason})")
             self.compile = False
@@ -93,6 +95,10 @@ class ModelRunner:
         shared_prefix_len = self._shared_prefix_len(sequences) if batch.is_decode and not has_buckets else 0
         # 3. The decoder.
         is_compiled = batch.is_decode and self.compiled is not None
+        if is_compiled and self._marked_resize != self.cache.num_resizes:
+            for memory in (*self.cache.keys, *self.cache.values):  # a compiler takes sizes that are equal for one
+                torch._dynamo.mark_static(memory, 1)  # the number of heads, never that of rows
+            self._marked_resize = self.cache.num_resizes
 
         def forward_fn(ids: Tensor, positions: Tensor, kv_len: int) -> Tensor:
             mask = self.cache.prepare(slots, positions, kv_len, shared_prefix_len)

@@ -36,6 +36,7 @@ class EngineThread:
 
     def __init__(self, new_engine: Callable[[], Engine], max_queue: int = 128):
         self.engine, self._new_engine, self.max_queue = new_engine(), new_engine, max_queue
+        self.engine.warm_up()
         self.stopping = self._is_broken = False
         self.num_pending = 0
         self.prompt_tokens = self.generated_tokens = 0
