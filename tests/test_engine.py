@@ -150,7 +150,9 @@ def test_the_padding_of_a_short_chunk_stays_in_its_slot(monkeypatch):
     assert [s.completion_ids for s in sequences] == [plainly(model, prompt, 2) for prompt in prompts]
 
 
-def test_a_model_in_transformers_format_answers_as_transformers_does():
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_model_in_transformers_format_answers_as_transformers_does(compile, monkeypatch):
+    compile_by("eager", monkeypatch)
     config = Qwen3Config(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
     model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
@@ -159,7 +161,7 @@ def test_a_model_in_transformers_format_answers_as_transformers_does():
     prompts = some_prompts(7, 1, 19)
     ask = partial(model.generate, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
     expected = [ask(torch.tensor([prompt]))[0, len(prompt):].tolist() for prompt in prompts]
-    assert answers(model, prompts, greedy(9), prefill_chunk=6) == expected
+    assert answers(model, prompts, greedy(9), prefill_chunk=6, compile=compile) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -228,8 +230,8 @@ def test_weights_that_are_elsewhere_are_not_packed():
 
 def compile_by(backend, monkeypatch) -> None:
     """Let engines compile by another backend than Inductor."""
-    def compile(decoder, options, compile=torch.compile, **kwargs):
-        ours = {name: options[name] for name in options if name == "guard_filter_fn"}  # the others are Inductor's
+    def compile(decoder, options=None, compile=torch.compile, **kwargs):
+        ours = {name: options[name] for name in options or {} if name == "guard_filter_fn"}  # the others are Inductor's
         return compile(decoder, backend=backend, options=ours, **kwargs)
 
     monkeypatch.setattr(torch, "compile", compile)

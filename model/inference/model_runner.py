@@ -14,6 +14,7 @@ from model.inference.prepacked import prepack, use_prepacked
 from model.inference.scheduler import Batch
 from model.inference.sequence import Sequence
 from model.linear import bucket_size
+from model.model_minimind import MiniMindPreTrainedModel
 from model.moe import Experts
 
 MIN_PREFIX_SHARE = 1024  # keys that reading a common prefix once must save in a step; below, each row reads its own
@@ -21,10 +22,10 @@ MIN_PREFIX_SHARE = 1024  # keys that reading a common prefix once must save in a
 
 def compile_decoder(decoder: nn.Module) -> Callable:
     """The decoder compiled for any number of rows and keys, as long as its modules stay what they are."""
-    if next(decoder.parameters()).device.type != "cpu":
+    if decoder.device.type != "cpu" or not isinstance(decoder, MiniMindPreTrainedModel):
         return torch.compile(decoder, dynamic=True)
 
-    # Before each call torch.compile checks whatever a graph depends on (guards). Of a whole decoder only the arguments
+    # Before each call torch.compile checks whatever a graph depends on (guards). Of our decoder only the arguments
     # need it: checking all attributes of its modules takes 8% of a step. Graphs are kept by code object; with one of
     # its own, no decoder runs the graph of another.
     def run(**arguments):
