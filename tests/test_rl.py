@@ -23,6 +23,7 @@ from trainer import trainer as loop
 from trainer.arguments import parse_policy_args, policy_parser
 from trainer.distributed import World
 from trainer.losses import kl_k3, policy_losses, policy_objective, value_losses
+from trainer.rl import rollouts as rollouts_module
 from trainer.rl.advantages import GAE, GroupRelative, SPOValueTracker, gae, group_advantages
 from trainer.rl.episodes import EpisodeEngine
 from trainer.rl.packing import colorize_advantages, group_by_prefix
@@ -354,6 +355,20 @@ def test_a_prompt_is_computed_once_for_all_of_its_answers_that_fit():
     size = len(answers[0].tokens) - 1
     assert [group.members for group in group_by_prefix(answers[:3], size)] == [[0], [1], [2]]  # none is too large
     assert step.num_tokens == expected
+
+
+def test_on_a_cpu_a_rollout_is_learned_in_small_micro_batches(monkeypatch):
+    flags = ("--batch_size", 4, "--accumulation_steps", 1, "--max_gen_len", 60)
+    whole = make_stream(flags=flags).next_batch(0)
+    limit = whole.num_tokens // 2
+    monkeypatch.setattr(rollouts_module, "MAX_CPU_TOKENS", limit)
+    step = make_stream(flags=flags).next_batch(0)
+    assert len(whole.micro_batches) == 1 < len(step.micro_batches)
+    assert all(int(batch["attention_mask"].sum()) <= limit for batch in step.micro_batches)
+    trained = [sorted(zip(*(torch.cat([batch[name] for batch in parts]).tolist()
+                            for name in ("targets", "rollout_logprobs", "advantage")), strict=True))
+               for parts in (whole.micro_batches, step.micro_batches)]
+    assert trained[0] == trained[1] and step.num_items == whole.num_items
 
 
 def test_batches_of_any_size_share_the_graphs_of_the_first():

@@ -33,6 +33,7 @@ from trainer.rollout_engine import policy_sampling_params
 MAX_ROUNDING_RATIO, MAX_GROWTH_RATIO, MIN_MISMATCH_BOUND = 4, 5, 1e-4
 NUM_BF16_SAMPLES = 16  # trajectories that the bf16 copy scores
 MAX_RESAMPLES = 4  # most draws of prompts per rollout, to replace groups of equal rewards (--resample)
+MAX_CPU_TOKENS = 4096  # of a micro-batch on a CPU: more are slower there, in more memory (docs/experiments.md)
 SETTINGS = ("batch_size", "num_generations", "update_epochs", "mini_batches", "temperature",
             "max_gen_len", "thinking_ratio", "aggregation", "resample", "reward_mix", "reward_weight",
             "reward_model_path", "judge_url")
@@ -142,8 +143,10 @@ class RolloutStream:
 
         rng = np.random.default_rng([args.seed, self.rollouts])
         parts = np.array_split(rng.permutation(len(trajectories)), args.mini_batches)
-        self._mini_batches = [
-            pack_mini_batch(self.run, trajectories, part, args.batch_size * self.length) for part in parts]
+        max_tokens = args.batch_size * self.length
+        if self.run.device.type == "cpu":
+            max_tokens = min(max_tokens, MAX_CPU_TOKENS)
+        self._mini_batches = [pack_mini_batch(self.run, trajectories, part, max_tokens) for part in parts]
 
         batches = [batch for mini_batch in self._mini_batches for batch in mini_batch.micro_batches]
         self.compute_old_and_ref_logprobs(batches)
