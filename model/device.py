@@ -69,10 +69,10 @@ def inference_dtype(device: str | torch.device, use_moe: bool = False) -> torch.
     return torch.float16 if kind == "cuda" else torch.float32
 
 
-def compile_error(device: torch.device) -> str | None:
-    """Why torch.compile does not work here, None if it does: only compiling something shows."""
+def compile_error(device: torch.device, options: dict | None = None) -> str | None:
+    """Why torch.compile does not work here with `options`, None if it does: only compiling something shows."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        torch.compile(lambda x: x.sin() + 1, options=options)(torch.ones(8, device=device))
     except Exception as error:
         return f"{type(error).__name__}: is a C++ compiler installed?"
     return None

@@ -235,7 +235,7 @@ def compile_by(backend, monkeypatch) -> None:
         return compile(decoder, backend=backend, options=ours, **kwargs)
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(model_runner, "compile_error", lambda _: None)
+    monkeypatch.setattr(model_runner, "compile_error", lambda *_: None)
 
 
 @pytest.mark.parametrize("compile", [False, True])
