@@ -359,16 +359,16 @@ def test_a_prompt_is_computed_once_for_all_of_its_answers_that_fit():
 
 def test_on_a_cpu_a_rollout_is_learned_in_small_micro_batches(monkeypatch):
     flags = ("--batch_size", 4, "--accumulation_steps", 1, "--max_gen_len", 60)
-    whole = make_stream(flags=flags).next_batch(0)
-    limit = whole.num_tokens // 2
+    unsplit = make_stream(flags=flags).next_batch(0)
+    limit = unsplit.num_tokens // 2
     monkeypatch.setattr(rollouts_module, "MAX_CPU_TOKENS", limit)
-    step = make_stream(flags=flags).next_batch(0)
-    assert len(whole.micro_batches) == 1 < len(step.micro_batches)
-    assert all(int(batch["attention_mask"].sum()) <= limit for batch in step.micro_batches)
+    split = make_stream(flags=flags).next_batch(0)
+    assert len(unsplit.micro_batches) == 1 < len(split.micro_batches)
+    assert all(int(batch["attention_mask"].sum()) <= limit for batch in split.micro_batches)
     trained = [sorted(zip(*(torch.cat([batch[name] for batch in parts]).tolist()
                             for name in ("targets", "rollout_logprobs", "advantage")), strict=True))
-               for parts in (whole.micro_batches, step.micro_batches)]
-    assert trained[0] == trained[1] and step.num_items == whole.num_items
+               for parts in (unsplit.micro_batches, split.micro_batches)]
+    assert trained[0] == trained[1] and split.num_items == unsplit.num_items
 
 
 def test_batches_of_any_size_share_the_graphs_of_the_first():

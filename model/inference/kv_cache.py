@@ -36,9 +36,9 @@ class KVCache:
         consecutive = range(slots[0], slots[0] + len(slots))
         if slots == list(consecutive):  # a slice, read in place
             index = torch.arange(consecutive.start, consecutive.stop, device=positions.device)
-            self._read_index = slots[0]
+            self._slots = slots[0]  # the first one
         else:  # gathered into a copy
-            self._read_index = index = torch.tensor(slots, device=positions.device)
+            self._slots = index = torch.tensor(slots, device=positions.device)
         heads = torch.arange(self.keys[0].shape[1], device=positions.device)
         row_start = (index[:, None] * len(heads) + heads) * (self.slot_len + 1)
         self._write_index = (row_start[..., None] + positions[:, None]).flatten()
@@ -47,7 +47,7 @@ class KVCache:
 
     def update(self, k: Tensor, v: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Store k, v [B, kv_heads, T, D] of a layer. → all keys and values of these slots [B, kv_heads, kv_len, D]"""
-        rows = self._read_index
+        rows = self._slots
         if isinstance(rows, int):
             rows = slice(rows, rows + len(k))
         stored = []

@@ -18,7 +18,8 @@ from model.model_minimind import MiniMindPreTrainedModel
 from model.moe import Experts
 
 MIN_PREFIX_SHARE = 1024  # keys that reading a common prefix once must save in a step; below, each row reads its own
-CPU_OPTIONS = {"cpp_wrapper": True, "cpp.dynamic_threads": True}  # called from C++, on as many threads as there are
+# called from C++, on as many threads as there are
+CPU_COMPILE_OPTIONS = {"cpp_wrapper": True, "cpp.dynamic_threads": True}
 
 
 def compile_decoder(decoder: nn.Module) -> Callable:
@@ -36,13 +37,14 @@ def compile_decoder(decoder: nn.Module) -> Callable:
     options = {"cpp.threads": torch.get_num_threads(),  # named, it is no reason to compile again for another number
                "guard_filter_fn": lambda guards: [
                    not (guard.is_global or guard.orig_guard.source.is_unspecialized_nn_module()) for guard in guards]}
-    return torch.compile(run, dynamic=True, fullgraph=True, options=CPU_OPTIONS | options)
+    return torch.compile(run, dynamic=True, fullgraph=True, options=CPU_COMPILE_OPTIONS | options)
 
 
 def reason_not_to_compile(model: nn.Module) -> str | None:
+    """Why the decoding step of `model` is not compiled; None if it can be."""
     if model.device.type == "cpu" and any(isinstance(module, Experts) for module in model.modules()):
         return "on a CPU the experts are computed one by one"
-    return compile_error(model.device, CPU_OPTIONS if model.device.type == "cpu" else None)
+    return compile_error(model.device, CPU_COMPILE_OPTIONS if model.device.type == "cpu" else None)
 
 
 class ModelRunner:

@@ -33,7 +33,7 @@ from trainer.rollout_engine import policy_sampling_params
 MAX_ROUNDING_RATIO, MAX_GROWTH_RATIO, MIN_MISMATCH_BOUND = 4, 5, 1e-4
 NUM_BF16_SAMPLES = 16  # trajectories that the bf16 copy scores
 MAX_RESAMPLES = 4  # most draws of prompts per rollout, to replace groups of equal rewards (--resample)
-MAX_CPU_TOKENS = 4096  # of a micro-batch on a CPU: more are slower there, in more memory (docs/experiments.md)
+MAX_CPU_TOKENS = 4096  # of a micro-batch on a CPU: more are no faster there and take more memory (docs/experiments.md)
 SETTINGS = ("batch_size", "num_generations", "update_epochs", "mini_batches", "temperature",
             "max_gen_len", "thinking_ratio", "aggregation", "resample", "reward_mix", "reward_weight",
             "reward_model_path", "judge_url")
